@@ -1,0 +1,2 @@
+//! Under construction.
+#![cfg_attr(not(test), no_std)]

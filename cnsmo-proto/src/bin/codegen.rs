@@ -1,0 +1,19 @@
+//! Writes `src/generated` from `proto`: `cargo xtask codegen`.
+
+use std::{error::Error, fs, path::Path};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let proto = root.join("proto");
+    let areas = ["agent", "identity", "meta", "node", "policy", "resource"];
+    let files = areas.map(|area| proto.join(format!("cnsmo/{area}/v1/{area}.proto")));
+    let out = root.join("src/generated");
+    fs::create_dir_all(&out)?;
+    tonic_prost_build::configure()
+        .btree_map(".")
+        .build_transport(false)
+        .out_dir(&out)
+        .emit_rerun_if_changed(false)
+        .compile_fds(protox::compile(files, [proto])?)?;
+    Ok(())
+}

@@ -1,0 +1,467 @@
+use std::{collections::BTreeSet, fmt};
+
+use ipnet::IpNet;
+
+use super::{Invalid, Labels, Name, error::shorten};
+use crate::pb::policy as pb;
+
+/// Rules in one policy. Bounds the message (about 10 MB) and the time to compile.
+pub const RULES_MAX: usize = 131_072;
+/// CIDRs in one `from` or `to`, port ranges in one rule: their product is what the data path holds.
+pub const PEERS_MAX: usize = 4_096;
+/// Port ranges or ICMP types in one list.
+pub const RANGES_MAX: usize = 256;
+/// Highest priority number, the last to be asked.
+pub const PRIORITY_MAX: u32 = 1_000_000;
+
+/// IANA protocol numbers that rules treat specially.
+pub mod protocol {
+    /// ICMP for IPv4.
+    pub const ICMP: u8 = 1;
+    /// TCP.
+    pub const TCP: u8 = 6;
+    /// UDP.
+    pub const UDP: u8 = 17;
+    /// ICMP for IPv6.
+    pub const ICMPV6: u8 = 58;
+    /// SCTP.
+    pub const SCTP: u8 = 132;
+}
+
+/// What a rule or a default decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// The flow may pass, and so may its answers.
+    Allow,
+    /// The packet is dropped without an answer.
+    Deny,
+}
+
+/// As seen from the VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Towards the VM.
+    Ingress,
+    /// Away from the VM.
+    Egress,
+}
+
+/// The protocol a rule matches, with what belongs to it: an invalid pair such as ICMP with ports cannot be built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// Every protocol.
+    Any,
+    /// TCP, UDP or SCTP. Empty lists match any port.
+    Ports {
+        /// IANA number.
+        number: u8,
+        /// Source ports.
+        source: Vec<PortRange>,
+        /// Destination ports.
+        destination: Vec<PortRange>,
+    },
+    /// ICMP or ICMPv6. An empty list matches any type.
+    Icmp {
+        /// IANA number: 1 or 58.
+        number: u8,
+        /// Types and codes.
+        types: Vec<IcmpMatch>,
+    },
+    /// Any other protocol, by IANA number.
+    Other(u8),
+}
+
+impl Protocol {
+    /// IANA number; none for [`Protocol::Any`].
+    pub fn number(&self) -> Option<u8> {
+        match self {
+            Self::Any => None,
+            Self::Ports { number, .. } | Self::Icmp { number, .. } | Self::Other(number) => {
+                Some(*number)
+            }
+        }
+    }
+}
+
+/// Ports, both ends included, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortRange {
+    first: u16,
+    last: u16,
+}
+
+impl PortRange {
+    /// Refuses a range that ends before it starts.
+    pub fn new(first: u16, last: u16) -> Result<Self, Invalid> {
+        if first > last {
+            return Err(Invalid::new(format!("port range {first}-{last} ends before it starts")));
+        }
+        Ok(Self { first, last })
+    }
+
+    /// Lowest port.
+    pub fn first(self) -> u16 {
+        self.first
+    }
+
+    /// Highest port.
+    pub fn last(self) -> u16 {
+        self.last
+    }
+}
+
+/// An ICMP type, and one code or all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct IcmpMatch {
+    /// Type.
+    pub kind: u8,
+    /// Code; `None` matches any.
+    pub code: Option<u8>,
+}
+
+/// One rule: matches the first packet of a flow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Unique in its policy.
+    pub name: Name,
+    /// What happens to a match.
+    pub action: Action,
+    /// Which packets are asked.
+    pub direction: Direction,
+    /// Source networks, host bits cleared; empty: any.
+    pub from: Vec<IpNet>,
+    /// Destination networks, host bits cleared; empty: any.
+    pub to: Vec<IpNet>,
+    /// Protocol, ports, ICMP types.
+    pub protocol: Protocol,
+}
+
+/// What happens to a flow that no rule matches. `None`: this policy does not say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PolicyDefaults {
+    /// Towards the VM.
+    pub ingress: Option<Action>,
+    /// Away from the VM.
+    pub egress: Option<Action>,
+}
+
+/// The spec of a `FirewallPolicy`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FirewallPolicy {
+    /// VMs it is for.
+    pub target: Labels,
+    /// Lower is asked first.
+    pub priority: u32,
+    /// For what no rule matches.
+    pub defaults: PolicyDefaults,
+    /// In order: the first match decides.
+    pub rules: Vec<Rule>,
+}
+
+impl TryFrom<pb::FirewallPolicySpec> for FirewallPolicy {
+    type Error = Invalid;
+
+    fn try_from(spec: pb::FirewallPolicySpec) -> Result<Self, Invalid> {
+        let target = Labels::new(spec.target.clone()).map_err(|e| e.at("target"))?;
+        if spec.priority > PRIORITY_MAX {
+            return Err(
+                Invalid::new(format!("{} is above {PRIORITY_MAX}", spec.priority)).at("priority")
+            );
+        }
+        let defaults = PolicyDefaults {
+            ingress: action(spec.default_ingress).map_err(|e| e.at("defaultIngress"))?,
+            egress: action(spec.default_egress).map_err(|e| e.at("defaultEgress"))?,
+        };
+        at_most(spec.rules.len(), RULES_MAX, "rules").map_err(|e| e.at("rules"))?;
+        let mut names = BTreeSet::new();
+        let mut rules = Vec::with_capacity(spec.rules.len());
+        for (n, rule) in spec.rules.into_iter().enumerate() {
+            let here = |e: Invalid| e.at_index(n).at("rules");
+            let rule = Rule::try_from(rule).map_err(here)?;
+            if !names.insert(rule.name.clone()) {
+                return Err(here(
+                    Invalid::new(format!("an earlier rule is called `{}` too", rule.name))
+                        .at("name"),
+                ));
+            }
+            rules.push(rule);
+        }
+        Ok(Self { target, priority: spec.priority, defaults, rules })
+    }
+}
+
+impl TryFrom<pb::FirewallRule> for Rule {
+    type Error = Invalid;
+
+    fn try_from(rule: pb::FirewallRule) -> Result<Self, Invalid> {
+        let missing = |what| Invalid::new(format!("missing: {what}"));
+        let name = Name::new(rule.name).map_err(|e| e.at("name"))?;
+        let action = action(rule.action)
+            .and_then(|action| action.ok_or_else(|| missing("allow or deny")))
+            .map_err(|e| e.at("action"))?;
+        let direction = match pb::Direction::try_from(rule.direction) {
+            Ok(pb::Direction::Ingress) => Direction::Ingress,
+            Ok(pb::Direction::Egress) => Direction::Egress,
+            Ok(pb::Direction::Unspecified) => {
+                return Err(missing("ingress or egress").at("direction"));
+            }
+            Err(unknown) => return Err(Invalid::new(unknown.to_string()).at("direction")),
+        };
+        let from = networks(&rule.from_cidrs).map_err(|e| e.at("fromCidrs"))?;
+        let to = networks(&rule.to_cidrs).map_err(|e| e.at("toCidrs"))?;
+        one_family(&from, &to).map_err(|e| e.at("toCidrs"))?;
+        let source = ranges(&rule.source_ports).map_err(|e| e.at("sourcePorts"))?;
+        let destination = ranges(&rule.ports).map_err(|e| e.at("ports"))?;
+        let types = icmp_types(&rule.icmp_types).map_err(|e| e.at("icmpTypes"))?;
+        let number = rule
+            .protocol
+            .map(|n| u8::try_from(n).map_err(|_| Invalid::new(format!("{n} is above 255"))))
+            .transpose()
+            .map_err(|e| e.at("protocol"))?;
+        let protocol = protocol_of(number, source, destination, types)?;
+        let family = match protocol.number() {
+            Some(protocol::ICMP) => from.iter().chain(&to).find(|net| net.addr().is_ipv6()),
+            Some(protocol::ICMPV6) => from.iter().chain(&to).find(|net| net.addr().is_ipv4()),
+            _ => None,
+        };
+        if let Some(net) = family {
+            return Err(Invalid::new(format!(
+                "{net} is of the other address family: icmp is IPv4, icmpv6 is IPv6"
+            ))
+            .at("protocol"));
+        }
+        Ok(Self { name, action, direction, from, to, protocol })
+    }
+}
+
+fn protocol_of(
+    number: Option<u8>,
+    source: Vec<PortRange>,
+    destination: Vec<PortRange>,
+    types: Vec<IcmpMatch>,
+) -> Result<Protocol, Invalid> {
+    let ports = matches!(number, Some(protocol::TCP | protocol::UDP | protocol::SCTP));
+    let icmp = matches!(number, Some(protocol::ICMP | protocol::ICMPV6));
+    let only_ports = || Invalid::new("only tcp, udp and sctp have ports");
+    if !ports && !destination.is_empty() {
+        return Err(only_ports().at("ports"));
+    }
+    if !ports && !source.is_empty() {
+        return Err(only_ports().at("sourcePorts"));
+    }
+    if !icmp && !types.is_empty() {
+        return Err(Invalid::new("only icmp and icmpv6 have types").at("icmpTypes"));
+    }
+    Ok(match number {
+        None => Protocol::Any,
+        Some(number) if ports => Protocol::Ports { number, source, destination },
+        Some(number) if icmp => Protocol::Icmp { number, types },
+        Some(number) => Protocol::Other(number),
+    })
+}
+
+fn action(wire: i32) -> Result<Option<Action>, Invalid> {
+    match pb::Action::try_from(wire) {
+        Ok(pb::Action::Unspecified) => Ok(None),
+        Ok(pb::Action::Allow) => Ok(Some(Action::Allow)),
+        Ok(pb::Action::Deny) => Ok(Some(Action::Deny)),
+        Err(unknown) => Err(Invalid::new(unknown.to_string())),
+    }
+}
+
+fn at_most(n: usize, max: usize, what: &str) -> Result<(), Invalid> {
+    if n > max {
+        return Err(Invalid::new(format!("{n} {what}; at most {max} are allowed")));
+    }
+    Ok(())
+}
+
+/// Each CIDR once, host bits cleared.
+fn networks(texts: &[String]) -> Result<Vec<IpNet>, Invalid> {
+    at_most(texts.len(), PEERS_MAX, "CIDRs")?;
+    let parse = |(n, text): (usize, &String)| {
+        text.parse::<IpNet>().map(|net| net.trunc()).map_err(|_| {
+            let hint = match text.parse::<std::net::IpAddr>() {
+                Ok(address) if address.is_ipv4() => format!("; did you mean {address}/32?"),
+                Ok(address) => format!("; did you mean {address}/128?"),
+                Err(_) => String::new(),
+            };
+            Invalid::new(format!("`{}` is not a CIDR{hint}", shorten(text))).at_index(n)
+        })
+    };
+    texts.iter().enumerate().map(parse).collect()
+}
+
+/// A rule whose two sides share no family can never match: certainly a mistake.
+fn one_family(from: &[IpNet], to: &[IpNet]) -> Result<(), Invalid> {
+    let has = |nets: &[IpNet], v4| nets.is_empty() || nets.iter().any(|n| n.addr().is_ipv4() == v4);
+    if (has(from, true) && has(to, true)) || (has(from, false) && has(to, false)) {
+        return Ok(());
+    }
+    Err(Invalid::new("all of another address family than fromCidrs: the rule could never match"))
+}
+
+fn ranges(wire: &[pb::PortRange]) -> Result<Vec<PortRange>, Invalid> {
+    at_most(wire.len(), RANGES_MAX, "port ranges")?;
+    let port = |n: u32| {
+        u16::try_from(n).map_err(|_| Invalid::new(format!("{n} is not a port: 0 to 65535")))
+    };
+    let range = |(n, r): (usize, &pb::PortRange)| {
+        let range = port(r.first).and_then(|first| PortRange::new(first, port(r.last)?));
+        range.map_err(|e| e.at_index(n))
+    };
+    wire.iter().enumerate().map(range).collect()
+}
+
+fn icmp_types(wire: &[pb::IcmpType]) -> Result<Vec<IcmpMatch>, Invalid> {
+    at_most(wire.len(), RANGES_MAX, "ICMP types")?;
+    let byte = |n: u32| u8::try_from(n).map_err(|_| Invalid::new(format!("{n} is above 255")));
+    let one = |(n, t): (usize, &pb::IcmpType)| {
+        let kind = byte(t.r#type).map_err(|e| e.at("type").at_index(n))?;
+        let code = t.code.map(byte).transpose().map_err(|e| e.at("code").at_index(n))?;
+        Ok(IcmpMatch { kind, code })
+    };
+    wire.iter().enumerate().map(one).collect()
+}
+
+impl From<&FirewallPolicy> for pb::FirewallPolicySpec {
+    fn from(policy: &FirewallPolicy) -> Self {
+        Self {
+            target: policy.target.as_map().clone(),
+            priority: policy.priority,
+            default_ingress: wire_action(policy.defaults.ingress),
+            default_egress: wire_action(policy.defaults.egress),
+            rules: policy.rules.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl From<&Rule> for pb::FirewallRule {
+    fn from(rule: &Rule) -> Self {
+        let ranges = |ranges: &[PortRange]| {
+            let wire = |r: &PortRange| pb::PortRange { first: r.first.into(), last: r.last.into() };
+            ranges.iter().map(wire).collect()
+        };
+        let (source_ports, ports, icmp_types) = match &rule.protocol {
+            Protocol::Any | Protocol::Other(_) => (vec![], vec![], vec![]),
+            Protocol::Ports { source, destination, .. } => {
+                (ranges(source), ranges(destination), vec![])
+            }
+            Protocol::Icmp { types, .. } => {
+                let wire = |t: &IcmpMatch| pb::IcmpType {
+                    r#type: t.kind.into(),
+                    code: t.code.map(Into::into),
+                };
+                (vec![], vec![], types.iter().map(wire).collect())
+            }
+        };
+        let direction = match rule.direction {
+            Direction::Ingress => pb::Direction::Ingress,
+            Direction::Egress => pb::Direction::Egress,
+        };
+        Self {
+            name: rule.name.to_string(),
+            action: wire_action(Some(rule.action)),
+            direction: direction.into(),
+            from_cidrs: rule.from.iter().map(ToString::to_string).collect(),
+            to_cidrs: rule.to.iter().map(ToString::to_string).collect(),
+            protocol: rule.protocol.number().map(Into::into),
+            source_ports,
+            ports,
+            icmp_types,
+        }
+    }
+}
+
+fn wire_action(action: Option<Action>) -> i32 {
+    match action {
+        None => pb::Action::Unspecified,
+        Some(Action::Allow) => pb::Action::Allow,
+        Some(Action::Deny) => pb::Action::Deny,
+    }
+    .into()
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.first == self.last {
+            write!(f, "{}", self.first)
+        } else {
+            write!(f, "{}-{}", self.first, self.last)
+        }
+    }
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+        })
+    }
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ingress => "ingress",
+            Self::Egress => "egress",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule() -> pb::FirewallRule {
+        pb::FirewallRule {
+            name: "http".into(),
+            action: pb::Action::Allow.into(),
+            direction: pb::Direction::Ingress.into(),
+            protocol: Some(6),
+            ports: vec![pb::PortRange { first: 80, last: 80 }],
+            from_cidrs: vec!["10.1.2.3/8".into()],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_good_rule_survives_the_round_trip_with_host_bits_cleared() {
+        let checked = Rule::try_from(rule()).unwrap();
+        assert_eq!(checked.from[0].to_string(), "10.0.0.0/8");
+        let again = Rule::try_from(pb::FirewallRule::from(&checked)).unwrap();
+        assert_eq!(again, checked);
+    }
+
+    #[test]
+    fn a_bad_rule_is_refused_with_the_field() {
+        type Break = fn(&mut pb::FirewallRule);
+        let cases: [(&str, Break); 12] = [
+            ("name", |r| r.name = "No".into()),
+            ("action", |r| r.action = 0),
+            ("action", |r| r.action = 99),
+            ("direction", |r| r.direction = 0),
+            ("fromCidrs[0]", |r| r.from_cidrs[0] = "10.0.0.0/33".into()),
+            ("toCidrs[0]", |r| r.to_cidrs = vec!["10.0.0.1".into()]),
+            ("toCidrs", |r| r.to_cidrs = vec!["fd00::/8".into()]),
+            ("ports[0]", |r| r.ports[0].last = 70_000),
+            ("ports[0]", |r| r.ports[0].first = 81),
+            ("ports", |r| r.protocol = None),
+            ("protocol", |r| r.protocol = Some(300)),
+            ("icmpTypes", |r| r.icmp_types = vec![pb::IcmpType::default()]),
+        ];
+        for (field, break_it) in cases {
+            let mut bad = rule();
+            break_it(&mut bad);
+            assert_eq!(Rule::try_from(bad).unwrap_err().field(), field);
+        }
+    }
+
+    #[test]
+    fn two_rules_of_one_name_are_refused_with_the_place() {
+        let spec = pb::FirewallPolicySpec { rules: vec![rule(), rule()], ..Default::default() };
+        let error = FirewallPolicy::try_from(spec).unwrap_err();
+        assert_eq!(error.field(), "rules[1].name");
+    }
+}
