@@ -1,1 +1,4 @@
-//! Under construction.
+//! The agent of one VM.
+
+pub mod datapath;
+pub mod effective;

@@ -1,0 +1,65 @@
+//! What the control side of the agent asks of the kernel side.
+
+use std::collections::BTreeMap;
+
+use cnsmo_proto::model::{Direction, Name};
+
+use crate::effective::Effective;
+
+/// A data path that enforces one policy at a time.
+pub trait Datapath: Send + 'static {
+    /// Enforces `policy` in place of the one before, for all packets at once. On an error the one before stays.
+    fn apply(&mut self, policy: &Effective) -> Result<(), ApplyError>;
+
+    /// What it does now. Cheap enough for every few seconds.
+    fn status(&mut self) -> Status;
+
+    /// Removes a bounded number of expired flows; called every second.
+    fn sweep(&mut self);
+}
+
+/// The policy cannot be enforced; the one before still is.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// These policies are at fault; without them the rest can be enforced.
+    #[error("refused: {0:?}")]
+    Refused(BTreeMap<Name, String>),
+    /// The kernel or the self-check failed.
+    #[error("the data path cannot take the policy")]
+    Failed(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What the data path does now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Where it is attached.
+    pub interfaces: Vec<Attachment>,
+    /// Live flows as of the last sweep.
+    pub flows: u64,
+    /// Rules in the kernel.
+    pub rules: u64,
+    /// Packets and bytes per policy and rule since the rule is there.
+    pub counters: BTreeMap<Name, BTreeMap<Name, Count>>,
+    /// Packets and bytes dropped, per direction and reason (a stable word).
+    pub drops: Vec<(Direction, &'static str, Count)>,
+}
+
+/// One network device with the data path on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// Name of the device.
+    pub interface: String,
+    /// `xdp-native`, `xdp-generic`, `tcx` or `clsact`.
+    pub ingress: &'static str,
+    /// `tcx` or `clsact`.
+    pub egress: &'static str,
+}
+
+/// Packets and bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    /// Packets.
+    pub packets: u64,
+    /// Bytes of IP packets, link-layer header included where there is one.
+    pub bytes: u64,
+}
