@@ -13,16 +13,18 @@ pub struct Control {
     pub pickup_until: u64,
     /// As `live`, for the probe program: the half under self-check.
     pub probe: u64,
-    /// Timeouts by state, in jiffies.
-    pub timeouts: [u32; state::COUNT],
+    /// Timeouts by state, in jiffies. As long as a state can be masked to: an access cannot miss.
+    pub timeouts: [u32; TIMEOUTS],
     /// Timeout of a fragmented datagram, in jiffies.
     pub fragment_timeout: u32,
     /// `Conn::seen` is written when it is older than this many jiffies: a busy flow does not keep its cache line dirty.
     pub refresh: u32,
-    /// Zero.
-    pub pad: u32,
 }
-const _: () = assert!(size_of::<Control>() == 72);
+const _: () = assert!(size_of::<Control>() == 96);
+
+/// Places in `Control::timeouts`; a power of two.
+pub const TIMEOUTS: usize = 16;
+const _: () = assert!(state::COUNT <= TIMEOUTS);
 
 /// Which policy is live, in one word.
 ///

@@ -136,8 +136,10 @@ pub struct Fragment {
     pub dport: [u8; 2],
     /// 1 for an echo request, 2 for an echo reply, else 0.
     pub echo: u8,
+    /// Protocol of the L4 header, behind all extension headers.
+    pub proto: u8,
     /// Zero.
-    pub pad: [u8; 3],
+    pub pad: [u8; 2],
     /// Low half of the jiffies counter.
     pub seen: u32,
 }
