@@ -1,2 +1,4 @@
 //! Under construction.
 #![cfg_attr(not(test), no_std)]
+
+pub mod classify;
