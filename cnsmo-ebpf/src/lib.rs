@@ -5,8 +5,3 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod classify;
-pub mod conntrack;
-pub mod packet;
-pub mod parse;
-pub mod pipeline;
-pub mod tables;
