@@ -1,2 +1,3 @@
-//! Under construction.
-fn main() {}
+//! Tests across crates. They need root; in an emulated VM the module `kernel` runs alone.
+
+mod cases;

@@ -1,5 +1,7 @@
 //! What the control side of the agent asks of the kernel side.
 
+pub mod kernel;
+
 use std::collections::BTreeMap;
 
 use cnsmo_proto::model::{Direction, Name};

@@ -89,6 +89,19 @@ pub struct LiveParts {
 }
 
 impl LiveParts {
+    /// Takes a word apart.
+    pub const fn unpack(live: Live) -> Self {
+        use Direction::{Egress, Ingress};
+        Self {
+            half: live.half() as u8,
+            default_allow: [live.allows_by_default(Ingress), live.allows_by_default(Egress)],
+            open: live.is_open(),
+            trees_v4: [live.trees_v4(Ingress) as u32, live.trees_v4(Egress) as u32],
+            trees_v6: [live.trees_v6(Ingress) as u32, live.trees_v6(Egress) as u32],
+            generation: live.generation(),
+        }
+    }
+
     /// Packs the parts.
     pub const fn pack(self) -> Live {
         Live(

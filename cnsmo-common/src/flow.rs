@@ -4,6 +4,8 @@
 pub trait Address: Copy + Eq + core::fmt::Debug {
     /// IPv4 in the last four bytes, the others zero; IPv6 as it is.
     fn widen(self) -> [u8; 16];
+    /// Whether it is the higher of two.
+    fn is_above(self, other: Self) -> bool;
 }
 
 impl Address for [u8; 4] {
@@ -11,12 +13,20 @@ impl Address for [u8; 4] {
     fn widen(self) -> [u8; 16] {
         (u32::from_be_bytes(self) as u128).to_be_bytes()
     }
+    #[inline(always)]
+    fn is_above(self, other: Self) -> bool {
+        u32::from_be_bytes(self) > u32::from_be_bytes(other)
+    }
 }
 
 impl Address for [u8; 16] {
     #[inline(always)]
     fn widen(self) -> [u8; 16] {
         self
+    }
+    #[inline(always)]
+    fn is_above(self, other: Self) -> bool {
+        u128::from_be_bytes(self) > u128::from_be_bytes(other)
     }
 }
 

@@ -3,30 +3,25 @@
 use cnsmo_common::{
     control::{Control, TIMEOUTS},
     flow::{Conn, flag, state},
-    stat::Reason,
 };
 
 use crate::parse::{Kind, tcp};
 
-/// What a packet means for a known flow.
+/// What a packet means for a known flow. Without fields: the parts of an enum that a variant leaves open are registers
+/// that the verifier has never seen written.
+#[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// It belongs to the flow.
-    Pass {
-        /// Counter of the rule that admitted the flow.
-        slot: u32,
-    },
+    Pass,
     /// It belongs to the flow, which is now known from both ends: keep it safe from floods.
     Promote,
     /// The flow was admitted by another policy than the one in force: judge it again as its originator began it.
-    Rejudge {
-        /// Flags of the flow.
-        flags: u8,
-    },
+    Rejudge,
     /// The flow is over (timed out, or a SYN opens it again): as if there were none.
     Over,
     /// It contradicts the flow's state.
-    Drop(Reason),
+    Contradict,
 }
 
 /// One packet, as far as the state of its flow is concerned.
@@ -57,12 +52,11 @@ pub fn advance(
         Kind::Tcp => tcp_step(conn, segment),
         _ => other_step(conn, segment),
     };
-    let next = match next {
-        Ok(next) => next,
-        Err(step) => return step,
-    };
+    if next.step != Step::Pass {
+        return next.step;
+    }
     if conn.generation != generation {
-        return Step::Rejudge { flags: conn.flags };
+        return Step::Rejudge;
     }
     if next.flags != conn.flags {
         conn.flags = next.flags;
@@ -73,10 +67,7 @@ pub fn advance(
     if now.wrapping_sub(conn.seen) >= control.refresh || next.state != before {
         conn.seen = now;
     }
-    if is_half_open(before) && !is_half_open(next.state) {
-        return Step::Promote;
-    }
-    Step::Pass { slot: conn.slot }
+    if is_half_open(before) && !is_half_open(next.state) { Step::Promote } else { Step::Pass }
 }
 
 /// A packet that belongs to the flow but says nothing about its state: a later fragment, an ICMP error.
@@ -85,25 +76,26 @@ pub fn observe(conn: &Conn, now: u32, generation: u32, control: &Control) -> Ste
     if now.wrapping_sub(conn.seen) > control.timeouts[conn.state as usize & (TIMEOUTS - 1)] {
         Step::Over
     } else if conn.generation != generation {
-        Step::Rejudge { flags: conn.flags }
+        Step::Rejudge
     } else {
-        Step::Pass { slot: conn.slot }
+        Step::Pass
     }
 }
 
-/// State and flags of a flow's first packet; `None` if such a packet begins no flow. `pickup`: connections that are
-/// older than the firewall are taken over.
+/// State of a flow after its first packet, or [`NO_STATE`] if such a packet begins no flow. `pickup`: connections that
+/// are older than the firewall are taken over.
 #[inline(always)]
-pub fn first(kind: Kind, tcp_flags: u8, pickup: bool) -> Option<(u8, u8)> {
+pub fn first(kind: Kind, tcp_flags: u8, pickup: bool) -> u8 {
     match kind {
-        Kind::Tcp if tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN => Some((state::SYN_SENT, 0)),
-        Kind::Tcp if pickup && tcp_flags & tcp::RST == 0 => {
-            Some((state::ESTABLISHED, flag::ASSURED))
-        }
-        Kind::Datagram | Kind::EchoRequest => Some((state::UNREPLIED, 0)),
-        _ => None,
+        Kind::Tcp if tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN => state::SYN_SENT,
+        Kind::Tcp if pickup && tcp_flags & tcp::RST == 0 => state::ESTABLISHED,
+        Kind::Datagram | Kind::EchoRequest => state::UNREPLIED,
+        _ => NO_STATE,
     }
 }
+
+/// No state of a flow.
+pub const NO_STATE: u8 = u8::MAX;
 
 /// Kept in the table that a flood may evict from.
 #[inline(always)]
@@ -111,33 +103,36 @@ pub fn is_half_open(state: u8) -> bool {
     matches!(state, state::SYN_SENT | state::SYN_RECV | state::UNREPLIED)
 }
 
+/// What becomes of the flow if the step is to pass.
 #[derive(Clone, Copy)]
 struct Next {
+    step: Step,
     state: u8,
     flags: u8,
 }
 
 #[inline(always)]
-fn other_step(conn: &Conn, segment: Segment) -> Result<Next, Step> {
+fn other_step(conn: &Conn, segment: Segment) -> Next {
     let state = match (segment.kind, segment.from_origin) {
         (_, true) => conn.state,
         (Kind::EchoReply, false) => state::ECHOED,
         (_, false) => state::REPLIED,
     };
-    Ok(Next { state, flags: conn.flags })
+    Next { step: Step::Pass, state, flags: conn.flags }
 }
 
 /// RFC 9293, as far as it can be followed from the middle and without sequence numbers.
 #[inline(always)]
-fn tcp_step(conn: &Conn, segment: Segment) -> Result<Next, Step> {
+fn tcp_step(conn: &Conn, segment: Segment) -> Next {
     let old = conn.state;
     let syn = segment.flags & tcp::SYN != 0;
     let ack = segment.flags & tcp::ACK != 0;
     let over = matches!(old, state::TIME_WAIT | state::CLOSED);
-    let to = |state| Ok(Next { state, flags: conn.flags });
+    let to = |state| Next { step: Step::Pass, state, flags: conn.flags };
+    let no = |step| Next { step, state: old, flags: conn.flags };
     if syn && !ack {
         // On a live flow: the ends sort it out between them (RFC 5961, challenge ACK).
-        return if over { Err(Step::Over) } else { to(old) };
+        return if over { no(Step::Over) } else { to(old) };
     }
     if segment.flags & tcp::RST != 0 {
         // Only shortens the timeout: if the ends did not believe it, their next segment revives the flow, so a forged
@@ -147,21 +142,22 @@ fn tcp_step(conn: &Conn, segment: Segment) -> Result<Next, Step> {
     if syn {
         return match old {
             state::SYN_SENT if !segment.from_origin => to(state::SYN_RECV),
-            state::TIME_WAIT | state::CLOSED => Err(Step::Drop(Reason::TcpState)),
+            state::TIME_WAIT | state::CLOSED => no(Step::Contradict),
             _ => to(old),
         };
     }
     if segment.flags & tcp::FIN != 0 && !matches!(old, state::SYN_SENT | state::CLOSED) {
-        return Ok(finished(conn.flags, segment.from_origin));
+        return finished(conn.flags, segment.from_origin);
     }
     match old {
         // The handshake was not answered yet; only a challenge ACK of the responder makes sense.
-        state::SYN_SENT if segment.from_origin => Err(Step::Drop(Reason::TcpState)),
+        state::SYN_SENT if segment.from_origin => no(Step::Contradict),
         state::SYN_RECV if segment.from_origin => {
-            Ok(Next { state: state::ESTABLISHED, flags: conn.flags | flag::ASSURED })
+            let flags = conn.flags | flag::ASSURED;
+            Next { step: Step::Pass, state: state::ESTABLISHED, flags }
         }
         state::CLOSED if conn.flags & flag::ASSURED != 0 => to(state::ESTABLISHED),
-        state::CLOSED => Err(Step::Drop(Reason::TcpState)),
+        state::CLOSED => no(Step::Contradict),
         _ => to(old),
     }
 }
@@ -171,5 +167,5 @@ fn finished(flags: u8, from_origin: bool) -> Next {
     const BOTH: u8 = flag::FIN_ORIGIN | flag::FIN_REPLY;
     let flags = flags | if from_origin { flag::FIN_ORIGIN } else { flag::FIN_REPLY };
     let state = if flags & BOTH == BOTH { state::TIME_WAIT } else { state::FIN_WAIT };
-    Next { state, flags }
+    Next { step: Step::Pass, state, flags }
 }

@@ -5,3 +5,8 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod classify;
+pub mod conntrack;
+pub mod packet;
+pub mod parse;
+pub mod pipeline;
+pub mod tables;

@@ -123,7 +123,7 @@ pub struct Datagram<A> {
 #[inline(always)]
 pub fn frame<P: Packet + ?Sized, const L3: usize>(packet: &P) -> Result<Carried, Reason> {
     if L3 == 0 {
-        let [first] = packet.load::<1>(0).ok_or(Reason::Malformed)?;
+        let [first, _] = packet.load::<2>(0).ok_or(Reason::Malformed)?;
         return Ok(match first >> 4 {
             4 => Carried::V4(0),
             6 => Carried::V6(0),
@@ -401,14 +401,13 @@ fn quoted_v4<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Quoted<[u8; 4]
 /// Extension headers of the quoted packet are not followed.
 #[inline(always)]
 fn quoted_v6<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Quoted<[u8; 16]>> {
-    let [version] = packet.load::<1>(at)?;
-    let [proto] = packet.load::<1>(at + 6)?;
+    let h = packet.load::<8>(at)?;
     let src = packet.load::<16>(at + 8)?;
     let dst = packet.load::<16>(at + 24)?;
-    if version >> 4 != 6 {
+    if h[0] >> 4 != 6 {
         return None;
     }
-    quoted(packet, at + Ipv6Hdr::LEN, src, dst, proto)
+    quoted(packet, at + Ipv6Hdr::LEN, src, dst, h[6])
 }
 
 #[inline(always)]

@@ -8,15 +8,15 @@ use cnsmo_common::{
     Direction,
     blob::{NO_RULE, lanes},
     control::{Control, SLOT_DEFAULT_EGRESS, SLOT_DEFAULT_INGRESS},
-    flow::{Conn, FlowKey, Fragment, FragmentKey, ZONE_OVERLAY, ZONE_UNDERLAY, flag},
+    flow::{Conn, FlowKey, Fragment, FragmentKey, ZONE_OVERLAY, ZONE_UNDERLAY, flag, state},
     stat::{Count, Reason},
 };
 
 use crate::{
-    conntrack::{self, Segment, Step},
+    conntrack::{self, NO_STATE, Segment, Step},
     packet::Packet,
     parse::{Carried, Datagram, Family, ICMP, ICMPV6, Kind, UDP, frame},
-    tables::{Case, FlowTables, Question, Tables},
+    tables::{Case, FlowTables, Question, Tables, Visit},
 };
 
 /// What happens to the packet. Only an entry point turns it into an action of its hook.
@@ -84,25 +84,28 @@ where
 
         A::parse(packet, at, &mut case.datagram)?;
         match case.datagram.kind {
-            Kind::IcmpError => place_quoted(packet, case)?,
+            Kind::IcmpError => {
+                place_quoted(packet, case);
+                case.outcome?;
+            }
             Kind::Later => {
                 place_later(case, tables, control);
                 case.outcome?;
             }
             _ => place(case),
         }
-        let step = match case.datagram.kind {
-            Kind::Icmp => None,
-            _ => find(case, tables, control),
-        };
-        match step {
-            Some(Step::Pass { slot }) => case.outcome = Ok(slot),
+        case.step = None;
+        if case.datagram.kind != Kind::Icmp {
+            find(case, tables, control);
+        }
+        match case.step {
+            Some(Step::Pass) => case.outcome = Ok(case.conn.slot),
             Some(Step::Promote) => {
                 case.outcome = Ok(case.conn.slot);
                 tables.promote(&case.key, &case.conn);
             }
-            Some(Step::Drop(reason)) => return Err(reason),
-            Some(Step::Rejudge { flags }) => decide_again(case, tables, control, flags),
+            Some(Step::Contradict) => return Err(Reason::TcpState),
+            Some(Step::Rejudge) => decide_again(case, tables, control),
             Some(Step::Over) => decide(case, tables, control, true),
             None => decide(case, tables, control, false),
         }
@@ -122,32 +125,63 @@ fn not_ip<T: Tables>(tables: &T, direction: Direction) -> Result<u32, Reason> {
     if allowed { Ok(default_slot(direction)) } else { Err(Reason::NotIp) }
 }
 
-/// ONE lookup for a packet of an established flow, two for any other.
+/// ONE lookup for a packet of an established flow, two for any other. The result is in `case.step`, the flow as it is
+/// now in `case.conn`.
 #[inline(always)]
-fn find<A: Family, T: FlowTables<A>>(
-    case: &mut Case<A>,
-    tables: &T,
-    control: &Control,
-) -> Option<Step> {
+fn find<A: Family, T: FlowTables<A>>(case: &mut Case<A>, tables: &T, control: &Control) {
     let Datagram { kind, flags, .. } = case.datagram;
-    let (from_high, now, generation) = (case.from_high, case.now as u32, case.live.generation());
-    let copy = &mut case.conn;
-    let mut advance = |conn: &mut Conn| {
-        if matches!(kind, Kind::Later | Kind::IcmpError) {
-            return conntrack::observe(conn, now, generation, control);
-        }
-        let from_origin = (conn.flags & flag::ORIGIN_HIGH != 0) == from_high;
-        let segment = Segment { kind, flags, from_origin };
-        let step = conntrack::advance(conn, segment, now, generation, control);
-        if step == Step::Promote {
-            *copy = *conn;
-        }
-        step
+    let mut advance = Advance {
+        segment: Segment { kind, flags, from_origin: false },
+        from_high: case.from_high,
+        now: case.now as u32,
+        generation: case.live.generation(),
+        control,
+        step: &mut case.step,
+        conn: &mut case.conn,
     };
-    if let Some(step) = tables.touch_established(&case.key, &mut advance) {
-        return Some(step);
+    if !tables.touch_established(&case.key, &mut advance) {
+        tables.touch_half_open(&case.key, &mut advance);
     }
-    tables.touch_half_open(&case.key, &mut advance)
+}
+
+struct Advance<'a> {
+    segment: Segment,
+    from_high: bool,
+    now: u32,
+    generation: u32,
+    control: &'a Control,
+    step: &'a mut Option<Step>,
+    conn: &'a mut Conn,
+}
+
+impl Visit for Advance<'_> {
+    #[inline(always)]
+    fn visit(&mut self, conn: &mut Conn) {
+        let (now, generation) = (self.now, self.generation);
+        let from_origin = (conn.flags & flag::ORIGIN_HIGH != 0) == self.from_high;
+        let step = if matches!(self.segment.kind, Kind::Later | Kind::IcmpError) {
+            conntrack::observe(conn, now, generation, self.control)
+        } else {
+            let segment = Segment { from_origin, ..self.segment };
+            conntrack::advance(conn, segment, now, generation, self.control)
+        };
+        *self.conn = *conn;
+        *self.step = Some(step);
+    }
+}
+
+/// The policy in force admits the flow too.
+struct Stamp {
+    slot: u32,
+    generation: u32,
+}
+
+impl Visit for Stamp {
+    #[inline(always)]
+    fn visit(&mut self, conn: &mut Conn) {
+        conn.slot = self.slot;
+        conn.generation = self.generation;
+    }
 }
 
 /// Asks the rules about the first packet of a flow. `stale`: an entry that is over is in the way.
@@ -172,19 +206,23 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
     if is_essential(datagram, case.direction) {
         return Ok(default_slot(case.direction));
     }
-    let begun = match datagram.kind {
+    let state = match datagram.kind {
         Kind::IcmpError => return Err(Reason::IcmpUnrelated),
         Kind::Later => return Err(Reason::FragmentOrphan),
-        Kind::Icmp => None,
+        // Other ICMP than echo makes no flow.
+        Kind::Icmp => NO_STATE,
         kind => {
             let pickup = case.live.is_open() || case.now < control.pickup_until;
-            Some(conntrack::first(kind, datagram.flags, pickup).ok_or(Reason::NoFlow)?)
+            let state = conntrack::first(kind, datagram.flags, pickup);
+            if state == NO_STATE {
+                return Err(Reason::NoFlow);
+            }
+            state
         }
     };
     case.question = question(datagram, case.direction);
     let slot = ask(case, tables)?;
-    // Other ICMP than echo makes no flow.
-    if let Some((state, flags)) = begun {
+    if state != NO_STATE {
         if stale {
             tables.remove(&case.key);
         }
@@ -195,7 +233,7 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
             generation: case.live.generation(),
             slot,
             state,
-            flags: flags | origin | way,
+            flags: origin | way | if state == state::ESTABLISHED { flag::ASSURED } else { 0 },
             pad: [0; 2],
         };
         if conntrack::is_half_open(state) {
@@ -214,29 +252,25 @@ fn decide_again<A: Family, T: Tables + FlowTables<A>>(
     case: &mut Case<A>,
     tables: &T,
     control: &Control,
-    flags: u8,
 ) {
-    case.question = original(&case.key, flags);
+    case.question = original(&case.key, case.conn.flags);
     let Ok(slot) = ask(case, tables) else {
         tables.remove(&case.key);
         case.outcome = Err(Reason::Revoked);
         return;
     };
-    let generation = case.live.generation();
-    let mut stamp = |conn: &mut Conn| {
-        conn.slot = slot;
-        conn.generation = generation;
-    };
-    if tables.touch_established(&case.key, &mut stamp).is_none() {
+    let mut stamp = Stamp { slot, generation: case.live.generation() };
+    if !tables.touch_established(&case.key, &mut stamp) {
         tables.touch_half_open(&case.key, &mut stamp);
     }
-    case.outcome = match find(case, tables, control) {
-        Some(Step::Drop(reason)) => Err(reason),
+    find(case, tables, control);
+    case.outcome = match case.step {
+        Some(Step::Contradict) => Err(Reason::TcpState),
         Some(Step::Promote) => {
             tables.promote(&case.key, &case.conn);
             Ok(slot)
         }
-        Some(Step::Pass { .. } | Step::Rejudge { .. } | Step::Over) | None => Ok(slot),
+        Some(Step::Pass | Step::Rejudge | Step::Over) | None => Ok(slot),
     };
 }
 
@@ -282,11 +316,8 @@ fn question<A: Family>(d: &Datagram<A>, direction: Direction) -> Question<A> {
 fn original<A: Family>(key: &FlowKey<A>, flags: u8) -> Question<A> {
     let from_high = flags & flag::ORIGIN_HIGH != 0;
     let (src, dst) = if from_high { (key.high, key.low) } else { (key.low, key.high) };
-    let (sport, dport) = if from_high {
-        (key.high_port, key.low_port)
-    } else {
-        (key.low_port, key.high_port)
-    };
+    let (sport, dport) =
+        if from_high { (key.high_port, key.low_port) } else { (key.low_port, key.high_port) };
     let lanes = match key.proto {
         ICMP => lanes(0, 8 << 8, ICMP),
         ICMPV6 => lanes(0, 128 << 8, ICMPV6),
@@ -321,26 +352,23 @@ fn is_essential<A: Family>(datagram: &Datagram<A>, direction: Direction) -> bool
 
 #[inline(always)]
 fn place<A: Family>(case: &mut Case<A>) {
-    let d = &case.datagram;
-    let (kind, proto, ports) = (d.kind, d.proto, (d.sport, d.dport));
-    (case.key, case.from_high) = flow_of(kind, proto, case.zone, (d.src, d.dst), ports);
+    let Datagram { kind, proto, src, dst, sport, dport, .. } = case.datagram;
+    set_key(case, kind, proto, (src, dst), (sport, dport));
 }
 
 /// Of the packet that an ICMP error quotes. It must have been sent by the end that now hears of the error.
-#[inline(always)]
-fn place_quoted<P: Packet + ?Sized, A: Family>(
-    packet: &P,
-    case: &mut Case<A>,
-) -> Result<(), Reason> {
+#[inline(never)]
+fn place_quoted<P: Packet + ?Sized, A: Family>(packet: &P, case: &mut Case<A>) {
+    case.outcome = Err(Reason::IcmpUnrelated);
     // The mask tells the verifier what it forgot while the offset was in memory.
     let at = (case.datagram.l4 & 0xfff) + 8;
-    let q = A::quoted(packet, at).ok_or(Reason::IcmpUnrelated)?;
-    if q.src != case.datagram.dst {
-        return Err(Reason::IcmpUnrelated);
+    let Some(q) = A::quoted(packet, at) else {
+        return;
+    };
+    if q.src == case.datagram.dst {
+        set_key(case, q.kind, q.proto, (q.src, q.dst), (q.sport, q.dport));
+        case.outcome = Ok(0);
     }
-    (case.key, case.from_high) =
-        flow_of(q.kind, q.proto, case.zone, (q.src, q.dst), (q.sport, q.dport));
-    Ok(())
 }
 
 /// Of a later fragment: the first one has said the rest.
@@ -361,7 +389,7 @@ fn place_later<A: Family, T: Tables>(case: &mut Case<A>, tables: &T, control: &C
         _ => Kind::Datagram,
     };
     let ends = (case.datagram.src, case.datagram.dst);
-    (case.key, case.from_high) = flow_of(kind, f.proto, case.zone, ends, (f.sport, f.dport));
+    set_key(case, kind, f.proto, ends, (f.sport, f.dport));
     case.outcome = Ok(0);
 }
 
@@ -399,25 +427,30 @@ fn fragment_key<A: Family>(case: &mut Case<A>) {
     };
 }
 
-/// The key, and whether the packet was sent by its high end.
+/// Sets the key, and whether the packet was sent by its high end. Field by field: the key does not cross the stack.
 #[inline(always)]
-fn flow_of<A: Family>(
+fn set_key<A: Family>(
+    case: &mut Case<A>,
     kind: Kind,
     proto: u8,
-    zone: u8,
     (src, dst): (A, A),
     (sport, dport): ([u8; 2], [u8; 2]),
-) -> (FlowKey<A>, bool) {
-    let echo = matches!(kind, Kind::EchoRequest | Kind::EchoReply);
-    let from_high = if echo {
-        kind == Kind::EchoReply
-    } else {
-        let (a, b) = (u128::from_be_bytes(src.widen()), u128::from_be_bytes(dst.widen()));
-        a > b || a == b && u16::from_be_bytes(sport) > u16::from_be_bytes(dport)
-    };
-    let (low, high) = if from_high { (dst, src) } else { (src, dst) };
+) {
     // The identifier of an echo stays with the requester.
-    let swap = from_high && !echo;
-    let (low_port, high_port) = if swap { (dport, sport) } else { (sport, dport) };
-    (FlowKey { low, high, low_port, high_port, proto, zone, pad: [0; 2] }, from_high)
+    let (from_high, swap) = match kind {
+        Kind::EchoRequest => (false, false),
+        Kind::EchoReply => (true, false),
+        _ => {
+            let from_high = src.is_above(dst)
+                || src == dst && u16::from_be_bytes(sport) > u16::from_be_bytes(dport);
+            (from_high, from_high)
+        }
+    };
+    let key = &mut case.key;
+    (key.low, key.high) = if from_high { (dst, src) } else { (src, dst) };
+    (key.low_port, key.high_port) = if swap { (dport, sport) } else { (sport, dport) };
+    key.proto = proto;
+    key.zone = case.zone;
+    key.pad = [0; 2];
+    case.from_high = from_high;
 }

@@ -18,7 +18,7 @@ use cnsmo_common::{
 };
 use cnsmo_ebpf::{
     classify::{Key4, Key6, Memory, classify},
-    tables::{Case, FlowTables, Question, Tables},
+    tables::{Case, FlowTables, Question, Tables, Visit},
 };
 
 /// One value of [`Control`].
@@ -132,6 +132,16 @@ fn add(counter: Option<*mut Count>, count: Count) {
     }
 }
 
+#[inline(always)]
+fn touch(conn: Option<*mut Conn>, visit: &mut impl Visit) -> bool {
+    let Some(conn) = conn else {
+        return false;
+    };
+    // SAFETY: valid while the program runs. Other CPUs may write at the same time: fields are stored whole.
+    visit.visit(unsafe { &mut *conn });
+    true
+}
+
 /// The two families differ in their maps and in the shape of the classifier's key, in nothing else.
 macro_rules! flow_tables {
     ($address:ty, $case:ident, $established:ident, $half_open:ident, $walk:ident) => {
@@ -143,22 +153,12 @@ macro_rules! flow_tables {
                 $case.get_ptr_mut(0).map(|case| f(unsafe { &mut *case }))
             }
             #[inline(always)]
-            fn touch_established<R>(
-                &self,
-                key: &FlowKey<$address>,
-                f: impl FnOnce(&mut Conn) -> R,
-            ) -> Option<R> {
-                // SAFETY: valid while the program runs. Other CPUs may write at the same time: fields are stored whole.
-                $established.get_ptr_mut(key).map(|conn| f(unsafe { &mut *conn }))
+            fn touch_established(&self, key: &FlowKey<$address>, visit: &mut impl Visit) -> bool {
+                touch($established.get_ptr_mut(key), visit)
             }
             #[inline(always)]
-            fn touch_half_open<R>(
-                &self,
-                key: &FlowKey<$address>,
-                f: impl FnOnce(&mut Conn) -> R,
-            ) -> Option<R> {
-                // SAFETY: as above.
-                $half_open.get_ptr_mut(key).map(|conn| f(unsafe { &mut *conn }))
+            fn touch_half_open(&self, key: &FlowKey<$address>, visit: &mut impl Visit) -> bool {
+                touch($half_open.get_ptr_mut(key), visit)
             }
             #[inline(always)]
             fn insert_half_open(&self, key: &FlowKey<$address>, conn: &Conn) {
@@ -186,11 +186,7 @@ macro_rules! flow_tables {
                 let _ = $half_open.remove(key);
             }
             #[inline(always)]
-            fn classify(
-                &self,
-                question: &Question<$address>,
-                live: Live,
-            ) -> Option<u32> {
+            fn classify(&self, question: &Question<$address>, live: Live) -> Option<u32> {
                 let index = $walk(question, live);
                 if index == BROKEN as u64 { None } else { Some(index as u32) }
             }
@@ -232,7 +228,7 @@ pub fn place(direction: Direction, half: u64, trees: u64) -> u64 {
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn classify_v4(addresses: u64, ports: u64, place: u64) -> u64 {
-    let key = Key4 { addresses, ports };
+    let key = Key4::new((addresses >> 32) as u32, addresses as u32, ports);
     half(BLOB_V4.get_ptr(0), place)
         .and_then(|memory| classify(&key, &memory, header(place), place >> 2))
         .map_or(BROKEN as u64, |index| index as u64)
@@ -250,7 +246,7 @@ pub extern "C" fn classify_v6(
 ) -> u64 {
     let place = ports >> PLACE_AT;
     let ports = ports & ((1 << PLACE_AT) - 1);
-    let key = Key6([src_high, src_low, dst_high, dst_low, ports, 0, 0, 0]);
+    let key = Key6::new([src_high, src_low], [dst_high, dst_low], ports);
     half(BLOB_V6.get_ptr(0), place)
         .and_then(|memory| classify(&key, &memory, header(place), place >> 2))
         .map_or(BROKEN as u64, |index| index as u64)

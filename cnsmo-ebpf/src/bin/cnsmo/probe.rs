@@ -63,11 +63,17 @@ fn next() -> Option<()> {
     Some(())
 }
 
-/// Low half of the jiffies counter: run twice, it tells the kernel's HZ.
+/// Writes the jiffies counter to the first two places of `RESULTS`, low half first: run twice, it tells the kernel's HZ.
 #[classifier]
 pub fn clock(_: TcContext) -> i32 {
     // SAFETY: no arguments.
-    unsafe { bpf_jiffies64() as i32 }
+    let now = unsafe { bpf_jiffies64() };
+    let Some(results) = RESULTS.get_ptr_mut(0) else {
+        return TC_ACT_SHOT;
+    };
+    // SAFETY: the value lives as long as the program runs, and is long enough.
+    unsafe { *results.cast::<[u32; 2]>() = [now as u32, (now >> 32) as u32] };
+    TC_ACT_OK as i32
 }
 
 /// Does nothing: what a test run costs by itself.

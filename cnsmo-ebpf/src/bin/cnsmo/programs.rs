@@ -1,7 +1,7 @@
 //! XDP and TC programs.
 
 use aya_ebpf::{
-    bindings::{TC_ACT_PIPE, TC_ACT_SHOT, xdp_action},
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
     helpers::generated::bpf_xdp_get_buff_len,
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
@@ -65,7 +65,7 @@ fn tc<const L3: usize, const EGRESS: bool>(ctx: &TcContext) -> i32 {
     let packet = unsafe { Direct::new(ctx.data(), ctx.data_end(), length as usize) };
     match run::<_, _, L3, EGRESS>(&packet, &Maps) {
         // On to the next program or filter of the hook.
-        Verdict::Pass => TC_ACT_PIPE,
+        Verdict::Pass => TC_ACT_UNSPEC,
         Verdict::Drop(_) => TC_ACT_SHOT,
     }
 }

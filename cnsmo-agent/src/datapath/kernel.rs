@@ -1,0 +1,508 @@
+//! The data path in the kernel: load, fill, attach, switch policies, count. Nothing else in the agent names aya.
+//!
+//! Maps and links stay pinned under bpffs, so that packets are judged with the agent dead. A restarted agent loads the
+//! programs anew over the pinned maps, replaces them in the pinned links, each at one stroke, and finds the policy live.
+
+mod attach;
+mod check;
+mod load;
+mod sys;
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use aya::{
+    Ebpf,
+    maps::{HashMap, MapData, PerCpuArray},
+};
+use cnsmo_common::{
+    control::{Control, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS},
+    flow::{Conn, FlowKey, state},
+    probe::Header,
+    stat,
+};
+use cnsmo_proto::{
+    model::{Action, Direction, Name},
+    pb::{agent as pb, policy::RuleCounter},
+};
+use prost::Message as _;
+use sys::{Batches, GracePeriod, Mapped};
+
+use super::{ApplyError, Attachment, Count, Datapath, Status};
+use crate::{
+    compile::{Compiled, Limits, compile},
+    effective::Effective,
+};
+
+/// The compiled programs.
+pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/cnsmo"));
+
+/// Seconds after the first attachment in which TCP segments without a flow may make one, where rules allow it:
+/// connections that are older than the firewall live on.
+const PICKUP: Duration = Duration::from_secs(60);
+/// Flows looked at per [`Datapath::sweep`]: some milliseconds.
+const SWEEP_MAX: usize = 16_384;
+/// Flows per system call of a sweep.
+const BATCH: usize = 4_096;
+
+/// How the data path is set up. The sizes are fixed while its maps are pinned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Folder for the pins, on bpffs, of this data path alone.
+    pub pins: PathBuf,
+    /// Folder for what must outlive the agent and cannot be pinned.
+    pub state: PathBuf,
+    /// Devices to guard.
+    pub interfaces: Vec<String>,
+    /// Where ingress is hooked.
+    pub xdp: XdpChoice,
+    /// Entries of each flow table (half-open and established, IPv4 and IPv6).
+    pub flows: u32,
+    /// Bytes of one half of one family's policy; rounded up to a power of two.
+    pub policy_bytes: usize,
+    /// Rules in all.
+    pub rules_max: u32,
+}
+
+/// Where ingress is hooked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum XdpChoice {
+    /// Native XDP where the driver takes it, else generic, else TC.
+    Auto,
+    /// Native XDP or an error.
+    Native,
+    /// Generic XDP or an error.
+    Generic,
+    /// TC.
+    Off,
+}
+
+/// The data path cannot be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    /// A file or folder.
+    #[error("failed to use {}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A call of the kernel.
+    #[error("failed to {what}")]
+    Kernel {
+        /// What was attempted.
+        what: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The verifier's word, or a hook's.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl KernelError {
+    fn file(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File { path, source }
+    }
+
+    fn kernel<E>(what: impl Into<String>) -> impl FnOnce(E) -> Self
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let what = what.into();
+        move |source| Self::Kernel { what, source: source.into() }
+    }
+}
+
+impl From<KernelError> for ApplyError {
+    fn from(error: KernelError) -> Self {
+        Self::Failed(Box::new(error))
+    }
+}
+
+/// The data path of this VM.
+pub struct Kernel {
+    options: Options,
+    ebpf: Ebpf,
+    control: Mapped<Control>,
+    /// IPv4, IPv6.
+    blobs: [Mapped<u64>; 2],
+    rules: Mapped<RuleAction>,
+    trace: Mapped<Header>,
+    results: Mapped<u32>,
+    position: Mapped<u32>,
+    rule_counts: PerCpuArray<MapData, stat::Count>,
+    stat_counts: PerCpuArray<MapData, stat::Count>,
+    flows_v4: Flows<[u8; 4]>,
+    flows_v6: Flows<[u8; 16]>,
+    grace: GracePeriod,
+    clock: Clock,
+    live: LiveParts,
+    /// Of the live rules, by index.
+    names: Vec<Option<(Name, Name)>>,
+    /// What rules had counted when their half was retired.
+    retired: BTreeMap<(Name, Name), Count>,
+    attachments: Vec<Attachment>,
+}
+
+impl Kernel {
+    /// Loads the programs over the pinned maps, or over new ones. Attaches nothing: the first policy comes before.
+    pub fn open(options: Options) -> Result<Self, KernelError> {
+        let loaded = load::load(&options)?;
+        let fresh = loaded.fresh;
+        let mut kernel = loaded.into_kernel(options)?;
+        kernel.set_times(fresh);
+        kernel.retired = read_retired(&kernel.retired_path());
+        Ok(kernel)
+    }
+
+    /// Removes programs, links and maps under `pins` from the kernel.
+    pub fn detach(pins: &Path) -> Result<(), KernelError> {
+        attach::detach_all(pins)?;
+        match fs::remove_dir_all(pins) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(KernelError::file(pins)(error))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    fn half_words(&self) -> usize {
+        load::half_words(&self.options)
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { blob_words: self.half_words(), rules: self.options.rules_max as usize }
+    }
+
+    fn set_times(&mut self, fresh: bool) {
+        let mut control = self.control.read(0, 1)[0];
+        let clock = &self.clock;
+        let seconds = |s: u32| s * clock.hz;
+        control.timeouts = timeouts().map(seconds);
+        control.fragment_timeout = seconds(2);
+        control.refresh = seconds(1);
+        if fresh {
+            control.pickup_until = clock.now() + PICKUP.as_secs() * u64::from(clock.hz);
+        }
+        // The live word lies at the start and is left alone.
+        control.live = self.live.pack().0;
+        self.control.write(0, &[control]);
+    }
+
+    /// Whether the live half already is `compiled`.
+    fn is_live(&self, compiled: &Compiled, rules: &[RuleAction], next: LiveParts) -> bool {
+        let at = self.half_words() * usize::from(self.live.half);
+        let parts = LiveParts { half: self.live.half, generation: self.live.generation, ..next };
+        self.live.generation != 0
+            && parts == self.live
+            && self.blobs[0].holds(at, &compiled.v4.words)
+            && self.blobs[1].holds(at, &compiled.v6.words)
+            && self.rules.holds(self.first_rule(self.live.half), rules)
+    }
+
+    fn first_rule(&self, half: u8) -> usize {
+        self.options.rules_max as usize * usize::from(half)
+    }
+
+    fn actions(&self, policy: &Effective, half: u8) -> Vec<RuleAction> {
+        let first = SLOT_FIRST + self.first_rule(half) as u32;
+        let action = |(slot, owned): (u32, &crate::effective::OwnedRule)| RuleAction {
+            slot,
+            allow: u32::from(owned.rule.action == Action::Allow),
+        };
+        (first..).zip(&policy.rules).map(action).collect()
+    }
+
+    /// Writes the idle half, tries it in the kernel, then makes it live by one store.
+    fn switch(
+        &mut self,
+        policy: &Effective,
+        compiled: &Compiled,
+        next: LiveParts,
+    ) -> Result<(), KernelError> {
+        let half = next.half;
+        let at = self.half_words() * usize::from(half);
+        let actions = self.actions(policy, half);
+        for (blob, family) in self.blobs.iter().zip([&compiled.v4, &compiled.v6]) {
+            blob.write(at, &family.words);
+            if !blob.holds(at, &family.words) {
+                return Err(KernelError::Refused("the policy did not arrive in the kernel".into()));
+            }
+        }
+        self.rules.write(self.first_rule(half), &actions);
+        self.store(std::mem::offset_of!(Control, probe), next.pack().0);
+        self.check(policy)?;
+        for action in &actions {
+            let zero = vec![stat::Count::default(); self.cpus()?];
+            let zero = aya::maps::PerCpuValues::try_from(zero)
+                .map_err(KernelError::kernel("count CPUs"))?;
+            self.rule_counts
+                .set(action.slot, zero, 0)
+                .map_err(KernelError::kernel("clear a counter"))?;
+        }
+
+        self.store(std::mem::offset_of!(Control, live), next.pack().0);
+        self.grace.wait_for_readers().map_err(KernelError::kernel("wait for running programs"))?;
+        self.retire(policy);
+        self.live = next;
+        self.names = names(policy);
+        write_retired(&self.retired_path(), &self.retired);
+        Ok(())
+    }
+
+    fn store(&self, offset: usize, word: u64) {
+        self.control.store_word(offset, word);
+    }
+
+    fn cpus(&self) -> Result<usize, KernelError> {
+        aya::util::nr_cpus()
+            .map_err(|(path, source)| KernelError::File { path: PathBuf::from(path), source })
+    }
+
+    /// Takes over the counts of the half that was live; rules that `next` no longer has are forgotten.
+    fn retire(&mut self, next: &Effective) {
+        let live = self.live_counts();
+        for (name, count) in live {
+            let total = self.retired.entry(name).or_default();
+            total.packets += count.packets;
+            total.bytes += count.bytes;
+        }
+        let kept: std::collections::BTreeSet<_> = names(next).into_iter().flatten().collect();
+        self.retired.retain(|name, _| kept.contains(name));
+    }
+
+    fn live_counts(&self) -> BTreeMap<(Name, Name), Count> {
+        let first = SLOT_FIRST + self.first_rule(self.live.half) as u32;
+        let named = (first..).zip(&self.names);
+        named
+            .filter_map(|(slot, name)| Some((name.clone()?, sum(&self.rule_counts, slot))))
+            .collect()
+    }
+
+    fn retired_path(&self) -> PathBuf {
+        self.options.state.join("counters")
+    }
+}
+
+impl Datapath for Kernel {
+    fn apply(&mut self, policy: &Effective) -> Result<(), ApplyError> {
+        let compiled = compile(policy, &self.limits())?;
+        let next = LiveParts {
+            half: self.live.half ^ 1,
+            default_allow: [policy.ingress == Action::Allow, policy.egress == Action::Allow],
+            open: policy.open,
+            trees_v4: compiled.v4.trees,
+            trees_v6: compiled.v6.trees,
+            // 0 stands for "never".
+            generation: self.live.generation.checked_add(1).unwrap_or(1),
+        };
+        if self.is_live(&compiled, &self.actions(policy, self.live.half), next) {
+            self.names = names(policy);
+        } else {
+            self.switch(policy, &compiled, next)?;
+        }
+        if self.attachments.is_empty() {
+            self.attachments = attach::attach(&mut self.ebpf, &self.options)?;
+        }
+        Ok(())
+    }
+
+    fn status(&mut self) -> Status {
+        let mut counters: BTreeMap<Name, BTreeMap<Name, Count>> = BTreeMap::new();
+        for ((policy, rule), mut count) in self.live_counts() {
+            if let Some(before) = self.retired.get(&(policy.clone(), rule.clone())) {
+                count.packets += before.packets;
+                count.bytes += before.bytes;
+            }
+            counters.entry(policy).or_default().insert(rule, count);
+        }
+        let mut drops = Vec::new();
+        for (direction, number) in [
+            (Direction::Ingress, cnsmo_common::Direction::Ingress),
+            (Direction::Egress, cnsmo_common::Direction::Egress),
+        ] {
+            for reason in stat::Reason::ALL {
+                let count = sum(&self.stat_counts, reason.at(number));
+                if count != Count::default() {
+                    drops.push((direction, reason.as_str(), count));
+                }
+            }
+        }
+        Status {
+            interfaces: self.attachments.clone(),
+            flows: self.flows_v4.live + self.flows_v6.live,
+            rules: self.names.len() as u64,
+            counters,
+            drops,
+        }
+    }
+
+    fn sweep(&mut self) {
+        let control = self.control.read(0, 1)[0];
+        let now = self.clock.now() as u32;
+        for result in [self.flows_v4.sweep(now, &control), self.flows_v6.sweep(now, &control)] {
+            if let Err(error) = result {
+                tracing::warn!(%error, "failed to sweep expired flows; will try again");
+            }
+        }
+    }
+}
+
+/// Seconds without a packet after which a flow of a state is over; RFC 5382 and RFC 4787 ask for 2 h and 2 min at
+/// least where a connection may be idle.
+fn timeouts() -> [u32; TIMEOUTS] {
+    let mut seconds = [10; TIMEOUTS];
+    for (state, timeout) in [
+        (state::SYN_SENT, 60),
+        (state::SYN_RECV, 60),
+        (state::ESTABLISHED, 7_440),
+        (state::FIN_WAIT, 60),
+        (state::TIME_WAIT, 30),
+        (state::CLOSED, 10),
+        (state::UNREPLIED, 30),
+        (state::REPLIED, 120),
+        (state::ECHOED, 10),
+    ] {
+        seconds[usize::from(state)] = timeout;
+    }
+    seconds
+}
+
+fn names(policy: &Effective) -> Vec<Option<(Name, Name)>> {
+    let name = |owned: &crate::effective::OwnedRule| {
+        owned.policy.clone().map(|policy| (policy, owned.rule.name.clone()))
+    };
+    policy.rules.iter().map(name).collect()
+}
+
+fn sum(counts: &PerCpuArray<MapData, stat::Count>, at: u32) -> Count {
+    let mut total = Count::default();
+    // A place outside the map counts nothing.
+    if let Ok(cpus) = counts.get(&at, 0) {
+        for cpu in cpus.iter() {
+            total.packets += cpu.packets;
+            total.bytes += cpu.bytes;
+        }
+    }
+    total
+}
+
+/// The established flows of one family.
+struct Flows<A> {
+    fd: OwnedFd,
+    map: HashMap<MapData, FlowKey<A>, Conn>,
+    batches: Batches<FlowKey<A>, Conn>,
+    /// As of the last whole round.
+    live: u64,
+    seen: u64,
+}
+
+impl<A: Copy + 'static> Flows<A>
+where
+    FlowKey<A>: aya::Pod,
+{
+    fn new(fd: OwnedFd, map: HashMap<MapData, FlowKey<A>, Conn>) -> Self {
+        Self { fd, map, batches: Batches::new(BATCH), live: 0, seen: 0 }
+    }
+
+    /// The programs take an expired flow for none; this only makes room.
+    fn sweep(&mut self, now: u32, control: &Control) -> io::Result<()> {
+        let mut looked_at = 0;
+        while looked_at < SWEEP_MAX {
+            let (entries, done) = self.batches.next(self.fd.as_fd())?;
+            for (key, conn) in entries {
+                looked_at += 1;
+                let timeout = control.timeouts[usize::from(conn.state) & (TIMEOUTS - 1)];
+                if now.wrapping_sub(conn.seen) as i32 > timeout as i32 {
+                    // Gone already is as good.
+                    let _ = self.map.remove(&key);
+                } else {
+                    self.seen += 1;
+                }
+            }
+            if done {
+                self.live = self.seen;
+                self.seen = 0;
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The kernel's jiffies counter, as seen from here.
+struct Clock {
+    hz: u32,
+    start: Instant,
+    at_start: u64,
+}
+
+impl Clock {
+    /// Reads the counter twice: no file tells HZ.
+    fn learn(ebpf: &Ebpf, results: &Mapped<u32>) -> Result<Self, KernelError> {
+        const HZ: [u32; 4] = [100, 250, 300, 1000];
+        const SPAN: Duration = Duration::from_millis(100);
+        let (first, start) = (load::jiffies(ebpf, results)?, Instant::now());
+        #[expect(clippy::disallowed_methods, reason = "set-up, on the data path's own thread")]
+        std::thread::sleep(SPAN);
+        let (second, took) = (load::jiffies(ebpf, results)?, start.elapsed());
+        let seen = f64::from(second.wrapping_sub(first) as u32) / took.as_secs_f64();
+        let distance = |hz: &u32| (f64::from(*hz) / seen).ln().abs();
+        let nearest = HZ.into_iter().min_by(|a, b| distance(a).total_cmp(&distance(b)));
+        Ok(Self { hz: nearest.unwrap_or(HZ[1]), start, at_start: first })
+    }
+
+    fn now(&self) -> u64 {
+        self.at_start + (self.start.elapsed().as_secs_f64() * f64::from(self.hz)) as u64
+    }
+}
+
+/// Counts of retired halves; a missing or damaged file only makes counters start anew.
+fn read_retired(path: &Path) -> BTreeMap<(Name, Name), Count> {
+    let Ok(bytes) = fs::read(path) else { return BTreeMap::new() };
+    let Ok(report) = pb::StatusReport::decode(bytes.as_slice()) else {
+        tracing::warn!(path = %path.display(), "damaged rule counters; they start anew");
+        return BTreeMap::new();
+    };
+    let mut counts = BTreeMap::new();
+    for policy in report.policies {
+        for rule in policy.rules {
+            if let (Ok(policy), Ok(name)) = (Name::new(&policy.policy), Name::new(rule.rule)) {
+                let count = Count { packets: rule.packets, bytes: rule.bytes };
+                counts.insert((policy, name), count);
+            }
+        }
+    }
+    counts
+}
+
+fn write_retired(path: &Path, counts: &BTreeMap<(Name, Name), Count>) {
+    let mut policies: BTreeMap<&Name, Vec<RuleCounter>> = BTreeMap::new();
+    for ((policy, rule), count) in counts {
+        policies.entry(policy).or_default().push(RuleCounter {
+            rule: rule.to_string(),
+            packets: count.packets,
+            bytes: count.bytes,
+        });
+    }
+    let policies = policies
+        .into_iter()
+        .map(|(policy, rules)| pb::PolicyCounters { policy: policy.to_string(), rules })
+        .collect();
+    let report = pb::StatusReport { node: None, policies };
+    let new = path.with_extension("new");
+    let written = fs::write(&new, report.encode_to_vec()).and_then(|()| fs::rename(&new, path));
+    if let Err(error) = written {
+        tracing::warn!(path = %path.display(), %error, "failed to keep rule counters");
+    }
+}

@@ -1,0 +1,246 @@
+//! Hooks: choosing them by trying, pinning them, replacing the program in them.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode,
+        links::{FdLink, PinnedLink},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
+        xdp::XdpLink,
+    },
+};
+
+use super::{Attachment, KernelError, Options, XdpChoice};
+
+/// Priority and handle of our filters where tcx is missing: fixed, so that a restarted agent finds them.
+const CLSACT_PRIORITY: u16 = 1;
+const CLSACT_HANDLE: (u16, u16) = (0, 0xc5);
+
+/// Attaches to every device, or replaces the programs attached there. Egress first: what a VM sends is known before
+/// the answers come.
+pub(super) fn attach(ebpf: &mut Ebpf, options: &Options) -> Result<Vec<Attachment>, KernelError> {
+    let links = options.pins.join("links");
+    fs::create_dir_all(&links).map_err(KernelError::file(&links))?;
+    let mut attached = Vec::new();
+    for interface in &options.interfaces {
+        let device = Device { links: &links, interface, ethernet: is_ethernet(interface)? };
+        let egress = device.tc(ebpf, TcAttachType::Egress)?;
+        let ingress = device.ingress(ebpf, options.xdp)?;
+        attached.push(Attachment { interface: interface.clone(), ingress, egress });
+    }
+    Ok(attached)
+}
+
+/// Unpins every link, which detaches it, and removes filters from the devices named in the pins.
+pub(super) fn detach_all(pins: &Path) -> Result<(), KernelError> {
+    let links = pins.join("links");
+    let Ok(entries) = fs::read_dir(&links) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some((pinned, _)) = name.split_once(CLSACT_MARK) {
+            let interface = &pinned.replace(DOT, ".");
+            for (hook, program) in [
+                (TcAttachType::Ingress, "nic_ingress"),
+                (TcAttachType::Ingress, "tunnel_ingress"),
+                (TcAttachType::Egress, "nic_egress"),
+                (TcAttachType::Egress, "tunnel_egress"),
+            ] {
+                // Not there, or the device is gone: as wanted.
+                let _ = tc::qdisc_detach_program(interface, hook, program);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Separates device and hook in the name of a pin that stands for filters, which the kernel cannot pin.
+const CLSACT_MARK: &str = "@clsact-";
+
+/// Stands for a dot in the name of a pin: bpffs takes none, devices such as `eth0.7` have one.
+const DOT: &str = "%";
+
+fn pin_name(interface: &str) -> String {
+    interface.replace('.', DOT)
+}
+
+struct Device<'a> {
+    links: &'a Path,
+    interface: &'a str,
+    /// Frames begin with an Ethernet header.
+    ethernet: bool,
+}
+
+impl Device<'_> {
+    fn ingress(&self, ebpf: &mut Ebpf, choice: XdpChoice) -> Result<&'static str, KernelError> {
+        let modes: &[(XdpMode, &'static str)] = match choice {
+            _ if !self.ethernet => &[],
+            XdpChoice::Off => &[],
+            XdpChoice::Native => &[(XdpMode::Driver, "xdp-native")],
+            XdpChoice::Generic => &[(XdpMode::Skb, "xdp-generic")],
+            XdpChoice::Auto => &[(XdpMode::Driver, "xdp-native"), (XdpMode::Skb, "xdp-generic")],
+        };
+        let mut refusals = Vec::new();
+        for &(mode, name) in modes {
+            match self.xdp(ebpf, mode, name) {
+                Ok(()) => {
+                    self.retire_ingress(name)?;
+                    return Ok(name);
+                }
+                Err(error) => refusals.push(format!("{name}: {error}")),
+            }
+        }
+        if matches!(choice, XdpChoice::Native | XdpChoice::Generic) && self.ethernet {
+            let why = refusals.join("; ");
+            return Err(KernelError::Refused(format!("{} takes no {why}", self.interface)));
+        }
+        if !refusals.is_empty() {
+            tracing::warn!(interface = self.interface, ?refusals, "no XDP here; using TC");
+        }
+        let name = self.tc(ebpf, TcAttachType::Ingress)?;
+        self.retire_ingress(name)?;
+        Ok(name)
+    }
+
+    fn xdp(&self, ebpf: &mut Ebpf, mode: XdpMode, name: &str) -> Result<(), ProgramError> {
+        let program: &mut Xdp = program(ebpf, "nic_xdp")?;
+        let pin = self.pin(name);
+        if let Ok(link) = PinnedLink::from_pin(&pin) {
+            let replaced = XdpLink::try_from(FdLink::from(link))
+                .map_err(|error| failed(&error))
+                .and_then(|link| program.attach_to_link(link));
+            match replaced {
+                Ok(id) => {
+                    // The pin holds the link; ours is one reference more, kept until the process ends.
+                    std::mem::forget(program.take_link(id)?);
+                    return Ok(());
+                }
+                // A link of a device that is gone: attach anew.
+                Err(_) => drop(fs::remove_file(&pin)),
+            }
+        }
+        let id = program.attach(self.interface, mode)?;
+        let link = FdLink::try_from(program.take_link(id)?).map_err(|error| failed(&error))?;
+        std::mem::forget(link.pin(&pin).map_err(|error| failed(&error))?);
+        Ok(())
+    }
+
+    /// tcx where the kernel has it, else a filter of clsact.
+    fn tc(&self, ebpf: &mut Ebpf, hook: TcAttachType) -> Result<&'static str, KernelError> {
+        let what = || format!("attach to {}", self.interface);
+        let name = match (self.ethernet, hook == TcAttachType::Egress) {
+            (true, true) => "nic_egress",
+            (true, false) => "nic_ingress",
+            (false, true) => "tunnel_egress",
+            (false, false) => "tunnel_ingress",
+        };
+        let program: &mut SchedClassifier =
+            program(ebpf, name).map_err(KernelError::kernel(what()))?;
+        let way = if hook == TcAttachType::Egress { "egress" } else { "ingress" };
+        match self.tcx(program, hook, way) {
+            Ok(()) => Ok("tcx"),
+            // The kernel is older than 6.6.
+            Err(ProgramError::SyscallError(error))
+                if matches!(error.io_error.raw_os_error(), Some(libc::EINVAL)) =>
+            {
+                self.clsact(program, hook, way).map_err(KernelError::kernel(what()))?;
+                Ok("clsact")
+            }
+            Err(error) => Err(KernelError::kernel(what())(error)),
+        }
+    }
+
+    fn tcx(
+        &self,
+        program: &mut SchedClassifier,
+        hook: TcAttachType,
+        way: &str,
+    ) -> Result<(), ProgramError> {
+        let pin = self.pin(&format!("tcx-{way}"));
+        if let Ok(link) = PinnedLink::from_pin(&pin) {
+            let replaced = SchedClassifierLink::try_from(FdLink::from(link))
+                .map_err(|error| failed(&error))
+                .and_then(|link| program.attach_to_link(link));
+            match replaced {
+                Ok(id) => {
+                    std::mem::forget(program.take_link(id)?);
+                    return Ok(());
+                }
+                Err(_) => drop(fs::remove_file(&pin)),
+            }
+        }
+        let order = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program.attach_with_options(self.interface, hook, order)?;
+        let link = FdLink::try_from(program.take_link(id)?).map_err(|error| failed(&error))?;
+        std::mem::forget(link.pin(&pin).map_err(|error| failed(&error))?);
+        Ok(())
+    }
+
+    fn clsact(
+        &self,
+        program: &mut SchedClassifier,
+        hook: TcAttachType,
+        way: &str,
+    ) -> Result<(), ProgramError> {
+        // There already: as good.
+        let _ = tc::qdisc_add_clsact(self.interface);
+        let handle = TcHandle::new(CLSACT_HANDLE.0, CLSACT_HANDLE.1);
+        let known =
+            SchedClassifierLink::attached(self.interface, hook, CLSACT_PRIORITY, handle, None);
+        let replaced = known.ok().and_then(|link| program.attach_to_link(link).ok());
+        let id = match replaced {
+            Some(id) => id,
+            None => {
+                let options = NlOptions { priority: CLSACT_PRIORITY, handle, ..Default::default() };
+                let options = TcAttachOptions::Netlink(options);
+                program.attach_with_options(self.interface, hook, options)?
+            }
+        };
+        // A filter stays until it is removed; dropping the link would.
+        std::mem::forget(program.take_link(id)?);
+        let mark = self.links.join(format!("{}{CLSACT_MARK}{way}", pin_name(self.interface)));
+        fs::create_dir_all(&mark).map_err(|error| failed(&error))
+    }
+
+    /// Ingress is judged once: hooks of an earlier choice go when the new one is in place.
+    fn retire_ingress(&self, kept: &str) -> Result<(), KernelError> {
+        for name in ["xdp-native", "xdp-generic", "tcx-ingress"] {
+            let pin = self.pin(name);
+            if !name.starts_with(kept) && pin.exists() {
+                fs::remove_file(&pin).map_err(KernelError::file(&pin))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn pin(&self, hook: &str) -> PathBuf {
+        self.links.join(format!("{}@{hook}", pin_name(self.interface)))
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> ProgramError {
+    ProgramError::IOError(std::io::Error::other(format!("failed to keep a link: {error}")))
+}
+
+fn program<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut T, ProgramError>
+where
+    &'a mut T: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    ebpf.program_mut(name).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+/// Whether frames of the device begin with an Ethernet header; tunnels begin with the IP header.
+fn is_ethernet(interface: &str) -> Result<bool, KernelError> {
+    const ARPHRD_ETHER: u16 = 1;
+    let all = nix::ifaddrs::getifaddrs().map_err(KernelError::kernel("list network devices"))?;
+    let kind = all
+        .filter(|entry| entry.interface_name == interface)
+        .find_map(|entry| entry.address?.as_link_addr().map(|link| link.hatype()));
+    let kind = kind
+        .ok_or_else(|| KernelError::Refused(format!("there is no network device {interface}")))?;
+    Ok(kind == ARPHRD_ETHER)
+}
