@@ -17,8 +17,9 @@ use std::{
 };
 
 use aya::{
-    Ebpf,
+    Ebpf, TestRunOptions, TestRunResult,
     maps::{HashMap, MapData, PerCpuArray},
+    programs::{Program, TestRun as _},
 };
 use cnsmo_common::{
     control::{Control, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS},
@@ -163,6 +164,46 @@ impl Kernel {
         kernel.set_times(fresh);
         kernel.retired = read_retired(&kernel.retired_path());
         Ok(kernel)
+    }
+
+    /// Has the kernel run `program` on one frame, against the live maps: its return value and the frame afterwards.
+    pub fn test_run(&mut self, program: &str, frame: &[u8]) -> Result<(u32, Vec<u8>), KernelError> {
+        let mut out = vec![0; frame.len()];
+        let run = self.run(program, frame, &mut out, 1)?;
+        out.truncate(run.data_size_out as usize);
+        Ok((run.return_value, out))
+    }
+
+    /// As [`Self::test_run`], `repeat` times: the time of one run as the kernel measures it.
+    pub fn time(
+        &mut self,
+        program: &str,
+        frame: &[u8],
+        repeat: u32,
+    ) -> Result<Duration, KernelError> {
+        Ok(self.run(program, frame, &mut vec![0; frame.len()], repeat)?.duration)
+    }
+
+    fn run(
+        &mut self,
+        name: &str,
+        frame: &[u8],
+        out: &mut [u8],
+        repeat: u32,
+    ) -> Result<TestRunResult, KernelError> {
+        load::ensure_loaded(&mut self.ebpf, name)?;
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(out),
+            repeat,
+            ..Default::default()
+        };
+        let result = match self.ebpf.program(name) {
+            Some(Program::Xdp(program)) => program.test_run(options),
+            Some(Program::SchedClassifier(program)) => program.test_run(options),
+            _ => return Err(KernelError::Refused(format!("{name} cannot be run by itself"))),
+        };
+        result.map_err(KernelError::kernel(format!("run program {name}")))
     }
 
     /// Removes programs, links and maps under `pins` from the kernel.

@@ -15,7 +15,7 @@ use aya::{
     },
 };
 
-use super::{Attachment, KernelError, Options, XdpChoice};
+use super::{Attachment, KernelError, Options, XdpChoice, load::ensure_loaded};
 
 /// Priority and handle of our filters where tcx is missing: fixed, so that a restarted agent finds them.
 const CLSACT_PRIORITY: u16 = 1;
@@ -77,6 +77,9 @@ struct Device<'a> {
 
 impl Device<'_> {
     fn ingress(&self, ebpf: &mut Ebpf, choice: XdpChoice) -> Result<&'static str, KernelError> {
+        if self.ethernet && choice != XdpChoice::Off {
+            ensure_loaded(ebpf, "nic_xdp")?;
+        }
         let modes: &[(XdpMode, &'static str)] = match choice {
             _ if !self.ethernet => &[],
             XdpChoice::Off => &[],
@@ -138,6 +141,7 @@ impl Device<'_> {
             (false, true) => "tunnel_egress",
             (false, false) => "tunnel_ingress",
         };
+        ensure_loaded(ebpf, name)?;
         let program: &mut SchedClassifier =
             program(ebpf, name).map_err(KernelError::kernel(what()))?;
         let way = if hook == TcAttachType::Egress { "egress" } else { "ingress" };
