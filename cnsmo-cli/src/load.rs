@@ -77,7 +77,7 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 /// The name for messages, and the text.
 fn read(path: &Path) -> Result<(String, String)> {
     if path == Path::new("-") {
-        return Ok(("standard input".to_owned(), bounded(io::stdin().lock(), "standard input")?));
+        return Ok(("-".to_owned(), bounded(io::stdin().lock(), "standard input")?));
     }
     let name = path.display().to_string();
     let file = File::open(path).with_context(|| format!("failed to open {name}"))?;

@@ -1,5 +1,5 @@
 use std::{
-    fs::OpenOptions,
+    fs::{self, File, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::Path,
@@ -21,10 +21,19 @@ pub(crate) async fn create(client: &Client, args: TokenArgs) -> Result<()> {
         labels: args.labels.as_map().clone(),
     };
     let mut core = client.join_tokens().await?;
-    let response = core.create_join_token(request).await.map_err(refused)?.into_inner();
-    match &args.output {
-        Some(path) => write(path, &response.token)
-            .with_context(|| format!("failed to write the token to {}", path.display()))?,
+    // Before the core makes a token that nobody could read.
+    let mut file = args.output.as_deref().map(create_file).transpose()?;
+    let response = match core.create_join_token(request).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => {
+            if let Some(path) = &args.output {
+                fs::remove_file(path)?;
+            }
+            return Err(refused(status));
+        }
+    };
+    match &mut file {
+        Some(file) => writeln!(file, "{}", response.token).context("failed to write the token")?,
         None => writeln!(io::stdout(), "{}", response.token)?,
     }
     if let Some(time) = response.expire_time {
@@ -34,7 +43,8 @@ pub(crate) async fn create(client: &Client, args: TokenArgs) -> Result<()> {
 }
 
 /// A new file: one that is there could be readable by others, or a link to somewhere else.
-fn write(path: &Path, token: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
-    writeln!(file, "{token}")
+fn create_file(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create_new(true).mode(0o600).open(path);
+    file.with_context(|| format!("failed to create {}", path.display()))
 }

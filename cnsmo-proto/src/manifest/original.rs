@@ -74,13 +74,16 @@ pub(super) fn convert(
         default_egress: Action::Allow.into(),
         rules: converter.rules,
     };
-    if d.problems() == 0
-        && let Err(invalid) = model::FirewallPolicy::try_from(spec.clone())
-    {
-        d.refuse_invalid(root, invalid);
-    }
+    let spec = match (d.problems(), model::FirewallPolicy::try_from(spec)) {
+        (0, Ok(policy)) => Some(FirewallPolicySpec::from(&policy)),
+        (0, Err(invalid)) => {
+            d.refuse_invalid(root, invalid);
+            None
+        }
+        _ => None,
+    };
     let metadata = Metadata { name: name.to_string(), ..Metadata::default() };
-    let policy = FirewallPolicy { metadata: Some(metadata), spec: Some(spec), status: None };
+    let policy = FirewallPolicy { metadata: Some(metadata), spec, status: None };
     let resource = Resource { resource: Some(Kind::FirewallPolicy(policy)) };
     d.finish(Some((resource, converter.notes)))
 }
