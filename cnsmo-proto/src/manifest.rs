@@ -22,7 +22,7 @@ use tree::Node;
 /// Longest file. A policy with [`crate::model::RULES_MAX`] rules of ordinary size fits.
 pub const FILE_BYTES_MAX: usize = 32 << 20;
 /// Errors reported of one file; the rest is counted. More than a person reads at once.
-pub const ERRORS_MAX: usize = 100;
+pub const ERRORS_MAX: usize = 20;
 
 /// What a file holds.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -221,7 +221,7 @@ fn an_alias_bomb_is_refused_and_a_shared_list_is_not() {
     let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
     for n in 1..9 {
         let alias = format!("*a{}", n - 1);
-        let list = vec![alias.as_str(); 10].join(", ");
+        let list = [alias.as_str(); 10].join(", ");
         writeln!(bomb, "a{n}: &a{n} [{list}]").unwrap();
     }
     let error = read(&bomb).unwrap_err().to_string();
@@ -261,6 +261,18 @@ fn every_example_is_read() {
         names.insert(path.file_name().unwrap().to_str().unwrap().to_owned());
     }
     assert!(names.contains("three-tier.yaml"), "{names:?}");
+}
+
+#[test]
+fn the_manifests_in_the_documentation_are_read() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/manifest.md");
+    let text = fs::read_to_string(path).unwrap();
+    let blocks: Vec<_> = text.split("```yaml\n").skip(1).collect();
+    assert_eq!(blocks.len(), 2);
+    for block in blocks {
+        let yaml = block.split("```").next().unwrap();
+        assert_eq!(read(yaml).unwrap().resources.len(), 1, "{yaml}");
+    }
 }
 
 fn original(name: &str) -> Result<Parsed, Errors> {
