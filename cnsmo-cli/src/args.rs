@@ -52,7 +52,13 @@ pub(crate) enum Command {
     /// List the VMs
     Nodes {
         /// Labels that a VM must have
-        #[arg(short = 'l', long, default_value = "", value_name = "KEY=VALUE,...")]
+        #[arg(
+            short = 'l',
+            long,
+            default_value = "",
+            hide_default_value = true,
+            value_name = "KEY=VALUE,..."
+        )]
         selector: Labels,
     },
     /// Set or remove labels
@@ -167,7 +173,7 @@ pub(crate) enum TokenCommand {
 #[derive(clap::Args)]
 pub(crate) struct TokenArgs {
     /// How long VMs can join with it, at most 30d
-    #[arg(long, default_value = "1h", value_parser = duration)]
+    #[arg(long, default_value = "1h", value_parser = token_time)]
     pub(crate) ttl: Duration,
     /// How many VMs can join with it
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
@@ -207,11 +213,18 @@ impl From<KindArg> for Kind {
 }
 
 fn wait_time(text: &str) -> Result<Duration, String> {
-    // The limit of the API.
-    const WAIT_MAX: Duration = Duration::from_secs(3600);
+    at_most(text, duration("1h")?)
+}
+
+fn token_time(text: &str) -> Result<Duration, String> {
+    at_most(text, duration("30d")?)
+}
+
+/// Zero would ask the core for its default, and more than its limit be refused there.
+fn at_most(text: &str, max: Duration) -> Result<Duration, String> {
     let time = duration(text)?;
-    if time.is_zero() || time > WAIT_MAX {
-        return Err("give more than 0s and at most 1h".to_owned());
+    if time.is_zero() || time > max {
+        return Err(format!("give more than 0s and at most {}s", max.as_secs()));
     }
     Ok(time)
 }
@@ -269,5 +282,6 @@ mod tests {
             assert!(duration(bad).is_err(), "{bad}");
         }
         assert!(wait_time("0s").is_err() && wait_time("61m").is_err() && wait_time("1h").is_ok());
+        assert!(token_time("31d").is_err() && token_time("30d").is_ok());
     }
 }

@@ -71,19 +71,30 @@ fn unreachable(socket: &Path, error: &tonic::transport::Error) -> anyhow::Error 
             },
         }
     };
+    if let Some(message) = io.and_then(|io| remedy(socket, io.kind())) {
+        return anyhow!(message);
+    }
+    anyhow!("{}", io.map_or_else(|| error.to_string(), ToString::to_string))
+        .context(format!("failed to connect to {}", socket.display()))
+}
+
+/// What went wrong, and what to do about it.
+fn remedy(socket: &Path, kind: io::ErrorKind) -> Option<String> {
     let path = socket.display();
-    match io.map(io::Error::kind) {
-        Some(io::ErrorKind::NotFound) => anyhow!(
-            "no socket at {path}: is cnsmo-core running on this machine? Name another socket with --socket or CNSMO_SOCKET"
-        ),
-        Some(io::ErrorKind::PermissionDenied) => anyhow!(
-            "permission denied on {path}: run as root, or as a user of the socket's group (`ls -l {path}` shows it)"
-        ),
-        Some(io::ErrorKind::ConnectionRefused) => anyhow!(
-            "nobody listens on {path}: cnsmo-core has stopped; start it again (`systemctl start cnsmo-core`)"
-        ),
-        _ => anyhow!("{}", io.map_or_else(|| error.to_string(), ToString::to_string))
-            .context(format!("failed to connect to {path}")),
+    match kind {
+        io::ErrorKind::NotFound => Some(format!(
+            "no socket at {path}: is cnsmo-core running on this machine? \
+             Name another socket with --socket or CNSMO_SOCKET"
+        )),
+        io::ErrorKind::PermissionDenied => Some(format!(
+            "permission denied on {path}: run as root, or as a user of the socket's group \
+             (`ls -l {path}` shows it)"
+        )),
+        io::ErrorKind::ConnectionRefused => Some(format!(
+            "nobody listens on {path}: cnsmo-core has stopped; start it again \
+             (`systemctl start cnsmo-core`)"
+        )),
+        _ => None,
     }
 }
 
@@ -106,5 +117,18 @@ pub(crate) fn refused(status: Status) -> anyhow::Error {
         Code::Unimplemented => anyhow!("this core does not offer that: it is of another version"),
         Code::Unavailable => anyhow!("the core ended the connection: {message}"),
         code => anyhow!("the core answered {code:?}: {message}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_that_may_not_be_used_is_said_with_the_remedy() {
+        let path = Path::new("/run/cnsmo/core.sock");
+        let message = remedy(path, io::ErrorKind::PermissionDenied).unwrap();
+        assert!(message.starts_with("permission denied on /run/cnsmo/core.sock: run as root"));
+        assert_eq!(remedy(path, io::ErrorKind::OutOfMemory), None);
     }
 }

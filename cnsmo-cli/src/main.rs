@@ -66,7 +66,9 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Label(label) => label::label(&client, label).await?,
         Command::Token(TokenCommand::Create(create)) => token::create(&client, create).await?,
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Args::command(), "cnsmo", &mut io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "cnsmo", &mut script);
+            io::stdout().write_all(&script)?;
         }
         Command::Version => writeln!(io::stdout(), "cnsmo {}", env!("CARGO_PKG_VERSION"))?,
     }

@@ -27,10 +27,7 @@ const ANY: &str = "any";
 
 pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec> {
     let before = d.problems();
-    let fields = d.fields(node, &["target", "priority", "defaults", "rules", "mode"])?;
-    if let Some(mode) = fields.get("mode") {
-        d.field("mode", |d| d.refuse(mode, "not supported by this version: policies are enforced"));
-    }
+    let fields = d.fields_but(node, &["target", "priority", "defaults", "rules"], &["mode"])?;
     let target = d.optional(&fields, "target", document::labels).unwrap_or_default();
     let priority = d.optional(&fields, "priority", |d, node| number(d, node, model::PRIORITY_MAX));
     let defaults = d.optional(&fields, "defaults", |d, node| {
@@ -60,7 +57,7 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec>
 }
 
 fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
-    const FIELDS: [&str; 11] = [
+    const FIELDS: [&str; 9] = [
         "name",
         "action",
         "direction",
@@ -70,28 +67,27 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
         "ports",
         "sourcePorts",
         "icmpTypes",
-        "log",
-        "limit",
     ];
     let before = d.problems();
-    let fields = d.fields(node, &FIELDS)?;
-    for key in LATER_FIELDS {
-        if let Some(node) = fields.get(key) {
-            d.field(key, |d| d.refuse(node, "not supported by this version"));
-        }
-    }
+    let fields = d.fields_but(node, &FIELDS, &LATER_FIELDS)?;
     let name = d.required(node, &fields, "name", Decoder::text);
     let action = d.required(node, &fields, "action", action);
     let direction = d.required(node, &fields, "direction", |d, node| d.word(node, &DIRECTIONS));
     let from_cidrs = d.optional(&fields, "from", peers).unwrap_or_default();
     let to_cidrs = d.optional(&fields, "to", peers).unwrap_or_default();
-    let protocol = d.optional(&fields, "protocol", protocol).flatten();
+    let read = d.optional(&fields, "protocol", protocol);
+    let protocol = read.flatten();
     let port_list = |d: &mut Decoder, node: &Node| {
         d.matches(node, "a list of ports such as 80 and \"8000-8100\"", ports)
     };
     let ports = d.optional(&fields, "ports", port_list).unwrap_or_default();
     let source_ports = d.optional(&fields, "sourcePorts", port_list).unwrap_or_default();
-    let icmp_types = d.optional(&fields, "icmpTypes", |d, node| icmp_types(d, node, protocol));
+    // Types cannot be judged without a protocol that could be read.
+    let icmp_types = if fields.get("protocol").is_none() || read.is_some() {
+        d.optional(&fields, "icmpTypes", |d, node| icmp_types(d, node, protocol))
+    } else {
+        None
+    };
     let rule = FirewallRule {
         name: name.unwrap_or_default(),
         action: action.unwrap_or(Action::Unspecified).into(),

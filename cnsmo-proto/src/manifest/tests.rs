@@ -137,6 +137,7 @@ fn a_bad_field_is_refused_with_its_path() {
         (rule(&["to: [10.0.0.0/8, 10.0.0.1]"]), "spec.rules[0].to[1]"),
         (rule(&["from: [10.0.0.0/8]", "to: [\"fd00::/8\"]"]), "spec.rules[0].to"),
         (rule(&["protocol: http"]), "spec.rules[0].protocol"),
+        (rule(&["protocol: icpm", "icmpTypes: [3]"]), "spec.rules[0].protocol"),
         (rule(&["protocol: 256"]), "spec.rules[0].protocol"),
         (rule(&["protocol: any", "ports: [80]"]), "spec.rules[0].ports"),
         (rule(&["protocol: 47", "sourcePorts: [80]"]), "spec.rules[0].sourcePorts"),
@@ -161,6 +162,8 @@ fn a_bad_field_is_refused_with_its_path() {
         (String::new(), ""),
         ("just a text".into(), ""),
         ("a: [".into(), ""),
+        ("[".repeat(10_000), ""),
+        ("kind: !mine Node\nmetadata: {name: a}".into(), ""),
     ];
     for (text, field) in cases {
         let errors = read(&text).expect_err(&text);

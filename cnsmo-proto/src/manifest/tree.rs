@@ -49,6 +49,7 @@ pub(super) fn documents(text: &str) -> Vec<Result<Node, Problem>> {
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: ALIASED_MAX },
         duplicate_keys: DuplicateKeyPolicy::PassThrough,
         strict_booleans: true,
+        reject_unsupported_tags: true,
         with_snippet: false,
     };
     // The message of the library says line and column.
