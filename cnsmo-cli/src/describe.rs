@@ -89,7 +89,7 @@ fn describe_node(node: &Node) -> Result<()> {
     field("Reason", &or_none(&status.reason))?;
     field("Message", &or_none(&status.message))?;
     field("Applied revision", &status.applied_revision.to_string())?;
-    field("Last seen", &format!("{} ago", age(status.last_seen_time)))?;
+    field("Seen before", &age(status.last_seen_time))?;
     field("Addresses", &or_none(status.addresses.join(", ")))?;
     field("Kernel", &or_none(&status.kernel))?;
     field("Agent", &or_none(&status.agent_version))?;
