@@ -1,0 +1,167 @@
+//! Commands that take files.
+
+use std::{
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use anyhow::{Result, bail};
+use cnsmo_proto::{
+    manifest::Manifest,
+    pb::resource::{
+        ApplyRequest, ApplyResponse, Change, DeleteRequest, GetRequest, Kind, Resource,
+        change::Outcome, resource::Resource as Inner,
+    },
+};
+use serde::Serialize;
+use tonic::Code;
+
+use crate::{
+    args::{ApplyArgs, DeleteArgs, FileArgs, Format, OriginalArgs},
+    client::{Client, Resources, refused},
+    diff, load,
+    output::{kind_of, kind_word, name_of, print_json, print_yaml, yaml},
+    wait,
+};
+
+pub(crate) async fn apply(client: &Client, format: Format, args: ApplyArgs) -> Result<ExitCode> {
+    let resources = load::resources(&args.files.files, args.files.original)?;
+    let mut core = client.resources().await?;
+    let request = ApplyRequest { resources, dry_run: args.dry_run, ..ApplyRequest::default() };
+    let response = core.apply(request).await.map_err(refused)?.into_inner();
+    print_changes(format, &response, args.dry_run)?;
+    if !args.wait {
+        return Ok(ExitCode::SUCCESS);
+    }
+    wait::applied(&mut core, response.revision, Default::default(), args.timeout).await
+}
+
+pub(crate) async fn diff(client: &Client, args: FileArgs) -> Result<()> {
+    let resources = load::resources(&args.files, args.original)?;
+    let mut core = client.resources().await?;
+    let request =
+        ApplyRequest { resources: resources.clone(), dry_run: true, ..ApplyRequest::default() };
+    let response = core.apply(request).await.map_err(refused)?.into_inner();
+    let mut out = io::stdout();
+    for (change, resource) in response.changes.iter().zip(&resources) {
+        writeln!(out, "{}", line(change))?;
+        if change.outcome() == Outcome::Unchanged {
+            continue;
+        }
+        let before = document(current(&mut core, change).await?.as_ref())?;
+        write!(out, "{}", diff::lines(&before, &document(Some(resource))?))?;
+    }
+    Ok(())
+}
+
+pub(crate) async fn delete(client: &Client, args: DeleteArgs) -> Result<()> {
+    let mut out = io::stdout();
+    if let (Some(kind), Some(name)) = (args.kind, args.name) {
+        let (kind, name) = (Kind::from(kind), name.to_string());
+        let request = DeleteRequest { kind: kind.into(), name: name.clone() };
+        let mut core = client.resources().await?;
+        let revision = core.delete(request).await.map_err(refused)?.into_inner().revision;
+        writeln!(out, "{}/{name} deleted\nrevision {revision}", kind_word(kind))?;
+        return Ok(());
+    }
+    let original = OriginalArgs { name: None, target: Default::default() };
+    let resources = load::resources(&args.files, original)?;
+    let mut core = client.resources().await?;
+    for resource in &resources {
+        let (kind, name) = (kind_of(resource), name_of(resource));
+        // A file that labels VMs does not own them.
+        if !matches!(resource.resource, Some(Inner::FirewallPolicy(_))) {
+            writeln!(out, "{kind}/{name} kept: delete it by its name")?;
+            continue;
+        }
+        let request = DeleteRequest { kind: Kind::FirewallPolicy.into(), name: name.to_owned() };
+        match core.delete(request).await {
+            Ok(_) => writeln!(out, "{kind}/{name} deleted")?,
+            Err(status) if status.code() == Code::NotFound => {
+                writeln!(out, "{kind}/{name} not there")?;
+            }
+            Err(status) => return Err(refused(status).context(format!("{kind}/{name}"))),
+        }
+    }
+    Ok(())
+}
+
+/// Stable field names, for programs.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Applied {
+    revision: i64,
+    dry_run: bool,
+    changes: Vec<AppliedChange>,
+}
+
+#[derive(Serialize)]
+struct AppliedChange {
+    kind: &'static str,
+    name: String,
+    outcome: &'static str,
+}
+
+fn print_changes(format: Format, response: &ApplyResponse, dry_run: bool) -> Result<()> {
+    let change = |change: &Change| AppliedChange {
+        kind: kind_word(change.kind()),
+        name: change.name.clone(),
+        outcome: outcome_word(change.outcome()),
+    };
+    let applied = || Applied {
+        revision: response.revision,
+        dry_run,
+        changes: response.changes.iter().map(change).collect(),
+    };
+    match format {
+        Format::Json => return print_json(&applied()),
+        Format::Yaml => return print_yaml(&applied()),
+        Format::Table => {}
+    }
+    let mut out = io::stdout();
+    let suffix = if dry_run { " (dry run)" } else { "" };
+    for change in &response.changes {
+        writeln!(out, "{}{suffix}", line(change))?;
+    }
+    let revision = response.revision;
+    if response.changes.iter().all(|change| change.outcome() == Outcome::Unchanged) {
+        writeln!(out, "no change (revision {revision})")?;
+    } else if dry_run {
+        writeln!(out, "nothing committed (revision {revision})")?;
+    } else {
+        writeln!(out, "revision {revision}")?;
+    }
+    Ok(())
+}
+
+fn line(change: &Change) -> String {
+    format!("{}/{} {}", kind_word(change.kind()), change.name, outcome_word(change.outcome()))
+}
+
+fn outcome_word(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Unspecified => "unknown",
+        Outcome::Created => "created",
+        Outcome::Updated => "updated",
+        Outcome::Unchanged => "unchanged",
+        Outcome::Deleted => "deleted",
+    }
+}
+
+/// What the core has; `None` if nothing yet.
+async fn current(core: &mut Resources, change: &Change) -> Result<Option<Resource>> {
+    let request = GetRequest { kind: change.kind, name: change.name.clone() };
+    match core.get(request).await {
+        Ok(response) => Ok(response.into_inner().resource),
+        Err(status) if status.code() == Code::NotFound => Ok(None),
+        Err(status) => Err(refused(status)),
+    }
+}
+
+fn document(resource: Option<&Resource>) -> Result<String> {
+    match resource.map(Manifest::new) {
+        None => Ok(String::new()),
+        Some(Some(manifest)) => yaml(&manifest.without_status()),
+        Some(None) => bail!("the core sent a resource without content"),
+    }
+}

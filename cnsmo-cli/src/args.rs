@@ -1,0 +1,287 @@
+use std::{path::PathBuf, time::Duration};
+
+use clap::{ArgGroup, Parser, Subcommand, ValueEnum};
+use cnsmo_proto::{
+    model::{Labels, Name},
+    pb::resource::Kind,
+};
+
+/// Steers a set of VMs through the core on this machine.
+#[derive(Parser)]
+#[command(name = "cnsmo", version, propagate_version = true)]
+pub(crate) struct Args {
+    /// Socket of the core
+    #[arg(
+        long,
+        global = true,
+        env = "CNSMO_SOCKET",
+        default_value = "/run/cnsmo/core.sock",
+        value_name = "PATH"
+    )]
+    pub(crate) socket: PathBuf,
+    /// Form of the output
+    #[arg(short = 'o', long = "format", global = true, default_value = "table")]
+    pub(crate) format: Format,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    Table,
+    Json,
+    Yaml,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Create or update the resources of files, all of them or none
+    Apply(ApplyArgs),
+    /// Show what apply would change
+    Diff(FileArgs),
+    /// List resources, or print one
+    Get(GetArgs),
+    /// Everything about one resource
+    Describe { kind: KindArg, name: Name },
+    /// Delete a resource, or the policies that files name
+    Delete(DeleteArgs),
+    /// Print resources and then each change, until interrupted
+    Watch { kind: KindArg, name: Option<Name> },
+    /// Wait until VMs enforce a revision; exit code 3 if they do not in time
+    Wait(WaitArgs),
+    /// List the VMs
+    Nodes {
+        /// Labels that a VM must have
+        #[arg(
+            short = 'l',
+            long,
+            default_value = "",
+            hide_default_value = true,
+            value_name = "KEY=VALUE,..."
+        )]
+        selector: Labels,
+    },
+    /// Set or remove labels
+    Label(LabelArgs),
+    /// Tokens with which VMs join
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Print a completion script
+    Completions { shell: clap_complete::Shell },
+    /// Print the version
+    Version,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct FileArgs {
+    /// YAML or JSON, a folder of such files, or - for standard input; repeatable
+    #[arg(short = 'f', long = "file", required = true, value_name = "FILE|DIR|-")]
+    pub(crate) files: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) original: OriginalArgs,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct OriginalArgs {
+    /// Rules in the original CNSMO's JSON: the policy that they become [default: the file's name]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<Name>,
+    /// Rules in the original CNSMO's JSON: labels of the VMs that they are for [default: all]
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "KEY=VALUE,...")]
+    pub(crate) target: Labels,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ApplyArgs {
+    #[command(flatten)]
+    pub(crate) files: FileArgs,
+    /// Validate and say what would change; commit nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Return when every VM enforces it; exit code 3 if one does not in time
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) wait: bool,
+    /// For --wait, at most 1h
+    #[arg(long, default_value = "60s", value_parser = wait_time)]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct GetArgs {
+    pub(crate) kind: KindArg,
+    pub(crate) name: Option<Name>,
+    /// Labels that a resource must have
+    #[arg(
+        short = 'l',
+        long,
+        default_value = "",
+        hide_default_value = true,
+        value_name = "KEY=VALUE,...",
+        conflicts_with = "name"
+    )]
+    pub(crate) selector: Labels,
+}
+
+#[derive(clap::Args)]
+#[command(group = ArgGroup::new("what").required(true).args(["kind", "files"]))]
+pub(crate) struct DeleteArgs {
+    #[arg(requires = "name", conflicts_with = "files")]
+    pub(crate) kind: Option<KindArg>,
+    pub(crate) name: Option<Name>,
+    /// Delete the policies that these files name
+    #[arg(short = 'f', long = "file", value_name = "FILE|DIR|-")]
+    pub(crate) files: Vec<PathBuf>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct WaitArgs {
+    /// 0: the current one
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..))]
+    pub(crate) revision: i64,
+    /// Labels of the VMs to wait for [default: all]
+    #[arg(
+        short = 'l',
+        long,
+        default_value = "",
+        hide_default_value = true,
+        value_name = "KEY=VALUE,..."
+    )]
+    pub(crate) selector: Labels,
+    /// At most 1h
+    #[arg(long, default_value = "60s", value_parser = wait_time)]
+    pub(crate) timeout: Duration,
+    /// Wait until there are such VMs and all are Ready, instead of for a revision
+    #[arg(long, conflicts_with = "revision")]
+    pub(crate) ready: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct LabelArgs {
+    pub(crate) kind: KindArg,
+    pub(crate) name: Name,
+    /// KEY=VALUE sets, KEY- removes
+    #[arg(required = true, value_name = "KEY=VALUE|KEY-")]
+    pub(crate) changes: Vec<String>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum TokenCommand {
+    /// Make a token; it is printed once and kept nowhere
+    Create(TokenArgs),
+}
+
+#[derive(clap::Args)]
+pub(crate) struct TokenArgs {
+    /// How long VMs can join with it, at most 30d
+    #[arg(long, default_value = "1h", value_parser = token_time)]
+    pub(crate) ttl: Duration,
+    /// How many VMs can join with it
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) max_uses: u32,
+    /// Labels of each VM that joins with it
+    #[arg(
+        short = 'l',
+        long,
+        default_value = "",
+        hide_default_value = true,
+        value_name = "KEY=VALUE,..."
+    )]
+    pub(crate) labels: Labels,
+    /// Write it to a new file that only its owner can read
+    #[arg(long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum KindArg {
+    #[value(
+        name = "firewallpolicies",
+        aliases = ["firewallpolicy", "fw", "FirewallPolicy", "FirewallPolicies"]
+    )]
+    FirewallPolicies,
+    #[value(name = "nodes", aliases = ["node", "Node", "Nodes"])]
+    Nodes,
+}
+
+impl From<KindArg> for Kind {
+    fn from(kind: KindArg) -> Self {
+        match kind {
+            KindArg::FirewallPolicies => Self::FirewallPolicy,
+            KindArg::Nodes => Self::Node,
+        }
+    }
+}
+
+fn wait_time(text: &str) -> Result<Duration, String> {
+    at_most(text, duration("1h")?)
+}
+
+fn token_time(text: &str) -> Result<Duration, String> {
+    at_most(text, duration("30d")?)
+}
+
+/// Zero would ask the core for its default, and more than its limit be refused there.
+fn at_most(text: &str, max: Duration) -> Result<Duration, String> {
+    let time = duration(text)?;
+    if time.is_zero() || time > max {
+        return Err(format!("give more than 0s and at most {}s", max.as_secs()));
+    }
+    Ok(time)
+}
+
+/// A whole number with its unit: ms, s, m, h or d.
+fn duration(text: &str) -> Result<Duration, String> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let wrong = || format!("`{text}` is not a time such as 500ms, 60s, 5m, 1h or 7d");
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let milliseconds: u64 = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60 * 1000,
+        "h" => 3600 * 1000,
+        "d" => 24 * 3600 * 1000,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(milliseconds).map(Duration::from_millis).ok_or_else(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn times_need_a_unit() {
+        for (text, milliseconds) in [
+            ("500ms", 500),
+            ("60s", 60_000),
+            ("5m", 300_000),
+            ("1h", 3_600_000),
+            ("2d", 172_800_000),
+        ] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)), "{text}");
+        }
+        for bad in [
+            "",
+            "s",
+            "60",
+            "-1s",
+            "1.5h",
+            "1h30m",
+            "1y",
+            "99999999999999999999d",
+            "9999999999999999d",
+        ] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+        assert!(wait_time("0s").is_err() && wait_time("61m").is_err() && wait_time("1h").is_ok());
+        assert!(token_time("31d").is_err() && token_time("30d").is_ok());
+    }
+}

@@ -1,0 +1,267 @@
+//! A core in this process that keeps resources in memory and answers waits and watches as the test says.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use cnsmo_proto::pb::{
+    identity::{
+        CreateJoinTokenRequest, CreateJoinTokenResponse,
+        join_token_service_server::{JoinTokenService, JoinTokenServiceServer},
+    },
+    node::Node,
+    resource::{
+        ApplyRequest, ApplyResponse, Change, DeleteRequest, DeleteResponse, GetRequest,
+        GetResponse, Kind, ListRequest, ListResponse, Resource, WaitAppliedRequest,
+        WaitAppliedResponse, WatchRequest, WatchResponse,
+        apply_request::Mode,
+        change::Outcome,
+        resource::Resource as Inner,
+        resource_service_server::{ResourceService, ResourceServiceServer},
+    },
+};
+use tempfile::TempDir;
+use tokio::{net::UnixListener, runtime::Runtime};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status, transport::Server};
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) resources: BTreeMap<(i32, String), Resource>,
+    pub(crate) revision: i64,
+    /// What a wait answers before it ends.
+    pub(crate) wait: Vec<WaitAppliedResponse>,
+    /// What a watch sends before it stays silent.
+    pub(crate) watch: Vec<WatchResponse>,
+    pub(crate) refuse: Option<Status>,
+    pub(crate) waited: Option<WaitAppliedRequest>,
+    pub(crate) token: Option<CreateJoinTokenRequest>,
+}
+
+type Shared = Arc<Mutex<State>>;
+
+pub(crate) struct Fake {
+    pub(crate) folder: TempDir,
+    state: Shared,
+    // Ends the server when the test does.
+    _runtime: Runtime,
+}
+
+impl Fake {
+    pub(crate) fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let state = Shared::default();
+        let listener = {
+            let _context = runtime.enter();
+            UnixListener::bind(folder.path().join("core.sock")).unwrap()
+        };
+        let server = Server::builder()
+            .add_service(ResourceServiceServer::new(Core(state.clone())))
+            .add_service(JoinTokenServiceServer::new(Core(state.clone())))
+            .serve_with_incoming(UnixListenerStream::new(listener));
+        runtime.spawn(async { server.await.unwrap() });
+        Self { folder, state, _runtime: runtime }
+    }
+
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join("core.sock")
+    }
+
+    pub(crate) fn add_node(&self, node: Node) {
+        let name = node.metadata.as_ref().unwrap().name.clone();
+        let resource = Resource { resource: Some(Inner::Node(node)) };
+        self.state().resources.insert((Kind::Node.into(), name), resource);
+    }
+
+    pub(crate) fn write(&self, name: &str, text: &str) -> String {
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    }
+
+    pub(crate) fn run(&self, arguments: &[&str]) -> Ran {
+        Ran::of(cnsmo().env("CNSMO_SOCKET", self.socket()).args(arguments))
+    }
+
+    pub(crate) fn ok(&self, arguments: &[&str]) -> String {
+        let ran = self.run(arguments);
+        assert_eq!(ran.code, 0, "{arguments:?}\n{}{}", ran.out, ran.err);
+        ran.out
+    }
+}
+
+pub(crate) fn cnsmo() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cnsmo"));
+    command.env_remove("CNSMO_SOCKET").stdin(Stdio::null());
+    command
+}
+
+pub(crate) struct Ran {
+    pub(crate) code: i32,
+    pub(crate) out: String,
+    pub(crate) err: String,
+}
+
+impl Ran {
+    pub(crate) fn of(command: &mut Command) -> Self {
+        let Output { status, stdout, stderr } = command.output().unwrap();
+        Self {
+            code: status.code().unwrap(),
+            out: String::from_utf8(stdout).unwrap(),
+            err: String::from_utf8(stderr).unwrap(),
+        }
+    }
+}
+
+struct Core(Shared);
+
+fn key(resource: &Resource) -> (i32, String) {
+    let (kind, metadata) = match resource.resource.as_ref().unwrap() {
+        Inner::FirewallPolicy(policy) => (Kind::FirewallPolicy, &policy.metadata),
+        Inner::Node(node) => (Kind::Node, &node.metadata),
+    };
+    (kind.into(), metadata.as_ref().unwrap().name.clone())
+}
+
+/// What an operator writes of a resource.
+fn written(resource: &Resource) -> (BTreeMap<String, String>, String) {
+    match resource.resource.as_ref().unwrap() {
+        Inner::FirewallPolicy(policy) => {
+            (policy.metadata.clone().unwrap().labels, format!("{:?}", policy.spec))
+        }
+        Inner::Node(node) => (node.metadata.clone().unwrap().labels, String::new()),
+    }
+}
+
+/// The stored resource after an operator wrote `new` over `old`.
+fn merged(old: Option<&Resource>, new: &Resource) -> Resource {
+    match (old.and_then(|old| old.resource.clone()), &new.resource) {
+        (Some(Inner::Node(mut old)), Some(Inner::Node(new))) => {
+            old.metadata.as_mut().unwrap().labels = new.metadata.clone().unwrap().labels;
+            Resource { resource: Some(Inner::Node(old)) }
+        }
+        _ => new.clone(),
+    }
+}
+
+#[tonic::async_trait]
+impl ResourceService for Core {
+    async fn apply(
+        &self,
+        request: Request<ApplyRequest>,
+    ) -> Result<Response<ApplyResponse>, Status> {
+        let request = request.into_inner();
+        let mut state = self.0.lock().unwrap();
+        if let Some(status) = &state.refuse {
+            return Err(status.clone());
+        }
+        let mut changes = Vec::new();
+        let mut resources = state.resources.clone();
+        for resource in &request.resources {
+            let key = key(resource);
+            let old = resources.get(&key);
+            if request.mode() == Mode::Update && old.is_none() {
+                return Err(Status::not_found("no such resource"));
+            }
+            let outcome = match old {
+                None => Outcome::Created,
+                Some(old) if written(old) == written(resource) => Outcome::Unchanged,
+                Some(_) => Outcome::Updated,
+            };
+            changes.push(Change { kind: key.0, name: key.1.clone(), outcome: outcome.into() });
+            let merged = merged(old, resource);
+            resources.insert(key, merged);
+        }
+        let changed = changes.iter().any(|change| change.outcome() != Outcome::Unchanged);
+        if changed && !request.dry_run {
+            state.resources = resources;
+            state.revision += 1;
+        }
+        Ok(Response::new(ApplyResponse { revision: state.revision, changes }))
+    }
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
+        let request = request.into_inner();
+        let state = self.0.lock().unwrap();
+        let resource = state.resources.get(&(request.kind, request.name.clone())).cloned();
+        let missing = || Status::not_found(format!("no `{}`", request.name));
+        Ok(Response::new(GetResponse { resource: Some(resource.ok_or_else(missing)?) }))
+    }
+
+    async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        let request = request.into_inner();
+        let state = self.0.lock().unwrap();
+        let selected = |resource: &&Resource| {
+            let labels = written(resource).0;
+            request.labels.iter().all(|(key, value)| labels.get(key) == Some(value))
+        };
+        let of_kind = state.resources.iter().filter(|(key, _)| key.0 == request.kind);
+        let resources = of_kind.map(|(_, resource)| resource).filter(selected).cloned().collect();
+        Ok(Response::new(ListResponse { resources, revision: state.revision }))
+    }
+
+    async fn delete(
+        &self,
+        request: Request<DeleteRequest>,
+    ) -> Result<Response<DeleteResponse>, Status> {
+        let request = request.into_inner();
+        let mut state = self.0.lock().unwrap();
+        if state.resources.remove(&(request.kind, request.name.clone())).is_none() {
+            return Err(Status::not_found(format!("no `{}`", request.name)));
+        }
+        state.revision += 1;
+        Ok(Response::new(DeleteResponse { revision: state.revision }))
+    }
+
+    type WatchStream = tokio_stream::wrappers::ReceiverStream<Result<WatchResponse, Status>>;
+
+    async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let events = self.0.lock().unwrap().watch.clone();
+        let (sender, receiver) = tokio::sync::mpsc::channel(events.len() + 1);
+        for event in events {
+            sender.send(Ok(event)).await.unwrap();
+        }
+        // Stays open, as the real one, until the client goes.
+        tokio::spawn(async move { sender.closed().await });
+        Ok(Response::new(receiver.into()))
+    }
+
+    type WaitAppliedStream =
+        tokio_stream::Iter<std::vec::IntoIter<Result<WaitAppliedResponse, Status>>>;
+
+    async fn wait_applied(
+        &self,
+        request: Request<WaitAppliedRequest>,
+    ) -> Result<Response<Self::WaitAppliedStream>, Status> {
+        let mut state = self.0.lock().unwrap();
+        state.waited = Some(request.into_inner());
+        let answers: Vec<_> = state.wait.iter().cloned().map(Ok).collect();
+        Ok(Response::new(tokio_stream::iter(answers)))
+    }
+}
+
+#[tonic::async_trait]
+impl JoinTokenService for Core {
+    async fn create_join_token(
+        &self,
+        request: Request<CreateJoinTokenRequest>,
+    ) -> Result<Response<CreateJoinTokenResponse>, Status> {
+        self.0.lock().unwrap().token = Some(request.into_inner());
+        Ok(Response::new(CreateJoinTokenResponse {
+            token: "cnsmo1.id.secret.pin".to_owned(),
+            expire_time: Some(prost_types::Timestamp { seconds: 1_900_000_000, nanos: 0 }),
+        }))
+    }
+}

@@ -1,0 +1,486 @@
+//! The built binary against a core in this process.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
+
+mod fake;
+
+use std::{
+    io::{BufRead as _, BufReader, Write as _},
+    os::unix::{fs::PermissionsExt as _, net::UnixListener},
+    path::Path,
+    process::Stdio,
+};
+
+use cnsmo_proto::pb::{
+    meta::Metadata,
+    node::{DropCounter, FirewallStatus, Interface, Node, NodeStatus, node_status::Phase},
+    policy::{FirewallPolicyStatus, NodePolicyStatus, RuleCounter},
+    resource::{
+        PendingNode, Resource, WaitAppliedResponse, WatchResponse, resource::Resource as Inner,
+        watch_response::Event,
+    },
+};
+use fake::{Fake, Ran, cnsmo};
+use serde_json::{Value, json};
+use tonic::Status;
+
+const WEB: &str = "\
+kind: FirewallPolicy
+metadata: {name: web}
+spec:
+  target: {role: web}
+  rules:
+    - {name: http, action: allow, direction: ingress, protocol: tcp, ports: [80]}
+";
+
+fn node(name: &str, role: &str, phase: Phase) -> Node {
+    Node {
+        metadata: Some(Metadata {
+            name: name.to_owned(),
+            labels: [("role".to_owned(), role.to_owned())].into(),
+            ..Metadata::default()
+        }),
+        status: Some(NodeStatus {
+            phase: phase.into(),
+            message: if phase == Phase::Ready { "" } else { "lease expired" }.to_owned(),
+            addresses: vec!["10.77.1.11".to_owned(), "fd77:1::11".to_owned()],
+            interfaces: vec![Interface {
+                name: "eth0".to_owned(),
+                ingress: "xdp-native".to_owned(),
+                egress: "tcx".to_owned(),
+            }],
+            applied_revision: 4,
+            firewall: Some(FirewallStatus {
+                flows: 12,
+                rules: 3,
+                drops: vec![DropCounter {
+                    reason: "policy".to_owned(),
+                    direction: "ingress".to_owned(),
+                    packets: 7,
+                    bytes: 420,
+                }],
+            }),
+            ..NodeStatus::default()
+        }),
+    }
+}
+
+fn example(name: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").join(name).display().to_string()
+}
+
+fn json_of(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+#[test]
+fn a_second_apply_changes_nothing_and_says_so() {
+    let core = Fake::start();
+    let file = core.write("web.yaml", WEB);
+    assert_eq!(core.ok(&["apply", "-f", &file]), "firewallpolicy/web created\nrevision 1\n");
+    assert_eq!(
+        core.ok(&["apply", "-f", &file]),
+        "firewallpolicy/web unchanged\nno change (revision 1)\n"
+    );
+    let file = core.write("web.yaml", &WEB.replace("80", "81"));
+    assert_eq!(
+        core.ok(&["apply", "-f", &file, "--dry-run"]),
+        "firewallpolicy/web updated (dry run)\nnothing committed (revision 1)\n"
+    );
+    let applied = json_of(&core.ok(&["-o", "json", "apply", "-f", &file]));
+    assert_eq!(
+        applied,
+        json!({
+            "revision": 2,
+            "dryRun": false,
+            "changes": [{"kind": "firewallpolicy", "name": "web", "outcome": "updated"}],
+        })
+    );
+}
+
+#[test]
+fn a_folder_and_standard_input_are_applied_as_one_request() {
+    let core = Fake::start();
+    let folder = core.folder.path().join("policies");
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("a.yaml"), WEB).unwrap();
+    std::fs::write(folder.join("README.md"), "not a manifest").unwrap();
+    let mut child = cnsmo()
+        .env("CNSMO_SOCKET", core.socket())
+        .args(["apply", "-f", "-", "-f", folder.to_str().unwrap()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let json = r#"{"kind":"FirewallPolicy","metadata":{"name":"all"},"spec":{}}"#;
+    child.stdin.take().unwrap().write_all(json.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap(),
+        "firewallpolicy/all created\nfirewallpolicy/web created\nrevision 1\n"
+    );
+}
+
+#[test]
+fn nothing_is_sent_when_any_file_is_bad() {
+    let core = Fake::start();
+    let good = core.write("good.yaml", WEB);
+    let bad = core.write("bad.yaml", &WEB.replace("80", "70000").replace("name: web", "name: b"));
+    let ran = core.run(&["apply", "-f", &good, "-f", &bad]);
+    assert_eq!(ran.code, 1);
+    assert_eq!(
+        ran.err,
+        format!(
+            "error: nothing was sent\n{bad}: document 1 (FirewallPolicy b): \
+             spec.rules[0].ports[0]: 70000 is not a port: 0 to 65535 (line 6)\n"
+        )
+    );
+    assert_eq!(core.state().revision, 0);
+
+    let ran = core.run(&["apply", "-f", &good, "-f", &good]);
+    assert!(ran.err.contains("firewallpolicy web: is in"), "{}", ran.err);
+    assert_eq!((ran.code, core.state().revision), (1, 0));
+}
+
+#[test]
+fn the_three_tier_example_is_applied_and_printed_so_that_it_applies_unchanged() {
+    let core = Fake::start();
+    core.ok(&["apply", "-f", &example("three-tier.yaml")]);
+    for (format, ending) in [("yaml", "yaml"), ("json", "json")] {
+        let printed = core.ok(&["get", "fw", "-o", format]);
+        let file = core.write(&format!("printed.{ending}"), &printed);
+        let again = core.ok(&["apply", "-f", &file]);
+        assert!(again.ends_with("no change (revision 1)\n"), "{again}");
+    }
+    let table = core.ok(&["get", "firewallpolicies"]);
+    let lines: Vec<_> = table.lines().collect();
+    assert!(lines[0].starts_with("NAME"), "{table}");
+    assert_eq!(lines.len(), 6, "{table}");
+    let row: Vec<_> = lines[1].split_whitespace().collect();
+    assert_eq!(row, ["base", "10000", "-", "deny", "allow", "3", "0/0", "0", "-"]);
+    let some = json_of(&core.ok(&["get", "fw", "-l", "tier=front", "-o", "json"]));
+    assert_eq!(some.as_array().unwrap().len(), 2);
+    assert_eq!(some[0]["metadata"]["name"], "lb");
+}
+
+#[test]
+fn the_originals_rules_are_applied_under_a_name_to_a_target() {
+    let core = Fake::start();
+    let rules = example("original/rules.json");
+    core.ok(&["apply", "-f", &rules, "--name", "legacy", "--target", "role=web"]);
+    let policy = json_of(&core.ok(&["get", "fw", "legacy", "-o", "json"]));
+    assert_eq!(policy["spec"]["target"], json!({"role": "web"}));
+    assert_eq!(policy["spec"]["rules"].as_array().unwrap().len(), 4);
+
+    let denyall = core.run(&["apply", "-f", &example("original/denyall.json")]);
+    assert_eq!(denyall.out, "firewallpolicy/denyall created\nrevision 2\n");
+    assert!(denyall.err.contains("dst_port is ignored"), "{}", denyall.err);
+
+    for entry in std::fs::read_dir(example("original/bad")).unwrap() {
+        let path = entry.unwrap().path().display().to_string();
+        let ran = core.run(&["apply", "-f", &path]);
+        assert_eq!((ran.code, core.state().revision), (1, 2), "{path}\n{}", ran.err);
+    }
+}
+
+#[test]
+fn diff_shows_the_changed_lines_and_commits_nothing() {
+    let core = Fake::start();
+    let file = core.write("web.yaml", WEB);
+    core.ok(&["apply", "-f", &file]);
+    assert_eq!(core.ok(&["diff", "-f", &file]), "firewallpolicy/web unchanged\n");
+    let file = core.write("web.yaml", &WEB.replace("80", "81"));
+    let diff = core.ok(&["diff", "-f", &file]);
+    assert!(diff.starts_with("firewallpolicy/web updated\n"), "{diff}");
+    let changed: Vec<_> = diff.lines().filter(|line| line.starts_with(['-', '+'])).collect();
+    let trimmed: Vec<_> = changed.iter().map(|line| line.replace(' ', "")).collect();
+    assert_eq!(trimmed, ["--80", "+-81"], "{diff}");
+    assert_eq!(core.state().revision, 1);
+}
+
+#[test]
+fn nodes_are_listed_with_where_they_enforce_and_what_they_run() {
+    let core = Fake::start();
+    core.add_node(node("vm1", "web", Phase::Ready));
+    core.add_node(node("vm2", "db", Phase::Unreachable));
+    let table = core.ok(&["nodes", "-l", "role=web"]);
+    let rows: Vec<Vec<_>> = table.lines().map(|l| l.split_whitespace().collect()).collect();
+    assert_eq!(
+        rows,
+        [
+            vec!["NAME", "PHASE", "APPLIED", "ATTACH", "ADDRESSES", "LABELS", "AGE"],
+            vec![
+                "vm1",
+                "Ready",
+                "4",
+                "eth0:xdp-native/tcx",
+                "10.77.1.11,fd77:1::11",
+                "role=web",
+                "-"
+            ],
+        ]
+    );
+    assert_eq!(core.ok(&["get", "node"]).lines().count(), 3);
+    let nodes = json_of(&core.ok(&["nodes", "-o", "json"]));
+    assert_eq!(nodes[1]["status"]["phase"], "Unreachable");
+    assert_eq!(nodes[1]["status"]["firewall"]["drops"][0]["packets"], 7);
+}
+
+#[test]
+fn describe_shows_status_and_counters() {
+    let core = Fake::start();
+    let file = core.write("web.yaml", WEB);
+    core.ok(&["apply", "-f", &file]);
+    let status = FirewallPolicyStatus {
+        nodes: vec![NodePolicyStatus {
+            node: "vm1".to_owned(),
+            applied: false,
+            message: "table full".to_owned(),
+            rules: vec![RuleCounter { rule: "http".to_owned(), packets: 42, bytes: 4200 }],
+        }],
+        conditions: vec![],
+    };
+    for resource in core.state().resources.values_mut() {
+        if let Some(Inner::FirewallPolicy(policy)) = &mut resource.resource {
+            policy.status = Some(status.clone());
+        }
+    }
+    let squeezed = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let policy = squeezed(core.ok(&["describe", "fw", "web"]));
+    for part in [
+        "Target: role=web",
+        "http allow ingress any any tcp 80",
+        "vm1 no table full",
+        "vm1 http 42 4200",
+    ] {
+        assert!(policy.contains(part), "{part}\n{policy}");
+    }
+    core.add_node(node("vm1", "web", Phase::Ready));
+    let node = squeezed(core.ok(&["describe", "node", "vm1"]));
+    for part in ["Phase: Ready", "eth0 xdp-native tcx", "Flows: 12", "policy ingress 7 420"] {
+        assert!(node.contains(part), "{part}\n{node}");
+    }
+    assert_eq!(core.run(&["describe", "fw", "nope"]).err, "error: no `nope`\n");
+}
+
+#[test]
+fn delete_by_name_and_by_file() {
+    let core = Fake::start();
+    let node_labels = "---\nkind: Node\nmetadata: {name: vm1, labels: {role: web}}\n";
+    let file = core.write("web.yaml", &format!("{WEB}{node_labels}"));
+    core.ok(&["apply", "-f", &file]);
+    assert_eq!(
+        core.ok(&["delete", "-f", &file]),
+        "firewallpolicy/web deleted\nnode/vm1 kept: delete it by its name\n"
+    );
+    assert_eq!(
+        core.ok(&["delete", "-f", &file]).lines().next(),
+        Some("firewallpolicy/web not there")
+    );
+    assert_eq!(core.ok(&["delete", "node", "vm1"]), "node/vm1 deleted\nrevision 3\n");
+    assert_eq!(core.run(&["delete", "fw", "web"]).code, 1);
+    for wrong in [&["delete"][..], &["delete", "fw"], &["delete", "fw", "web", "-f", &file]] {
+        assert_eq!(core.run(wrong).code, 2, "{wrong:?}");
+    }
+}
+
+fn pending(reason: &str) -> Vec<PendingNode> {
+    let message = "lease expired".to_owned();
+    vec![PendingNode { node: "vm2".to_owned(), reason: reason.to_owned(), message }]
+}
+
+#[test]
+fn wait_ends_with_0_when_all_applied_and_3_with_those_that_did_not() {
+    let core = Fake::start();
+    let first = WaitAppliedResponse {
+        nodes_applied: 1,
+        pending: pending("Pending"),
+        revision: 5,
+        ..WaitAppliedResponse::default()
+    };
+    let good = WaitAppliedResponse {
+        done: true,
+        applied: true,
+        nodes_applied: 2,
+        revision: 5,
+        ..first.clone()
+    };
+    let good = WaitAppliedResponse { pending: vec![], ..good };
+    core.state().wait = vec![first.clone(), good];
+    let ran = core.run(&["wait", "--revision", "5", "-l", "role=web", "--timeout", "5s"]);
+    assert_eq!((ran.code, ran.out.as_str()), (0, ""));
+    assert_eq!(ran.err, "revision 5: applied by 1 of 2 VMs\nrevision 5: applied by 2 of 2 VMs\n");
+    let waited = core.state().waited.take().unwrap();
+    assert_eq!((waited.revision, waited.timeout.unwrap().seconds), (5, 5));
+    assert_eq!(waited.selector["role"], "web");
+
+    let bad = WaitAppliedResponse { done: true, pending: pending("Unreachable"), ..first };
+    core.state().wait = vec![bad];
+    let file = core.write("web.yaml", WEB);
+    let ran = core.run(&["apply", "-f", &file, "--wait"]);
+    assert_eq!(ran.code, 3);
+    assert!(ran.out.ends_with("revision 1\n"), "{}", ran.out);
+    let words: Vec<_> = ran.err.lines().last().unwrap().split_whitespace().collect();
+    assert_eq!(words, ["vm2", "Unreachable", "lease", "expired"]);
+    assert_eq!(core.state().waited.take().unwrap().revision, 1);
+
+    core.state().wait = vec![];
+    let ran = core.run(&["wait"]);
+    assert_eq!(ran.code, 1);
+    assert_eq!(ran.err, "error: the core ended the wait without a result\n");
+}
+
+fn upsert(node: Node) -> WatchResponse {
+    WatchResponse {
+        event: Event::Upsert.into(),
+        revision: 3,
+        resource: Some(Resource { resource: Some(Inner::Node(node)) }),
+    }
+}
+
+fn synced() -> WatchResponse {
+    WatchResponse { event: Event::Synced.into(), revision: 3, resource: None }
+}
+
+#[test]
+fn wait_for_ready_looks_at_the_selected_vms() {
+    let core = Fake::start();
+    core.state().watch = vec![
+        upsert(node("vm1", "web", Phase::Joining)),
+        upsert(node("vm2", "db", Phase::Unreachable)),
+        synced(),
+        upsert(node("vm1", "web", Phase::Ready)),
+    ];
+    let ran = core.run(&["wait", "--ready", "-l", "role=web"]);
+    assert_eq!((ran.code, ran.err.as_str()), (0, "0 of 1 VMs ready\n1 of 1 VMs ready\n"));
+    let ran = core.run(&["wait", "--ready", "--timeout", "200ms"]);
+    assert_eq!(ran.code, 3);
+    let words: Vec<_> = ran.err.lines().last().unwrap().split_whitespace().collect();
+    assert_eq!(words, ["vm2", "Unreachable", "lease", "expired"]);
+    let ran = core.run(&["wait", "--ready", "-l", "role=none", "--timeout", "200ms"]);
+    assert_eq!(ran.code, 3);
+    assert!(ran.err.contains("no VM has these labels"), "{}", ran.err);
+}
+
+#[test]
+fn watch_prints_an_event_per_line_as_it_comes() {
+    let core = Fake::start();
+    core.state().watch = vec![upsert(node("vm1", "web", Phase::Ready)), synced()];
+    let lines = |arguments: &[&str]| {
+        let mut child = cnsmo()
+            .env("CNSMO_SOCKET", core.socket())
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().take(2);
+        let lines: Vec<_> = lines.map(Result::unwrap).collect();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        lines
+    };
+    assert_eq!(
+        lines(&["watch", "nodes"]),
+        ["upsert         3 node/vm1 Ready applied=4", "synced         3"]
+    );
+    let events = lines(&["watch", "nodes", "-o", "json"]);
+    let first = json_of(&events[0]);
+    assert_eq!((&first["event"], &first["revision"]), (&json!("upsert"), &json!(3)));
+    assert_eq!(first["resource"]["metadata"]["name"], "vm1");
+    assert_eq!(json_of(&events[1]), json!({"event": "synced", "revision": 3}));
+}
+
+#[test]
+fn labels_are_set_and_removed_and_the_others_stay() {
+    let core = Fake::start();
+    core.add_node(node("vm1", "web", Phase::Ready));
+    assert_eq!(
+        core.ok(&["label", "node", "vm1", "site=a", "tier=front"]),
+        "node/vm1 role=web,site=a,tier=front\nrevision 1\n"
+    );
+    core.ok(&["label", "node", "vm1", "role-", "site=b"]);
+    let labels =
+        json_of(&core.ok(&["get", "node", "vm1", "-o", "json"]))["metadata"]["labels"].clone();
+    assert_eq!(labels, json!({"site": "b", "tier": "front"}));
+    assert_eq!(core.run(&["label", "node", "vm1", "role"]).code, 1);
+    assert_eq!(core.run(&["label", "node", "vm9", "role=x"]).err, "error: no `vm9`\n");
+}
+
+#[test]
+fn a_token_is_alone_on_standard_output_or_in_a_private_file() {
+    let core = Fake::start();
+    let ran = core.run(&["token", "create", "--ttl", "2h", "--max-uses", "5", "-l", "role=web"]);
+    assert_eq!((ran.code, ran.out.as_str()), (0, "cnsmo1.id.secret.pin\n"));
+    let asked = core.state().token.take().unwrap();
+    assert_eq!((asked.ttl.unwrap().seconds, asked.max_uses), (7200, 5));
+    assert_eq!(asked.labels["role"], "web");
+
+    let file = core.folder.path().join("token");
+    let path = file.to_str().unwrap();
+    let ran = core.run(&["token", "create", "--output", path]);
+    assert_eq!((ran.code, ran.out.as_str()), (0, ""));
+    assert!(!ran.err.contains("secret"), "{}", ran.err);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "cnsmo1.id.secret.pin\n");
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    let again = core.run(&["token", "create", "--output", path]);
+    assert_eq!(again.code, 1);
+    assert!(!again.err.contains("secret"), "{}", again.err);
+}
+
+#[test]
+fn an_existing_token_file_costs_no_token() {
+    let core = Fake::start();
+    let file = core.write("token", "old");
+    assert_eq!(core.run(&["token", "create", "--output", &file]).code, 1);
+    assert!(core.state().token.is_none());
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "old");
+}
+
+#[test]
+fn a_core_that_cannot_be_reached_is_said_with_the_remedy() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("core.sock");
+    let run = || Ran::of(cnsmo().arg("--socket").arg(&socket).arg("nodes"));
+    let ran = run();
+    assert_eq!(ran.code, 1);
+    assert!(ran.err.contains("no socket at"), "{}", ran.err);
+    assert!(ran.err.contains("is cnsmo-core running"), "{}", ran.err);
+
+    // The socket of a program that has ended.
+    drop(UnixListener::bind(&socket).unwrap());
+    let ran = run();
+    assert!(ran.err.contains("nobody listens on"), "{}", ran.err);
+}
+
+#[test]
+fn what_the_core_refuses_is_said_without_noise() {
+    let core = Fake::start();
+    core.state().refuse = Some(Status::invalid_argument("spec.rules[0].name: no"));
+    let file = core.write("web.yaml", WEB);
+    let ran = core.run(&["apply", "-f", &file]);
+    assert_eq!((ran.code, ran.err.as_str()), (1, "error: spec.rules[0].name: no\n"));
+    core.state().refuse = Some(Status::internal("disk full"));
+    let ran = core.run(&["apply", "-f", &file]);
+    assert_eq!(ran.err, "error: the core answered Internal: disk full\n");
+}
+
+#[test]
+fn usage_errors_end_with_2_and_the_rest_needs_no_core() {
+    for wrong in [
+        &["get", "pods"][..],
+        &["apply"],
+        &["wait", "--timeout", "60"],
+        &["wait", "--timeout", "2h"],
+        &["token", "create", "--max-uses", "0"],
+        &["get", "fw", "Web"],
+        &["apply", "-f", "x", "--wait", "--dry-run"],
+    ] {
+        assert_eq!(Ran::of(cnsmo().args(wrong)).code, 2, "{wrong:?}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        let ran = Ran::of(cnsmo().args(["completions", shell]));
+        assert!(ran.code == 0 && ran.out.contains("cnsmo"), "{shell}");
+    }
+    let version = Ran::of(cnsmo().arg("version")).out;
+    assert_eq!(version, format!("cnsmo {}\n", env!("CARGO_PKG_VERSION")));
+}

@@ -1,0 +1,211 @@
+//! Reads typed values out of a tree, remembers where it is and collects every problem instead of stopping at the first.
+
+use std::{collections::BTreeMap, fmt};
+
+use super::{
+    Problem,
+    tree::{Node, Value},
+};
+use crate::model::Invalid;
+
+#[derive(Default)]
+pub(super) struct Decoder {
+    path: Vec<Step>,
+    problems: Vec<Problem>,
+}
+
+enum Step {
+    Field(String),
+    Index(usize),
+}
+
+/// The fields of a mapping, each once and each known.
+pub(super) struct Fields<'a>(BTreeMap<&'a str, &'a Node>);
+
+impl<'a> Fields<'a> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Node> {
+        self.0.get(key).copied()
+    }
+}
+
+impl Decoder {
+    /// What was read, or all that is wrong.
+    pub(super) fn finish<T>(self, value: Option<T>) -> Result<T, Vec<Problem>> {
+        match value {
+            Some(value) if self.problems.is_empty() => Ok(value),
+            _ => Err(self.problems),
+        }
+    }
+
+    /// Problems so far: tells whether a part was read well.
+    pub(super) fn problems(&self) -> usize {
+        self.problems.len()
+    }
+
+    /// Notes that the value at hand is refused.
+    pub(super) fn refuse(&mut self, node: &Node, reason: impl Into<String>) {
+        self.refuse_invalid(node, Invalid::new(reason));
+    }
+
+    /// As [`Self::refuse`], of a field inside the value at hand.
+    pub(super) fn refuse_invalid(&mut self, node: &Node, invalid: Invalid) {
+        let line = node.line_at(invalid.field());
+        let invalid = self.path.iter().rev().fold(invalid, |invalid, step| match step {
+            Step::Field(name) => invalid.at(name),
+            Step::Index(n) => invalid.at_index(*n),
+        });
+        self.problems.push(Problem::new(line, invalid));
+    }
+
+    /// Refuses a value of another type.
+    pub(super) fn mistyped(&mut self, node: &Node, expected: impl fmt::Display) {
+        let reason = match node.value {
+            Value::Null => format!("has no value: give {expected}, or leave the field out"),
+            _ => format!("expected {expected}, found {}", node.describe()),
+        };
+        self.refuse(node, reason);
+    }
+
+    /// A mapping with no fields but `known` ones. `None` after a wrong type; bad fields are refused and left out.
+    pub(super) fn fields<'a>(&mut self, node: &'a Node, known: &[&str]) -> Option<Fields<'a>> {
+        self.fields_but(node, known, &[])
+    }
+
+    /// As [`Self::fields`]; those of `later` are refused as what this version cannot do.
+    pub(super) fn fields_but<'a>(
+        &mut self,
+        node: &'a Node,
+        known: &[&str],
+        later: &[&str],
+    ) -> Option<Fields<'a>> {
+        let Value::Map(entries) = &node.value else {
+            self.mistyped(node, "a mapping");
+            return None;
+        };
+        let mut fields = BTreeMap::new();
+        for (key, value) in entries {
+            if later.contains(&key.as_str()) {
+                self.field(key, |d| d.refuse(value, "not supported by this version"));
+            } else if !known.contains(&key.as_str()) {
+                let reason = format!("unknown field; there are: {}", known.join(", "));
+                self.field(key, |d| d.refuse(value, reason));
+            } else if fields.insert(key.as_str(), value).is_some() {
+                self.field(key, |d| d.refuse(value, "this field is there twice"));
+            }
+        }
+        Some(Fields(fields))
+    }
+
+    /// Reads a field if it is there.
+    pub(super) fn optional<T>(
+        &mut self,
+        fields: &Fields<'_>,
+        key: &str,
+        read: impl FnOnce(&mut Self, &Node) -> Option<T>,
+    ) -> Option<T> {
+        let node = fields.get(key)?;
+        self.field(key, |d| read(d, node))
+    }
+
+    /// Reads a field of `node` that must be there.
+    pub(super) fn required<T>(
+        &mut self,
+        node: &Node,
+        fields: &Fields<'_>,
+        key: &str,
+        read: impl FnOnce(&mut Self, &Node) -> Option<T>,
+    ) -> Option<T> {
+        if fields.get(key).is_none() {
+            self.field(key, |d| d.refuse(node, "missing"));
+        }
+        self.optional(fields, key, read)
+    }
+
+    /// Runs `read` one level deeper.
+    pub(super) fn field<T>(&mut self, key: &str, read: impl FnOnce(&mut Self) -> T) -> T {
+        self.path.push(Step::Field(key.to_owned()));
+        let value = read(self);
+        self.path.pop();
+        value
+    }
+
+    /// The elements of a list that could be read.
+    pub(super) fn list<T>(
+        &mut self,
+        node: &Node,
+        expected: &str,
+        mut read: impl FnMut(&mut Self, &Node) -> Option<T>,
+    ) -> Option<Vec<T>> {
+        let Value::List(items) = &node.value else {
+            self.mistyped(node, expected);
+            return None;
+        };
+        let mut values = Vec::with_capacity(items.len());
+        for (n, item) in items.iter().enumerate() {
+            self.path.push(Step::Index(n));
+            values.extend(read(self, item));
+            self.path.pop();
+        }
+        Some(values)
+    }
+
+    /// As [`Self::list`], and not empty: an empty field of the API matches everything, an empty list in a file is
+    /// more likely a template that found nothing.
+    pub(super) fn matches<T>(
+        &mut self,
+        node: &Node,
+        expected: &str,
+        read: impl FnMut(&mut Self, &Node) -> Option<T>,
+    ) -> Option<Vec<T>> {
+        if node.value == Value::List(vec![]) {
+            self.refuse(node, "the list is empty: leave the field out to match everything");
+            return None;
+        }
+        self.list(node, expected, read)
+    }
+
+    pub(super) fn text(&mut self, node: &Node) -> Option<String> {
+        match &node.value {
+            Value::Text(text) => Some(text.clone()),
+            Value::Bool(_) | Value::Integer(_) | Value::Float(_) => {
+                self.refuse(node, format!("expected a text, found {}: quote it", node.describe()));
+                None
+            }
+            Value::Null | Value::List(_) | Value::Map(_) => {
+                self.mistyped(node, "a text");
+                None
+            }
+        }
+    }
+
+    /// One of a set of words.
+    pub(super) fn word<T: Copy>(&mut self, node: &Node, words: &[(&str, T)]) -> Option<T> {
+        if let Value::Text(text) = &node.value
+            && let Some((_, value)) = words.iter().find(|(word, _)| word == text)
+        {
+            return Some(*value);
+        }
+        let words: Vec<_> = words.iter().map(|(word, _)| *word).collect();
+        self.mistyped(node, words.join(" or "));
+        None
+    }
+
+    /// A mapping of texts.
+    pub(super) fn texts(&mut self, node: &Node) -> Option<BTreeMap<String, String>> {
+        let Value::Map(entries) = &node.value else {
+            self.mistyped(node, "a mapping of texts");
+            return None;
+        };
+        let mut texts = BTreeMap::new();
+        for (key, value) in entries {
+            self.field(key, |d| {
+                if let Some(text) = d.text(value)
+                    && texts.insert(key.clone(), text).is_some()
+                {
+                    d.refuse(value, "this key is there twice");
+                }
+            });
+        }
+        Some(texts)
+    }
+}

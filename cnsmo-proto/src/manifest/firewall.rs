@@ -1,0 +1,384 @@
+//! The spec of a `FirewallPolicy`.
+
+use std::{collections::BTreeMap, fmt};
+
+use serde::Serialize;
+
+use super::{
+    decode::Decoder,
+    document, icmp,
+    tree::{Node, Value},
+};
+use crate::{
+    model,
+    pb::policy::{Action, Direction, FirewallPolicySpec, FirewallRule, IcmpType, PortRange},
+};
+
+/// Of a policy that states none: room on both sides.
+pub(super) const PRIORITY_DEFAULT: u32 = 1000;
+
+const ACTIONS: [(&str, Action); 2] = [("allow", Action::Allow), ("deny", Action::Deny)];
+const DIRECTIONS: [(&str, Direction); 2] =
+    [("ingress", Direction::Ingress), ("egress", Direction::Egress)];
+/// What the design knows and this version does not enforce.
+const LATER_ACTIONS: [&str; 3] = ["reject", "limit", "log"];
+const LATER_FIELDS: [&str; 2] = ["log", "limit"];
+const ANY: &str = "any";
+
+pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec> {
+    let before = d.problems();
+    let fields = d.fields_but(node, &["target", "priority", "defaults", "rules"], &["mode"])?;
+    let target = d.optional(&fields, "target", document::labels).unwrap_or_default();
+    let priority = d.optional(&fields, "priority", |d, node| number(d, node, model::PRIORITY_MAX));
+    let defaults = d.optional(&fields, "defaults", |d, node| {
+        let fields = d.fields(node, &["ingress", "egress"])?;
+        Some((d.optional(&fields, "ingress", action), d.optional(&fields, "egress", action)))
+    });
+    let (ingress, egress) = defaults.unwrap_or_default();
+    let rules = d.optional(&fields, "rules", |d, node| d.list(node, "a list of rules", rule));
+    let spec = FirewallPolicySpec {
+        target,
+        priority: priority.unwrap_or(PRIORITY_DEFAULT),
+        default_ingress: ingress.unwrap_or(Action::Unspecified).into(),
+        default_egress: egress.unwrap_or(Action::Unspecified).into(),
+        rules: rules.unwrap_or_default(),
+    };
+    // What no rule can know alone; only of a spec that was read wholly, else the numbers of rules would be wrong.
+    if d.problems() > before {
+        return None;
+    }
+    match model::FirewallPolicy::try_from(spec) {
+        Ok(policy) => Some((&policy).into()),
+        Err(invalid) => {
+            d.refuse_invalid(node, in_words_of_the_manifest(&invalid));
+            None
+        }
+    }
+}
+
+fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
+    const FIELDS: [&str; 9] = [
+        "name",
+        "action",
+        "direction",
+        "from",
+        "to",
+        "protocol",
+        "ports",
+        "sourcePorts",
+        "icmpTypes",
+    ];
+    let before = d.problems();
+    let fields = d.fields_but(node, &FIELDS, &LATER_FIELDS)?;
+    let name = d.required(node, &fields, "name", Decoder::text);
+    let action = d.required(node, &fields, "action", action);
+    let direction = d.required(node, &fields, "direction", |d, node| d.word(node, &DIRECTIONS));
+    let from_cidrs = d.optional(&fields, "from", peers).unwrap_or_default();
+    let to_cidrs = d.optional(&fields, "to", peers).unwrap_or_default();
+    let read = d.optional(&fields, "protocol", protocol);
+    let protocol = read.flatten();
+    let port_list = |d: &mut Decoder, node: &Node| {
+        d.matches(node, "a list of ports such as 80 and \"8000-8100\"", ports)
+    };
+    let ports = d.optional(&fields, "ports", port_list).unwrap_or_default();
+    let source_ports = d.optional(&fields, "sourcePorts", port_list).unwrap_or_default();
+    // Types cannot be judged without a protocol that could be read.
+    let icmp_types = if fields.get("protocol").is_none() || read.is_some() {
+        d.optional(&fields, "icmpTypes", |d, node| icmp_types(d, node, protocol))
+    } else {
+        None
+    };
+    let rule = FirewallRule {
+        name: name.unwrap_or_default(),
+        action: action.unwrap_or(Action::Unspecified).into(),
+        direction: direction.unwrap_or(Direction::Unspecified).into(),
+        from_cidrs,
+        to_cidrs,
+        protocol,
+        source_ports,
+        ports,
+        icmp_types: icmp_types.unwrap_or_default(),
+    };
+    if d.problems() == before
+        && let Err(invalid) = model::Rule::try_from(rule.clone())
+    {
+        d.refuse_invalid(node, in_words_of_the_manifest(&invalid));
+    }
+    Some(rule)
+}
+
+fn action(d: &mut Decoder, node: &Node) -> Option<Action> {
+    if let Value::Text(word) = &node.value
+        && LATER_ACTIONS.contains(&word.as_str())
+    {
+        d.refuse(node, format!("`{word}` is not supported by this version: use allow or deny"));
+        return None;
+    }
+    d.word(node, &ACTIONS)
+}
+
+/// `any` or CIDRs.
+fn peers(d: &mut Decoder, node: &Node) -> Option<Vec<String>> {
+    const LATER: &str = "peers by labels or service are not supported by this version: write CIDRs";
+    match &node.value {
+        Value::Text(word) if word == ANY => Some(vec![]),
+        Value::Map(_) => {
+            d.refuse(node, LATER);
+            None
+        }
+        _ => d.matches(node, "`any` or a list of CIDRs", |d, node| {
+            if let Value::Map(_) = node.value {
+                d.refuse(node, LATER);
+                return None;
+            }
+            d.text(node)
+        }),
+    }
+}
+
+/// The outer `None` after an error, the inner one for any.
+fn protocol(d: &mut Decoder, node: &Node) -> Option<Option<u32>> {
+    match &node.value {
+        Value::Text(word) if word == ANY => Some(None),
+        Value::Text(word) => {
+            let known = icmp::PROTOCOLS.iter().find(|(name, _)| name == word);
+            if known.is_none() {
+                let names: Vec<_> = icmp::PROTOCOLS.iter().map(|(name, _)| *name).collect();
+                let names = names.join(", ");
+                d.refuse(node, format!("`{word}` is none of any, {names} and 0 to 255"));
+            }
+            known.map(|(_, number)| Some(u32::from(*number)))
+        }
+        _ => number(d, node, u8::MAX.into()).map(Some),
+    }
+}
+
+fn ports(d: &mut Decoder, node: &Node) -> Option<PortRange> {
+    let range = match &node.value {
+        Value::Integer(port) => u32::try_from(*port).ok().map(|port| (port, port)),
+        Value::Text(text) => {
+            let (first, last) = text.split_once('-').unwrap_or((text, text));
+            digits(first).zip(digits(last))
+        }
+        Value::Null | Value::Bool(_) | Value::Float(_) | Value::List(_) | Value::Map(_) => None,
+    };
+    if range.is_none() {
+        d.mistyped(node, "a port (0 to 65535) or a range such as \"8000-8100\"");
+    }
+    range.map(|(first, last)| PortRange { first, last })
+}
+
+fn icmp_types(d: &mut Decoder, node: &Node, protocol: Option<u32>) -> Option<Vec<IcmpType>> {
+    let types = icmp::types(protocol.unwrap_or_default());
+    if types.is_empty() {
+        d.refuse(node, "only icmp and icmpv6 have types");
+        return None;
+    }
+    d.matches(node, "a list of ICMP types", |d, node| icmp_type(d, node, types))
+}
+
+fn icmp_type(d: &mut Decoder, node: &Node, types: &[(&str, u8)]) -> Option<IcmpType> {
+    let read = match &node.value {
+        Value::Integer(kind) => u32::try_from(*kind).ok().map(|kind| (kind, None)),
+        Value::Text(text) => {
+            let (kind, code) = match text.split_once('/') {
+                Some((kind, code)) => (kind, Some(digits(code))),
+                None => (text.as_str(), None),
+            };
+            let named = types.iter().find(|(name, _)| *name == kind).map(|(_, n)| u32::from(*n));
+            named.or_else(|| digits(kind)).and_then(|kind| match code {
+                Some(code) => code.map(|code| (kind, Some(code))),
+                None => Some((kind, None)),
+            })
+        }
+        Value::Null | Value::Bool(_) | Value::Float(_) | Value::List(_) | Value::Map(_) => None,
+    };
+    let byte = 0..=u32::from(u8::MAX);
+    let read = read
+        .filter(|(kind, code)| byte.contains(kind) && code.is_none_or(|code| byte.contains(&code)));
+    if read.is_none() {
+        let names: Vec<_> = types.iter().map(|(name, _)| *name).collect();
+        let names = names.join(", ");
+        d.mistyped(
+            node,
+            format!("a type (0 to 255), type/code such as \"3/4\", or one of {names}"),
+        );
+    }
+    read.map(|(kind, code)| IcmpType { r#type: kind, code })
+}
+
+fn number(d: &mut Decoder, node: &Node, max: u32) -> Option<u32> {
+    let number = match node.value {
+        Value::Integer(n) => u32::try_from(n).ok().filter(|n| *n <= max),
+        _ => None,
+    };
+    if number.is_none() {
+        d.mistyped(node, format!("a number from 0 to {max}"));
+    }
+    number
+}
+
+/// A decimal number without sign, which `parse` alone would accept.
+fn digits(text: &str) -> Option<u32> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+/// The model speaks of the API's fields.
+fn in_words_of_the_manifest(invalid: &model::Invalid) -> model::Invalid {
+    let field = invalid
+        .field()
+        .replace("fromCidrs", "from")
+        .replace("toCidrs", "to")
+        .replace("defaultIngress", "defaults.ingress")
+        .replace("defaultEgress", "defaults.egress");
+    let reason = invalid.reason().replace("fromCidrs", "`from`");
+    let inner = model::Invalid::new(reason);
+    if field.is_empty() { inner } else { inner.at(field) }
+}
+
+/// The word for a direction.
+pub fn direction(direction: Direction) -> &'static str {
+    word(&DIRECTIONS, direction).unwrap_or("unknown")
+}
+
+/// Protocol, ports and ICMP types of a rule in one line, for example `tcp 80,8000-8100`.
+pub fn traffic(rule: &FirewallRule) -> String {
+    let list = |items: Vec<NumberOrText>| {
+        items.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+    };
+    let document = RuleDocument::new(rule);
+    let mut text = document.protocol.map_or(ANY.to_owned(), |protocol| protocol.to_string());
+    for (before, items) in
+        [(" ", document.ports), (" from port ", document.source_ports), (" ", document.icmp_types)]
+    {
+        if !items.is_empty() {
+            text.push_str(before);
+            text.push_str(&list(items));
+        }
+    }
+    text
+}
+
+/// The spec as it is written.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Document {
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    target: BTreeMap<String, String>,
+    priority: u32,
+    #[serde(skip_serializing_if = "DefaultsDocument::is_empty")]
+    defaults: DefaultsDocument,
+    rules: Vec<RuleDocument>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct DefaultsDocument {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ingress: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    egress: Option<&'static str>,
+}
+
+impl DefaultsDocument {
+    fn is_empty(&self) -> bool {
+        self.ingress.is_none() && self.egress.is_none()
+    }
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct RuleDocument {
+    name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    action: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    direction: Option<&'static str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    from: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    to: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    protocol: Option<NumberOrText>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ports: Vec<NumberOrText>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    source_ports: Vec<NumberOrText>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    icmp_types: Vec<NumberOrText>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+enum NumberOrText {
+    Number(u32),
+    Text(String),
+}
+
+impl fmt::Display for NumberOrText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Text(text) => f.write_str(text),
+        }
+    }
+}
+
+impl Document {
+    pub(super) fn new(spec: &FirewallPolicySpec) -> Self {
+        Self {
+            target: spec.target.clone(),
+            priority: spec.priority,
+            defaults: DefaultsDocument {
+                ingress: word(&ACTIONS, spec.default_ingress()),
+                egress: word(&ACTIONS, spec.default_egress()),
+            },
+            rules: spec.rules.iter().map(RuleDocument::new).collect(),
+        }
+    }
+}
+
+impl RuleDocument {
+    fn new(rule: &FirewallRule) -> Self {
+        Self {
+            name: rule.name.clone(),
+            action: word(&ACTIONS, rule.action()),
+            direction: word(&DIRECTIONS, rule.direction()),
+            from: rule.from_cidrs.clone(),
+            to: rule.to_cidrs.clone(),
+            protocol: rule.protocol.map(|n| named(&icmp::PROTOCOLS, n)),
+            ports: rule.ports.iter().map(range_document).collect(),
+            source_ports: rule.source_ports.iter().map(range_document).collect(),
+            icmp_types: rule
+                .icmp_types
+                .iter()
+                .map(|t| icmp_document(*t, rule.protocol.unwrap_or_default()))
+                .collect(),
+        }
+    }
+}
+
+fn word<T: Copy + PartialEq>(words: &[(&'static str, T)], value: T) -> Option<&'static str> {
+    words.iter().find(|(_, v)| *v == value).map(|(word, _)| *word)
+}
+
+fn named(names: &[(&'static str, u8)], number: u32) -> NumberOrText {
+    match names.iter().find(|(_, n)| u32::from(*n) == number) {
+        Some((name, _)) => NumberOrText::Text((*name).to_owned()),
+        None => NumberOrText::Number(number),
+    }
+}
+
+fn range_document(range: &PortRange) -> NumberOrText {
+    if range.first == range.last {
+        NumberOrText::Number(range.first)
+    } else {
+        NumberOrText::Text(format!("{}-{}", range.first, range.last))
+    }
+}
+
+fn icmp_document(kind: IcmpType, protocol: u32) -> NumberOrText {
+    match kind.code {
+        Some(code) => NumberOrText::Text(format!("{}/{code}", kind.r#type)),
+        None => named(icmp::types(protocol), kind.r#type),
+    }
+}

@@ -1,0 +1,550 @@
+use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::pb::{
+    meta::Metadata,
+    policy::{
+        Action, Direction, FirewallPolicy, FirewallPolicySpec, FirewallRule, IcmpType, PortRange,
+    },
+    resource::{Resource, resource::Resource as Kind},
+};
+
+fn read(text: &str) -> Result<Parsed, Errors> {
+    parse("net.yaml", text, &Original::default())
+}
+
+fn policies(text: &str) -> Vec<FirewallPolicySpec> {
+    let policy = |resource: Resource| match resource.resource {
+        Some(Kind::FirewallPolicy(policy)) => policy.spec,
+        _ => None,
+    };
+    read(text).unwrap().resources.into_iter().filter_map(policy).collect()
+}
+
+/// A policy with one good rule, of which `lines` replace or add fields.
+fn with_rule(lines: &[&str]) -> String {
+    let mut fields = vec!["name: http", "action: allow", "direction: ingress", "protocol: tcp"];
+    for line in lines {
+        let key = line.split(':').next().unwrap();
+        fields.retain(|field| field.split(':').next() != Some(key));
+        fields.push(line);
+    }
+    let mut text = "kind: FirewallPolicy\nmetadata: {name: web}\nspec:\n  rules:\n  -".to_owned();
+    for (n, field) in fields.iter().enumerate() {
+        writeln!(text, "{} {field}", if n == 0 { "" } else { "   " }).unwrap();
+    }
+    text
+}
+
+fn with_spec(line: &str) -> String {
+    format!("kind: FirewallPolicy\nmetadata: {{name: web}}\nspec:\n  {line}\n")
+}
+
+#[test]
+fn every_field_of_a_policy_arrives() {
+    let text = r#"
+kind: FirewallPolicy
+metadata: {name: web, labels: {team: shop}}
+spec:
+  target: {role: web}
+  priority: 100
+  defaults: {ingress: deny, egress: allow}
+  rules:
+    - name: http
+      action: allow
+      direction: ingress
+      from: [10.1.2.3/8, "fd00::/8"]
+      to: any
+      protocol: tcp
+      ports: [80, 443, "8000-8100", 9000-9001]
+      sourcePorts: ["1024-65535"]
+    - {name: v4, action: deny, direction: egress, protocol: icmp, icmpTypes: [echo-request, 3, "3/4", redirect/1]}
+    - {name: v6, action: deny, direction: egress, protocol: icmpv6, icmpTypes: [echo-request]}
+    - {name: gre, action: deny, direction: egress, protocol: 47}
+    - {name: rest, action: allow, direction: egress, protocol: any}
+"#;
+    let spec = policies(text).remove(0);
+    assert_eq!(spec.target, BTreeMap::from([("role".to_owned(), "web".to_owned())]));
+    assert_eq!((spec.priority, spec.default_ingress, spec.default_egress), (100, 2, 1));
+    let http = &spec.rules[0];
+    assert_eq!(http.from_cidrs, ["10.0.0.0/8", "fd00::/8"]);
+    assert!(http.to_cidrs.is_empty());
+    let ports: Vec<_> = http.ports.iter().map(|r| (r.first, r.last)).collect();
+    assert_eq!(ports, [(80, 80), (443, 443), (8000, 8100), (9000, 9001)]);
+    assert_eq!(http.source_ports, [PortRange { first: 1024, last: 65_535 }]);
+    let types: Vec<_> = spec.rules[1].icmp_types.iter().map(|t| (t.r#type, t.code)).collect();
+    assert_eq!(types, [(8, None), (3, None), (3, Some(4)), (5, Some(1))]);
+    assert_eq!(spec.rules[2].icmp_types, [IcmpType { r#type: 128, code: None }]);
+    let protocols: Vec<_> = spec.rules.iter().map(|rule| rule.protocol).collect();
+    assert_eq!(protocols, [Some(6), Some(1), Some(58), Some(47), None]);
+}
+
+#[test]
+fn what_a_policy_leaves_out_has_the_documented_value() {
+    let spec = policies("kind: FirewallPolicy\nmetadata: {name: web}\nspec: {}").remove(0);
+    assert_eq!(spec, FirewallPolicySpec { priority: 1000, ..FirewallPolicySpec::default() });
+}
+
+#[test]
+fn a_bad_field_is_refused_with_its_path() {
+    let rule = with_rule;
+    let cases: Vec<(String, &str)> = vec![
+        ("metadata: {name: web}\nspec: {}".into(), "kind"),
+        ("kind: Firewall\nmetadata: {name: web}".into(), "kind"),
+        ("kind: LoadBalancer\nmetadata: {name: web}".into(), "kind"),
+        ("kind: 7\nmetadata: {name: web}".into(), "kind"),
+        ("kind: Node\nkind: Node\nmetadata: {name: web}".into(), "kind"),
+        ("kind: FirewallPolicy\nspec: {}".into(), "metadata"),
+        ("kind: FirewallPolicy\nmetadata: {name: web}".into(), "spec"),
+        ("kind: FirewallPolicy\nmetadata: {name: web}\nspec:".into(), "spec"),
+        ("kind: FirewallPolicy\nmetadata: {name: web}\nspec: []".into(), "spec"),
+        ("kind: FirewallPolicy\nmetadata: {name: web}\nspec: {}\nfoo: 1".into(), "foo"),
+        ("kind: FirewallPolicy\nmetadata: {}\nspec: {}".into(), "metadata.name"),
+        ("kind: FirewallPolicy\nmetadata: {name: Web}\nspec: {}".into(), "metadata.name"),
+        ("kind: FirewallPolicy\nmetadata: {name: 1}\nspec: {}".into(), "metadata.name"),
+        ("kind: Node\nmetadata: {name: a, labels: {x: 1}}".into(), "metadata.labels.x"),
+        ("kind: Node\nmetadata: {name: a, labels: {x: a b}}".into(), "metadata.labels.x"),
+        ("kind: Node\nmetadata: {name: a, labels: {x: a, x: b}}".into(), "metadata.labels.x"),
+        ("kind: Node\nmetadata: {name: a, labels: [x]}".into(), "metadata.labels"),
+        ("kind: Node\nmetadata: {name: a, uuid: x}".into(), "metadata.uuid"),
+        ("kind: Node\nmetadata: {name: a}\nspec: {}".into(), "spec"),
+        (with_spec("target: web"), "spec.target"),
+        (with_spec("target: {role: true}"), "spec.target.role"),
+        (with_spec("priority: -1"), "spec.priority"),
+        (with_spec("priority: 1000001"), "spec.priority"),
+        (with_spec("priority: high"), "spec.priority"),
+        (with_spec("defaults: deny"), "spec.defaults"),
+        (with_spec("defaults: {ingress: drop}"), "spec.defaults.ingress"),
+        (with_spec("defaults: {egress: reject}"), "spec.defaults.egress"),
+        (with_spec("defaults: {input: deny}"), "spec.defaults.input"),
+        (with_spec("mode: audit"), "spec.mode"),
+        (with_spec("rules: {}"), "spec.rules"),
+        (with_spec("rules: [http]"), "spec.rules[0]"),
+        (rule(&["name: Http"]), "spec.rules[0].name"),
+        (rule(&["action: reject"]), "spec.rules[0].action"),
+        (rule(&["action: drop"]), "spec.rules[0].action"),
+        (rule(&["action:"]), "spec.rules[0].action"),
+        (rule(&["direction: in"]), "spec.rules[0].direction"),
+        (rule(&["log: true"]), "spec.rules[0].log"),
+        (rule(&["port: [80]"]), "spec.rules[0].port"),
+        (rule(&["from: 10.0.0.0/8"]), "spec.rules[0].from"),
+        (rule(&["from: []"]), "spec.rules[0].from"),
+        (rule(&["from: {role: web}"]), "spec.rules[0].from"),
+        (rule(&["from: [{labels: {role: web}}]"]), "spec.rules[0].from[0]"),
+        (rule(&["from: [10.0.0.0/33]"]), "spec.rules[0].from[0]"),
+        (rule(&["to: [10.0.0.0/8, 10.0.0.1]"]), "spec.rules[0].to[1]"),
+        (rule(&["from: [10.0.0.0/8]", "to: [\"fd00::/8\"]"]), "spec.rules[0].to"),
+        (rule(&["protocol: http"]), "spec.rules[0].protocol"),
+        (rule(&["protocol: icpm", "icmpTypes: [3]"]), "spec.rules[0].protocol"),
+        (rule(&["protocol: 256"]), "spec.rules[0].protocol"),
+        (rule(&["protocol: any", "ports: [80]"]), "spec.rules[0].ports"),
+        (rule(&["protocol: 47", "sourcePorts: [80]"]), "spec.rules[0].sourcePorts"),
+        (rule(&["ports: 80"]), "spec.rules[0].ports"),
+        (rule(&["ports: []"]), "spec.rules[0].ports"),
+        (rule(&["ports: [80, 70000]"]), "spec.rules[0].ports[1]"),
+        (rule(&["ports: [-1]"]), "spec.rules[0].ports[0]"),
+        (rule(&["ports: [80.5]"]), "spec.rules[0].ports[0]"),
+        (rule(&["ports: [\"90-80\"]"]), "spec.rules[0].ports[0]"),
+        (rule(&["ports: [\"+80\"]"]), "spec.rules[0].ports[0]"),
+        (rule(&["ports: [\"80-\"]"]), "spec.rules[0].ports[0]"),
+        (rule(&["sourcePorts: [http]"]), "spec.rules[0].sourcePorts[0]"),
+        (rule(&["icmpTypes: [echo-request]"]), "spec.rules[0].icmpTypes"),
+        (rule(&["protocol: icmp", "icmpTypes: [packet-too-big]"]), "spec.rules[0].icmpTypes[0]"),
+        (rule(&["protocol: icmp", "icmpTypes: [256]"]), "spec.rules[0].icmpTypes[0]"),
+        (rule(&["protocol: icmp", "icmpTypes: [\"3/256\"]"]), "spec.rules[0].icmpTypes[0]"),
+        (rule(&["protocol: icmp", "from: [\"fd00::/8\"]"]), "spec.rules[0].protocol"),
+        (
+            "kind: Node\nmetadata: {name: a}\n---\nkind: Node\nmetadata: {name: a}".into(),
+            "metadata.name",
+        ),
+        (String::new(), ""),
+        ("just a text".into(), ""),
+        ("a: [".into(), ""),
+        ("[".repeat(10_000), ""),
+        ("kind: !mine Node\nmetadata: {name: a}".into(), ""),
+    ];
+    for (text, field) in cases {
+        let errors = read(&text).expect_err(&text);
+        let fields: Vec<_> = errors.iter().map(Invalid::field).collect();
+        assert_eq!(fields, [field], "{text}\n{errors}");
+    }
+}
+
+#[test]
+fn an_error_names_file_document_resource_field_and_line() {
+    let text =
+        "kind: Node\nmetadata: {name: a}\n---\n".to_owned() + &with_rule(&["ports: [70000]"]);
+    assert_eq!(
+        read(&text).unwrap_err().to_string(),
+        "net.yaml: document 2 (FirewallPolicy web): spec.rules[0].ports[0]: \
+         70000 is not a port: 0 to 65535 (line 12)"
+    );
+}
+
+#[test]
+fn all_bad_documents_and_fields_are_reported_also_before_a_syntax_error() {
+    let text = with_rule(&["ports: [70000]", "from: [x]", "action: log"])
+        + "---\nkind: Node\nmetadata: {name: ok}\n---\nkind: Nod\nmetadata: {name: B}\n---\nkind: [\n";
+    let errors = read(&text).unwrap_err();
+    let fields: Vec<_> = errors.iter().map(Invalid::field).collect();
+    assert_eq!(fields, ["spec.rules[0].action", "metadata.name", "kind", ""], "{errors}");
+    let shown = errors.to_string();
+    assert!(shown.contains("document 3 (Nod B): "), "{shown}");
+    assert!(shown.lines().last().unwrap().contains("document 4: "), "{shown}");
+    assert!(shown.lines().last().unwrap().contains("line 18"), "{shown}");
+}
+
+#[test]
+fn two_rules_of_one_name_are_refused_with_the_line_of_the_second() {
+    let text = with_rule(&[]) + "  - {name: http, action: deny, direction: egress}\n";
+    assert_eq!(
+        read(&text).unwrap_err().to_string(),
+        "net.yaml: document 1 (FirewallPolicy web): spec.rules[1].name: \
+         an earlier rule is called `http` too (line 9)"
+    );
+}
+
+#[test]
+fn json_is_read_as_an_object_or_a_list_also_with_tabs() {
+    let one = "{\n\t\"kind\": \"Node\",\n\t\"metadata\": {\"name\": \"a\"}\n}";
+    assert_eq!(read(one).unwrap().resources.len(), 1);
+    let two =
+        r#"[{"kind":"Node","metadata":{"name":"a"}}, {"kind":"Node","metadata":{"name":"b"}}]"#;
+    assert_eq!(read(two).unwrap().resources.len(), 2);
+    let bad =
+        r#"[{"kind":"Node","metadata":{"name":"a"}}, {"kind":"Node","metadata":{"name":"B"}}]"#;
+    let error = read(bad).unwrap_err().to_string();
+    assert!(error.starts_with("net.yaml: document 1, item 2 (Node B): metadata.name: "), "{error}");
+}
+
+#[test]
+fn an_alias_bomb_is_refused_and_a_shared_list_is_not() {
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for n in 1..9 {
+        let alias = format!("*a{}", n - 1);
+        let list = [alias.as_str(); 10].join(", ");
+        writeln!(bomb, "a{n}: &a{n} [{list}]").unwrap();
+    }
+    let error = read(&bomb).unwrap_err().to_string();
+    assert!(error.contains("alias"), "{error}");
+
+    let shared = with_rule(&["from: &net [10.0.0.0/8]"])
+        + "  - {name: b, action: deny, direction: egress, to: *net}\n";
+    assert_eq!(policies(&shared)[0].rules[1].to_cidrs, ["10.0.0.0/8"]);
+}
+
+#[test]
+fn a_file_above_the_limit_is_refused_unread() {
+    let error = read(&" ".repeat(FILE_BYTES_MAX + 1)).unwrap_err().to_string();
+    assert!(error.contains("at most 33554432 are read"), "{error}");
+}
+
+#[test]
+fn errors_are_counted_above_the_limit() {
+    let text = "kind: Node\nmetadata: {name: A}\n---\n".repeat(ERRORS_MAX + 7);
+    let error = read(&text).unwrap_err().to_string();
+    assert_eq!(error.lines().count(), ERRORS_MAX + 1);
+    assert!(error.ends_with("net.yaml: 7 more errors"), "{error}");
+}
+
+#[test]
+fn every_example_is_read() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let parsed = parse(&path.display().to_string(), &text, &Original::default()).unwrap();
+        assert!(!parsed.resources.is_empty(), "{}", path.display());
+        names.insert(path.file_name().unwrap().to_str().unwrap().to_owned());
+    }
+    assert!(names.contains("three-tier.yaml"), "{names:?}");
+}
+
+#[test]
+fn the_manifests_in_the_documentation_are_read() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/manifest.md");
+    let text = fs::read_to_string(path).unwrap();
+    let blocks: Vec<_> = text.split("```yaml\n").skip(1).collect();
+    assert_eq!(blocks.len(), 2);
+    for block in blocks {
+        let yaml = block.split("```").next().unwrap();
+        assert_eq!(read(yaml).unwrap().resources.len(), 1, "{yaml}");
+    }
+}
+
+fn original(name: &str) -> Result<Parsed, Errors> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/original");
+    let text = fs::read_to_string(folder.join(name)).unwrap();
+    parse(name, &text, &Original::default())
+}
+
+fn only(parsed: &Parsed) -> FirewallPolicy {
+    match &parsed.resources[..] {
+        [Resource { resource: Some(Kind::FirewallPolicy(policy)) }] => policy.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn the_originals_good_rules_mean_what_they_meant() {
+    let parsed = original("rules.json").unwrap();
+    let policy = only(&parsed);
+    assert_eq!(policy.metadata.unwrap().name, "rules");
+    let spec = policy.spec.unwrap();
+    assert_eq!((spec.default_ingress(), spec.default_egress()), (Action::Allow, Action::Allow));
+    let rules: Vec<_> = spec.rules.iter().map(summary).collect();
+    assert_eq!(
+        rules,
+        [
+            "rule-1 deny ingress from [] to [0.0.0.0/0]: tcp 8082",
+            "rule-2 allow egress from [] to [10.77.2.0/24]: udp 53",
+            "rule-3 allow ingress from [10.77.1.0/24] to []: tcp 8000-8100",
+            "rule-4 deny ingress from [fd77:1::/64] to []: tcp 443",
+        ]
+    );
+    let one = only(&original("one-rule.json").unwrap());
+    assert_eq!(one.metadata.unwrap().name, "one-rule");
+    assert_eq!(one.spec.unwrap().rules.len(), 1);
+}
+
+fn summary(rule: &FirewallRule) -> String {
+    let action = if rule.action() == Action::Allow { "allow" } else { "deny" };
+    let (from, to) = (rule.from_cidrs.join(","), rule.to_cidrs.join(","));
+    let direction = direction(rule.direction());
+    format!("{} {action} {direction} from [{from}] to [{to}]: {}", rule.name, traffic(rule))
+}
+
+#[test]
+fn denyall_closes_ingress_but_for_ping_and_an_icmp_rule_loses_its_port_with_a_note() {
+    let parsed = original("denyall.json").unwrap();
+    let spec = only(&parsed).spec.unwrap();
+    assert_eq!((spec.default_ingress(), spec.default_egress()), (Action::Deny, Action::Allow));
+    let rules: Vec<_> = spec.rules.iter().map(summary).collect();
+    assert_eq!(
+        rules,
+        [
+            "ping-in allow ingress from [] to []: icmp echo-request",
+            "ping-out allow egress from [] to []: icmp echo-request",
+            "ping-in-v6 allow ingress from [] to []: icmpv6 echo-request",
+            "ping-out-v6 allow egress from [] to []: icmpv6 echo-request",
+            "rule-2 allow ingress from [0.0.0.0/0] to []: tcp 80",
+            "rule-3 allow ingress from [10.77.0.0/16] to []: icmp",
+        ]
+    );
+    assert_eq!(
+        parsed.notes,
+        ["denyall.json: rule-3: dst_port is ignored: this protocol has no ports"]
+    );
+}
+
+#[test]
+fn the_originals_bad_rules_are_refused_with_the_field() {
+    let cases = [
+        ("missing-field", "ip_range"),
+        ("port-above-65535", "dst_port"),
+        ("mask-33", "ip_range"),
+        ("bad-address", "ip_range"),
+        ("no-mask", "ip_range"),
+        ("bad-action", "action"),
+        ("port-not-a-number", "dst_port"),
+        ("bad-dst-src", "dst_src"),
+    ];
+    for (name, field) in cases {
+        let errors = original(&format!("bad/{name}.json")).unwrap_err();
+        let fields: Vec<_> = errors.iter().map(Invalid::field).collect();
+        assert_eq!(fields, [field], "{errors}");
+    }
+}
+
+#[test]
+fn a_bad_rule_of_a_list_is_named_by_its_place() {
+    let good = r#"{"direction":"in","protocol":"tcp","dst_port":"80","dst_src":"src","ip_range":"10.0.0.0/8","action":"acpt"}"#;
+    let cases = [
+        (good.replace("acpt", "rjct"), "[1].action", "`rjct` is not supported"),
+        (good.replace("tcp", "all"), "[1].protocol", "found the text `all`"),
+        (good.replace("\"in\"", "\"ingress\""), "[1].direction", "in or out"),
+        (good.replace("\"80\"", "\"90:80\""), "[1].dst_port", "ends before it starts"),
+        (good.replace("\"80\"", "\":80\""), "[1].dst_port", "a port \"N\""),
+        (good.replace("tcp", "icmpv6"), "[1].protocol", "other address family"),
+        (good.replace('}', ",\"comment\":\"x\"}"), "[1].comment", "unknown field"),
+        ("{\"policy\":\"allowall\"}".to_owned(), "[1].policy", "expected denyall"),
+    ];
+    for (bad, field, reason) in cases {
+        let errors = read(&format!("[{good}, {bad}]")).unwrap_err();
+        let error = errors.iter().next().unwrap();
+        assert_eq!(error.field(), field, "{errors}");
+        assert!(error.reason().contains(reason), "{errors}");
+    }
+}
+
+#[test]
+fn an_empty_list_is_the_originals_only_where_it_is_named() {
+    assert_eq!(read("[]").unwrap().resources, []);
+    let named =
+        Original { name: Some(crate::model::Name::new("fw").unwrap()), ..Default::default() };
+    let policy = only(&parse("x.json", "[]", &named).unwrap());
+    assert_eq!(policy.metadata.unwrap().name, "fw");
+}
+
+#[test]
+fn the_name_of_a_file_becomes_a_name() {
+    let rule = r#"{"policy":"denyall"}"#;
+    let name = |file: &str| {
+        let parsed = parse(file, rule, &Original::default());
+        parsed.map(|parsed| only(&parsed).metadata.unwrap().name)
+    };
+    assert_eq!(name("/etc/My Rules_2.json").unwrap(), "my-rules-2");
+    assert_eq!(name("_.x.json").unwrap(), "x");
+    assert!(name("___.json").unwrap_err().to_string().contains("--name"));
+}
+
+#[test]
+fn what_is_printed_with_a_status_can_be_applied_again() {
+    let policy = FirewallPolicy {
+        metadata: Some(Metadata {
+            name: "web".into(),
+            uid: "u".into(),
+            revision: 7,
+            ..Default::default()
+        }),
+        spec: Some(FirewallPolicySpec { priority: 5, ..Default::default() }),
+        status: Some(crate::pb::policy::FirewallPolicyStatus {
+            nodes: vec![crate::pb::policy::NodePolicyStatus {
+                node: "vm1".into(),
+                applied: true,
+                ..Default::default()
+            }],
+            conditions: vec![crate::pb::meta::Condition {
+                r#type: "Applied".into(),
+                status: 1,
+                ..Default::default()
+            }],
+        }),
+    };
+    let resource = Resource { resource: Some(Kind::FirewallPolicy(policy)) };
+    let json = serde_json::to_value(Manifest::new(&resource).unwrap()).unwrap();
+    assert_eq!(json["metadata"]["revision"], 7);
+    assert_eq!(json["status"]["nodes"][0]["applied"], true);
+    assert_eq!(json["status"]["conditions"][0]["status"], "True");
+    assert_eq!(policies(&json.to_string())[0].priority, 5);
+}
+
+prop_compose! {
+    fn port_range()(a: u16, b: u16) -> PortRange {
+        PortRange { first: a.min(b).into(), last: a.max(b).into() }
+    }
+}
+
+fn cidrs() -> impl Strategy<Value = Vec<String>> {
+    let v4 = (any::<std::net::Ipv4Addr>(), 0_u8..=32)
+        .prop_map(|(a, len)| ipnet::Ipv4Net::new(a, len).unwrap().trunc().to_string());
+    let v6 = (any::<std::net::Ipv6Addr>(), 0_u8..=128)
+        .prop_map(|(a, len)| ipnet::Ipv6Net::new(a, len).unwrap().trunc().to_string());
+    prop::collection::vec(prop_oneof![v4, v6], 0..4)
+}
+
+prop_compose! {
+    fn rule()(
+        allow: bool,
+        ingress: bool,
+        from in cidrs(),
+        to in cidrs(),
+        protocol in prop_oneof![Just(None), (0_u32..256).prop_map(Some), Just(Some(6)), Just(Some(17)), Just(Some(1)), Just(Some(58))],
+        ports in prop::collection::vec(port_range(), 0..4),
+        source_ports in prop::collection::vec(port_range(), 0..2),
+        types in prop::collection::vec((0_u32..256, prop::option::of(0_u32..256)), 0..4),
+    ) -> FirewallRule {
+        let has_ports = matches!(protocol, Some(6 | 17 | 132));
+        let has_types = matches!(protocol, Some(1 | 58));
+        FirewallRule {
+            name: String::new(),
+            action: if allow { Action::Allow } else { Action::Deny }.into(),
+            direction: if ingress { Direction::Ingress } else { Direction::Egress }.into(),
+            from_cidrs: if has_types { vec![] } else { from },
+            // One side only: two sides may share no family.
+            to_cidrs: vec![],
+            protocol,
+            source_ports: if has_ports { source_ports } else { vec![] },
+            ports: if has_ports { ports } else { vec![] },
+            icmp_types: if has_types {
+                types.into_iter().map(|(r#type, code)| IcmpType { r#type, code }).collect()
+            } else {
+                vec![]
+            },
+        }
+        .swapped_if(!ingress, to)
+    }
+}
+
+impl FirewallRule {
+    /// The other side of an egress rule.
+    fn swapped_if(mut self, swap: bool, to: Vec<String>) -> Self {
+        if swap && !self.from_cidrs.is_empty() {
+            self.from_cidrs.clear();
+            self.to_cidrs = to;
+        }
+        self
+    }
+}
+
+fn label() -> impl Strategy<Value = BTreeMap<String, String>> {
+    // Texts that YAML could take for something else are the point here.
+    let odd = prop::sample::select(vec![
+        "true",
+        "null",
+        "1",
+        "0x10",
+        "1e3",
+        "~",
+        "yes",
+        "-",
+        "{",
+        "a:b",
+        "#",
+        "2026-01-01",
+    ]);
+    let value = prop_oneof!["[!-+\\--<>-~]{0,8}", odd.prop_map(str::to_owned)];
+    prop::collection::btree_map("[a-z]{1,6}", value, 0..4)
+}
+
+proptest! {
+    #[test]
+    fn a_policy_survives_the_way_to_a_file_and_back(
+        labels in label(),
+        target in label(),
+        priority in 0_u32..=1_000_000,
+        default_ingress in 0..3,
+        default_egress in 0..3,
+        mut rules in prop::collection::vec(rule(), 0..6),
+    ) {
+        for (n, rule) in rules.iter_mut().enumerate() {
+            rule.name = format!("rule-{n}");
+        }
+        let policy = FirewallPolicy {
+            metadata: Some(Metadata { name: "web".to_owned(), labels, ..Metadata::default() }),
+            spec: Some(FirewallPolicySpec { target, priority, default_ingress, default_egress, rules }),
+            status: None,
+        };
+        let resource = Resource { resource: Some(Kind::FirewallPolicy(policy)) };
+        let manifest = Manifest::new(&resource).unwrap();
+        let yaml = serde_saphyr::to_string(&manifest).unwrap();
+        let json = serde_json::to_string_pretty(&manifest).unwrap();
+        for text in [yaml, json] {
+            match read(&text) {
+                Ok(parsed) => prop_assert_eq!(&parsed.resources, std::slice::from_ref(&resource), "{}", text),
+                Err(errors) => prop_assert!(false, "{errors}\n{text}"),
+            }
+        }
+    }
+
+    #[test]
+    fn no_text_panics(text in "[ \\[\\]{}:,&*!|>'\"%@`#\n\ta-z0-9-]{0,200}") {
+        _ = read(&text);
+    }
+}
