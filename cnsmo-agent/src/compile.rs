@@ -30,7 +30,7 @@ use self::{
     emit::emit,
     family::{Family, RuleBox, V4, V6},
     trace::Header,
-    tree::{Bounds, Tree, plant},
+    tree::{Bounds, COPIES_MAX, Tree, plant},
 };
 use crate::{datapath::ApplyError, effective::Effective};
 
@@ -175,8 +175,9 @@ impl fmt::Display for Budget {
             Self::Depth => {
                 write!(f, "rules overlap so that a search would take more than {DEPTH_MAX} steps")
             }
-            Self::Copies => f.write_str(
-                "rules overlap so that the compiled form would be over ten times their size",
+            Self::Copies => write!(
+                f,
+                "rules overlap so that the compiled form would hold each over {COPIES_MAX} times"
             ),
             Self::Blob { words_max } => {
                 write!(f, "the compiled rules need more than the {} bytes there are", words_max * 8)
@@ -268,21 +269,23 @@ fn best_trees<F: Family<D>, const D: usize>(boxes: &[RuleBox<D>]) -> Result<Vec<
         let every = boxes.len().div_ceil(SAMPLE_BOXES).max(1);
         let sample: Vec<_> = boxes.iter().step_by(every).copied().collect();
         let words = |&length: &u32| {
-            let trees = plant::<F, D>(&sample, length, Bounds::of(sample.len())).ok()?;
+            let trees = plant::<F, D>(&sample, length, Bounds::tight(sample.len())).ok()?;
             let mut blob = FamilyBlob::empty();
             emit::<F, D>(&sample, &trees, 0, &mut blob, usize::MAX).ok()?;
             Some(blob.words.len())
         };
         lengths.par_sort_by_cached_key(|length| words(length).unwrap_or(usize::MAX));
     }
-    let mut first_breach = None;
-    for length in lengths {
-        match plant::<F, D>(boxes, length, Bounds::of(boxes.len())) {
-            Ok(trees) => return Ok(trees),
-            Err(breach) => first_breach = first_breach.or(Some(breach)),
+    let mut last_breach = None;
+    for bounds in [Bounds::tight(boxes.len()), Bounds::loose(boxes.len())] {
+        for &length in &lengths {
+            match plant::<F, D>(boxes, length, bounds) {
+                Ok(trees) => return Ok(trees),
+                Err(breach) => last_breach = Some(breach),
+            }
         }
     }
-    match first_breach {
+    match last_breach {
         Some(breach) => Err(breach),
         None => unreachable!("a family separates somewhere"),
     }

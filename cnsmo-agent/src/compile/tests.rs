@@ -197,20 +197,21 @@ fn overlapping_port_ranges_agree() {
 }
 
 /// Ranges around one point, the narrowest first: none hides another, and each end divides all.
+fn nested_ranges(n: u16) -> Effective {
+    let rules = (0..n).map(|n| {
+        let around = || vec![PortRange::new(30_000 - n, 30_000 + n).unwrap()];
+        let protocol =
+            Protocol::Ports { number: protocol::UDP, source: around(), destination: around() };
+        Rule { protocol, ..rule(n.into(), Direction::Ingress) }
+    });
+    effective(rules.collect())
+}
+
 #[test]
 fn nested_ranges_agree() {
-    let rules = (0..10_000u16).map(|n| {
-        let around = |n: u16| PortRange::new(30_000 - n, 30_000 + n).unwrap();
-        Rule {
-            protocol: Protocol::Ports {
-                number: protocol::UDP,
-                source: vec![around(n)],
-                destination: vec![around(n)],
-            },
-            ..rule(n.into(), Direction::Ingress)
-        }
-    });
-    assert_agrees(&effective(rules.collect()), 1_000);
+    for n in [100, 10_000] {
+        assert_agrees(&nested_ranges(n), 1_000);
+    }
 }
 
 #[test]
@@ -298,27 +299,32 @@ fn built_in_rules_that_do_not_fit_are_no_policys_fault() {
     assert!(matches!(ApplyError::from(refused), ApplyError::Failed(_)));
 }
 
+/// One tree for both kinds would copy each rule of one into the parts of the other.
 #[test]
-fn trees_beyond_their_bounds_are_separated_further_or_named() {
+fn a_cross_of_ports_is_separated_further() {
+    let rules = (0..4_000u16).map(|n| {
+        let port = vec![PortRange::new(n * 16, n * 16).unwrap()];
+        let (source, destination) = if n % 2 == 0 { (port, vec![]) } else { (vec![], port) };
+        let protocol = Protocol::Ports { number: protocol::TCP, source, destination };
+        Rule { protocol, ..rule(n.into(), Direction::Ingress) }
+    });
+    let compiled = assert_agrees(&effective(rules.collect()), 2_000);
+    assert_eq!(compiled.v4.trees, [2, 0], "{:?}", compiled.v4.stats);
+}
+
+#[test]
+fn a_broken_bound_of_the_trees_names_the_rules() {
     let policy = sample::policy(Style::Firewall, AddressFamily::V4, 2_000, 3);
     let boxes = &boxes::expand(&policy).unwrap().v4[0];
-    let plant = |bounds| plant::<V4, 5>(boxes, 12, bounds);
-    let roomy = Bounds::of(boxes.len());
-    let trees = plant(roomy).unwrap().len();
+    let breach = |bounds| plant::<V4, 5>(boxes, 12, bounds).err().unwrap();
+    let roomy = Bounds::tight(boxes.len());
 
-    let mut separated = (roomy.leaf_rules / 100..roomy.leaf_rules)
-        .step_by(10)
-        .filter_map(|leaf_rules| plant(Bounds { leaf_rules, ..roomy }).ok())
-        .map(|more| more.len());
-    let more = separated.next().unwrap();
-    assert!(more > trees && more <= TREES_MAX as usize, "{more} trees, {trees} without need");
+    let deep = breach(Bounds { depth: 1, ..roomy });
+    assert_eq!(deep.budget, Budget::Depth);
+    assert!(deep.shares.iter().map(|(_, boxes)| boxes).sum::<usize>() > LEAF_RULES_MAX as usize);
+    assert_eq!(deep.shares, breach(Bounds { depth: 1, ..roomy }).shares, "depends on threads");
 
-    let shallow = plant(Bounds { depth: 1, ..roomy }).err().unwrap();
-    assert_eq!(shallow.budget, Budget::Depth);
-    assert!(shallow.shares.iter().map(|(_, boxes)| boxes).sum::<usize>() > LEAF_RULES_MAX as usize);
-    let again = plant(Bounds { depth: 1, ..roomy }).err().unwrap();
-    assert_eq!(shallow.shares, again.shares, "the blame depends on threads");
-
-    let small = plant(Bounds { leaf_rules: boxes.len() / 2, ..roomy }).err().unwrap();
-    assert_eq!(small.budget, Budget::Copies);
+    let copied = breach(Bounds { leaf_rules: boxes.len() / 2, ..roomy });
+    assert_eq!(copied.budget, Budget::Copies);
+    assert!(!copied.shares.is_empty());
 }

@@ -1,8 +1,8 @@
 //! Boxes as search trees: separation by prefix length, then cuts and splits.
 //!
 //! A cut divides the smallest aligned block of addresses that holds the boxes of a node into equal parts, one step for
-//! up to 256 of them. A split divides any dimension at the median of the boxes' ends. Wide boxes would be copied into
-//! many parts; hence the separation into trees whose boxes are alike.
+//! up to 256 of them. A split divides any dimension at the median, or a quartile, of the boxes' ends. Wide boxes would
+//! be copied into many parts; hence the separation into trees whose boxes are alike.
 
 use std::{
     marker::PhantomData,
@@ -24,6 +24,10 @@ use super::{
 const PARALLEL_FROM: usize = 1_000;
 /// The most parts of a cut, as a power of two.
 const CUT_BITS_MAX: u32 = 8;
+/// Copies of a box, on average, that a set of trees may hold.
+pub(super) const COPIES_MAX: usize = 40;
+/// Boxes in the leaves of a set of trees: 64 MB while compiling, and more than any half holds.
+const LEAF_BOXES_MAX: usize = 1 << 24;
 /// Wide cuts are shallower: a split must cost less than this share of the best cut.
 const SPLIT_ADVANTAGE: f64 = 0.9;
 
@@ -51,9 +55,16 @@ pub(super) struct Bounds {
 }
 
 impl Bounds {
-    /// Ten copies of each box; the worst measured real set needs 9.4.
-    pub(super) fn of(boxes: usize) -> Self {
+    /// Ten copies of each box: the worst measured real set needs 9.4. What exceeds this is separated further.
+    pub(super) fn tight(boxes: usize) -> Self {
         Self { depth: DEPTH_MAX, leaf_rules: boxes * 10 + 1_000 }
+    }
+
+    /// Where nothing is left to separate: ranges nested in two dimensions are copied some 4 log n times. Bounds memory
+    /// and time; whether the words fit is known when they are written.
+    pub(super) fn loose(boxes: usize) -> Self {
+        let leaf_rules = (boxes * COPIES_MAX + 100_000).min(LEAF_BOXES_MAX);
+        Self { depth: DEPTH_MAX, leaf_rules }
     }
 }
 
@@ -356,22 +367,32 @@ impl<F: Family<D>, const D: usize> Builder<'_, F, D> {
         if ends.is_empty() {
             return;
         }
-        let middle = ends.len() / 2;
-        let threshold = *ends.select_nth_unstable(middle).1;
-        let (mut left, mut right) = (0usize, 0usize);
-        for &n in list {
+        // Where most boxes span the median, as ranges around one point do, only a quartile separates any.
+        for quarter in [2, 1, 3] {
+            let at = ends.len() * quarter / 4;
+            let threshold = *ends.select_nth_unstable(at).1;
+            let (left, right) = self.sides(list, d, threshold);
+            let n = list.len();
+            if left < n || right < n {
+                let (left, right) = (left as f64, right as f64);
+                let squares = left * left + right * right;
+                let cost = part_cost(squares, left.max(right), left + right, n as f64);
+                if best.is_none_or(|(_, least)| cost < least * SPLIT_ADVANTAGE) {
+                    *best = Some((Choice::Split { dimension: d, threshold }, cost));
+                }
+            }
+            if left.min(right) <= n * 3 / 4 {
+                return;
+            }
+        }
+    }
+
+    /// Boxes that reach up to a threshold, and above it.
+    fn sides(&self, list: &[u32], d: usize, threshold: u64) -> (usize, usize) {
+        list.iter().fold((0, 0), |(left, right), &n| {
             let b = &self.boxes[n as usize];
-            left += usize::from(b.low[d] <= threshold);
-            right += usize::from(b.high[d] > threshold);
-        }
-        if left >= list.len() && right >= list.len() {
-            return;
-        }
-        let (left, right, n) = (left as f64, right as f64, list.len() as f64);
-        let cost = part_cost(left * left + right * right, left.max(right), left + right, n);
-        if best.is_none_or(|(_, least)| cost < least * SPLIT_ADVANTAGE) {
-            *best = Some((Choice::Split { dimension: d, threshold }, cost));
-        }
+            (left + usize::from(b.low[d] <= threshold), right + usize::from(b.high[d] > threshold))
+        })
     }
 }
 
