@@ -1,3 +1,9 @@
 //! What every service of CNSMO stands on.
 
+pub mod backoff;
+pub mod channel;
+pub mod durable;
+pub mod identity;
+pub mod lifecycle;
+pub mod supervise;
 pub mod token;
