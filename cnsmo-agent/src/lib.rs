@@ -1,4 +1,13 @@
 //! The agent of one VM.
 
+pub mod config;
 pub mod datapath;
 pub mod effective;
+pub mod enforcer;
+pub mod ledger;
+pub mod locate;
+pub mod node;
+pub mod policy_set;
+pub mod report;
+pub mod runtime;
+pub mod session;
