@@ -369,3 +369,6 @@ fn core_rule(core: &[SocketAddr]) -> Option<Rule> {
         protocol: Protocol::Ports { number: protocol::TCP, source: Vec::new(), destination },
     })
 }
+
+#[cfg(test)]
+mod tests;
