@@ -49,3 +49,80 @@ impl Effective {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use cnsmo_proto::model::{Direction, PolicyDefaults, Protocol};
+
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::new(text).unwrap()
+    }
+
+    fn rule(text: &str) -> Rule {
+        Rule {
+            name: name(text),
+            action: Action::Allow,
+            direction: Direction::Ingress,
+            from: vec![],
+            to: vec![],
+            protocol: Protocol::Any,
+        }
+    }
+
+    fn policy(priority: u32, ingress: Option<Action>, rules: &[&str]) -> FirewallPolicy {
+        FirewallPolicy {
+            target: Default::default(),
+            priority,
+            defaults: PolicyDefaults { ingress, egress: None },
+            rules: rules.iter().map(|text| rule(text)).collect(),
+        }
+    }
+
+    #[test]
+    fn no_policy_is_open_even_with_built_in_rules() {
+        let merged = Effective::merge(vec![rule("core")], []);
+        assert!(merged.open);
+        assert_eq!(merged.rules, [OwnedRule { policy: None, rule: rule("core") }]);
+        assert_eq!((merged.ingress, merged.egress), (Action::Allow, Action::Allow));
+    }
+
+    #[test]
+    fn a_policy_without_rules_closes_nothing_but_tracks_flows() {
+        let merged = Effective::merge(vec![], [(&name("a"), &policy(0, None, &[]))]);
+        assert!(!merged.open);
+        assert_eq!((merged.ingress, merged.egress), (Action::Allow, Action::Allow));
+    }
+
+    #[test]
+    fn rules_are_built_in_first_then_by_priority_then_by_name() {
+        let (late, b, a) =
+            (policy(9, None, &["x"]), policy(5, None, &["y", "x"]), policy(5, None, &["z"]));
+        let names = [name("aa-late"), name("b"), name("a")];
+        let merged = Effective::merge(
+            vec![rule("core")],
+            [(&names[0], &late), (&names[1], &b), (&names[2], &a)],
+        );
+        let order: Vec<_> = merged
+            .rules
+            .iter()
+            .map(|r| (r.policy.as_ref().map_or("-", Name::as_str), r.rule.name.as_str()))
+            .collect();
+        assert_eq!(order, [("-", "core"), ("a", "z"), ("b", "y"), ("b", "x"), ("aa-late", "x")]);
+    }
+
+    #[test]
+    fn the_first_policy_that_states_a_default_decides_for_its_direction() {
+        let silent = policy(1, None, &[]);
+        let deny = policy(2, Some(Action::Deny), &[]);
+        let mut allow = policy(3, Some(Action::Allow), &[]);
+        allow.defaults.egress = Some(Action::Deny);
+        let names = [name("a"), name("b"), name("c")];
+        let merged = Effective::merge(
+            vec![],
+            [(&names[2], &allow), (&names[1], &deny), (&names[0], &silent)],
+        );
+        assert_eq!((merged.ingress, merged.egress), (Action::Deny, Action::Deny));
+    }
+}

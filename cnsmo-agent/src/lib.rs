@@ -1,5 +1,14 @@
 //! The agent of one VM.
 
 pub mod compile;
+pub mod config;
 pub mod datapath;
 pub mod effective;
+pub mod enforcer;
+pub mod ledger;
+pub mod locate;
+pub mod node;
+pub mod policy_set;
+pub mod report;
+pub mod runtime;
+pub mod session;

@@ -1,2 +1,83 @@
-//! Under construction.
-fn main() {}
+//! The program that runs on every VM.
+
+use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc};
+
+use anyhow::{Context as _, bail};
+use clap::Parser as _;
+use cnsmo_agent::{
+    config::{Cli, Command, Config, LogFormat},
+    datapath::Datapath,
+    runtime,
+};
+use cnsmo_service::supervise::{Stopper, stop_pair};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
+    if let Some(Command::Detach { bpffs }) = cli.command.take() {
+        return detach(&bpffs);
+    }
+    let config = cli.into_config()?;
+    log_to_stderr(config.log_format);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    runtime.block_on(async {
+        let (stopper, stop) = stop_pair();
+        stop_at_signals(stopper)?;
+        let settings = config.clone();
+        runtime::run(config, Arc::new(move || open_datapath(&settings)), stop).await
+    })
+}
+
+/// The kernel data path, taken over where an earlier agent left it.
+fn open_datapath(_config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
+    bail!("this build has no kernel data path")
+}
+
+/// Takes everything of the data path out of the kernel.
+fn detach(_bpffs: &Path) -> anyhow::Result<()> {
+    bail!("this build has no kernel data path")
+}
+
+fn stop_at_signals(stopper: Stopper) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        stopper.stop();
+    });
+    Ok(())
+}
+
+fn log_to_stderr(format: LogFormat) {
+    let filter = EnvFilter::builder()
+        .with_default_directive(tracing::Level::INFO.into())
+        .with_env_var("CNSMO_LOG")
+        .from_env_lossy();
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => lines.json().init(),
+    }
+}
+
+/// One line with all causes.
+#[expect(clippy::print_stderr, reason = "the log may not be set up yet")]
+fn report(error: &anyhow::Error) {
+    eprintln!("cnsmo-agent: {error:#}");
+}

@@ -1,1 +1,9 @@
-//! Under construction.
+//! What every service of CNSMO stands on.
+
+pub mod backoff;
+pub mod channel;
+pub mod durable;
+pub mod identity;
+pub mod lifecycle;
+pub mod supervise;
+pub mod token;

@@ -1,0 +1,316 @@
+use cnsmo_proto::pb::policy::{Action, Direction, FirewallPolicySpec, FirewallRule};
+use proptest::prelude::*;
+
+use super::*;
+
+const EPOCH: u64 = 7;
+
+/// A policy with one rule; the priority tells versions apart.
+fn good(name: &str, revision: i64) -> Resource {
+    let rule = FirewallRule {
+        name: "r".into(),
+        action: Action::Allow.into(),
+        direction: Direction::Ingress.into(),
+        ..Default::default()
+    };
+    let priority = u32::try_from(revision).unwrap();
+    let spec = FirewallPolicySpec { priority, rules: vec![rule], ..Default::default() };
+    Resource { name: name.into(), revision, spec: Some(Spec::FirewallPolicy(spec)) }
+}
+
+/// Refused by the model: a priority above the limit.
+fn bad(name: &str, revision: i64) -> Resource {
+    let spec = FirewallPolicySpec { priority: u32::MAX, ..Default::default() };
+    Resource { name: name.into(), revision, spec: Some(Spec::FirewallPolicy(spec)) }
+}
+
+fn digest(set: &[(&str, i64)]) -> Vec<u8> {
+    set.iter().copied().collect::<Digest>().to_vec()
+}
+
+fn update(kind: Kind, base: i64, revision: i64, sent: &[(&str, i64)]) -> Update {
+    Update {
+        r#type: FIREWALL_POLICY.into(),
+        kind: kind.into(),
+        base_revision: base,
+        revision,
+        digest: digest(sent),
+        ..Update::default()
+    }
+}
+
+fn snapshot(revision: i64, upserts: Vec<Resource>) -> Update {
+    let sent: Vec<_> = upserts.iter().map(|r| (r.name.as_str(), r.revision)).collect();
+    Update { upserts: upserts.clone(), ..update(Kind::Snapshot, 0, revision, &sent) }
+}
+
+/// `a` at 1 and `b` at 2.
+fn two() -> PolicySet {
+    let update = snapshot(2, vec![good("a", 1), good("b", 2)]);
+    PolicySet::default().stage(EPOCH, update).unwrap().into_set()
+}
+
+fn names(set: &PolicySet) -> Vec<(&str, i64, u32)> {
+    set.running.iter().map(|(n, r)| (n.as_str(), r.revision, r.policy.priority)).collect()
+}
+
+fn name(text: &str) -> Name {
+    Name::new(text).unwrap()
+}
+
+#[test]
+fn a_snapshot_replaces_everything() {
+    let next = two().stage(EPOCH, snapshot(5, vec![good("c", 5)])).unwrap().into_set();
+    assert_eq!(names(&next), [("c", 5, 5)]);
+    let state = next.running_state();
+    assert_eq!((state.revision, state.digest), (5, digest(&[("c", 5)])));
+}
+
+#[test]
+fn a_delta_changes_what_it_names() {
+    let delta = Update {
+        upserts: vec![good("b", 4), good("c", 5)],
+        removals: vec!["a".into()],
+        ..update(Kind::Delta, 2, 5, &[("b", 4), ("c", 5)])
+    };
+    let next = two().stage(EPOCH, delta).unwrap().into_set();
+    assert_eq!(names(&next), [("b", 4, 4), ("c", 5, 5)]);
+}
+
+#[test]
+fn a_bookmark_moves_the_revision_only() {
+    let bookmark = update(Kind::Bookmark, 0, 9, &[("a", 1), ("b", 2)]);
+    let next = two().stage(EPOCH, bookmark).unwrap().into_set();
+    assert_eq!(next.running_state().revision, 9);
+    assert!(next.enforces_the_same_as(&two()));
+}
+
+#[test]
+fn updates_that_do_not_fit_are_refused_whole() {
+    let set = two();
+    let ab: &[_] = &[("a", 1), ("b", 2)];
+    let twice = Update {
+        upserts: vec![good("a", 3)],
+        removals: vec!["a".into()],
+        ..update(Kind::Delta, 2, 3, ab)
+    };
+    let loaded = Update { removals: vec!["a".into()], ..update(Kind::Bookmark, 0, 3, ab) };
+    let mut other_type = update(Kind::Bookmark, 0, 3, ab);
+    other_type.r#type = "cnsmo.lb.v1.LoadBalancer".into();
+    let short = Update { digest: vec![1; 31], ..update(Kind::Bookmark, 0, 3, ab) };
+    let digest_of = |set: &PolicySet| set.sent_digest();
+    let cases = [
+        (EPOCH, update(Kind::Delta, 1, 3, ab), Refusal::OtherBase { base: 1, have: 2 }),
+        (EPOCH, update(Kind::Snapshot, 0, 1, &[]), Refusal::LowerRevision { revision: 1, have: 2 }),
+        (EPOCH, update(Kind::Bookmark, 0, 1, ab), Refusal::LowerRevision { revision: 1, have: 2 }),
+        (8, update(Kind::Delta, 2, 3, ab), Refusal::OtherEpoch { core: 8, have: EPOCH }),
+        (8, update(Kind::Bookmark, 0, 3, ab), Refusal::OtherEpoch { core: 8, have: EPOCH }),
+        (EPOCH, update(Kind::Unspecified, 0, 3, ab), Refusal::UnknownKind(0)),
+        (EPOCH, twice, Refusal::Twice("a".into())),
+        (EPOCH, loaded, Refusal::BookmarkWithChanges),
+        (EPOCH, other_type, Refusal::UnknownType("cnsmo.lb.v1.LoadBalancer".into())),
+        (
+            EPOCH,
+            update(Kind::Delta, 2, 3, &[("a", 1)]),
+            Refusal::OtherDigest { have: digest_of(&set), update: hex(&digest(&[("a", 1)])) },
+        ),
+        (EPOCH, short, Refusal::OtherDigest { have: digest_of(&set), update: "01".repeat(31) }),
+    ];
+    for (epoch, update, refusal) in cases {
+        assert_eq!(set.stage(epoch, update).unwrap_err(), refusal);
+    }
+}
+
+#[test]
+fn a_restored_store_may_go_back_with_a_snapshot() {
+    let next = two().stage(8, snapshot(1, vec![good("a", 1)])).unwrap().into_set();
+    assert_eq!((next.store_epoch, next.revision), (8, 1));
+}
+
+#[test]
+fn a_new_agent_takes_a_bookmark_of_nothing_in_any_epoch() {
+    let next = PolicySet::default().stage(EPOCH, update(Kind::Bookmark, 0, 4, &[])).unwrap();
+    assert_eq!(next.set().running_state().revision, 4);
+}
+
+#[test]
+fn an_invalid_resource_is_rejected_alone_and_its_last_version_stays() {
+    for kind in [Kind::Delta, Kind::Snapshot] {
+        let update = Update {
+            upserts: vec![bad("a", 3), good("b", 4), bad("Not A Name", 5)],
+            ..update(kind, 2, 5, &[("a", 3), ("b", 4), ("Not A Name", 5)])
+        };
+        let next = two().stage(EPOCH, update).unwrap().into_set();
+        assert_eq!(names(&next), [("a", 1, 1), ("b", 4, 4)]);
+        let rejected: Vec<_> = next.rejections();
+        let rejected: Vec<_> = rejected.iter().map(|r| (r.name.as_str(), r.revision)).collect();
+        assert_eq!(rejected, [("Not A Name", 5), ("a", 3)]);
+        assert!(next.rejections()[1].message.starts_with("spec.priority: "));
+        assert_eq!(next.running_state().digest, digest(&[("a", 1), ("b", 4)]));
+    }
+}
+
+fn with_a_rejected() -> PolicySet {
+    let update =
+        Update { upserts: vec![bad("a", 3)], ..update(Kind::Delta, 2, 3, &[("a", 3), ("b", 2)]) };
+    two().stage(EPOCH, update).unwrap().into_set()
+}
+
+#[test]
+fn what_was_rejected_still_counts_as_sent() {
+    let set = with_a_rejected();
+    let bookmark = update(Kind::Bookmark, 0, 4, &[("a", 3), ("b", 2)]);
+    assert_eq!(set.stage(EPOCH, bookmark).unwrap().set().rejections().len(), 1);
+    let repaired =
+        Update { upserts: vec![good("a", 4)], ..update(Kind::Delta, 3, 4, &[("a", 4), ("b", 2)]) };
+    let next = set.stage(EPOCH, repaired).unwrap().into_set();
+    assert!(next.rejections().is_empty());
+    assert_eq!(names(&next), [("a", 4, 4), ("b", 2, 2)]);
+    let removed = Update { removals: vec!["a".into()], ..update(Kind::Delta, 3, 4, &[("b", 2)]) };
+    let next = set.stage(EPOCH, removed).unwrap().into_set();
+    assert!(next.rejections().is_empty());
+    assert_eq!(names(&next), [("b", 2, 2)]);
+}
+
+#[test]
+fn a_bookmark_of_what_runs_takes_rejections_back() {
+    let bookmark = update(Kind::Bookmark, 0, 4, &[("a", 1), ("b", 2)]);
+    assert!(with_a_rejected().stage(EPOCH, bookmark).unwrap().set().rejections().is_empty());
+}
+
+#[test]
+fn a_policy_that_the_data_path_refuses_falls_back_to_its_last_version() {
+    let before = two();
+    let delta = Update {
+        upserts: vec![good("a", 3), good("c", 4)],
+        ..update(Kind::Delta, 2, 4, &[("a", 3), ("b", 2), ("c", 4)])
+    };
+    let mut staged = before.stage(EPOCH, delta).unwrap();
+    let refused = |n: &str| BTreeMap::from([(name(n), "too large".to_owned())]);
+    assert!(!staged.fall_back(&before, &refused("b")), "b has not changed");
+    assert!(staged.fall_back(&before, &refused("a")));
+    assert!(!staged.fall_back(&before, &refused("a")), "a is the last version again");
+    assert!(staged.fall_back(&before, &refused("c")));
+    let set = staged.into_set();
+    assert_eq!(names(&set), [("a", 1, 1), ("b", 2, 2)]);
+    assert_eq!(set.sent_digest().to_vec(), digest(&[("a", 3), ("b", 2), ("c", 4)]));
+}
+
+#[test]
+fn the_ledger_keeps_what_runs_and_what_was_rejected() {
+    let set = with_a_rejected();
+    assert_eq!(PolicySet::from_record(set.to_record(vec![])), set);
+}
+
+#[test]
+fn too_many_policies_are_refused_whole() {
+    let all = (0..=POLICIES_MAX).map(|n| good(&format!("p{n}"), 1)).collect();
+    let refusal = PolicySet::default().stage(EPOCH, snapshot(1, all)).unwrap_err();
+    assert_eq!(refusal, Refusal::TooMany(POLICIES_MAX + 1));
+}
+
+/// What a core may send: right or wrong in each part on its own.
+#[derive(Clone, Debug)]
+struct Step {
+    kind: Kind,
+    /// (name, valid); the revision is the update's.
+    upserts: BTreeMap<String, bool>,
+    removals: BTreeSet<String>,
+    right_base: bool,
+    right_digest: bool,
+    goes_back: bool,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let kind = prop_oneof![Just(Kind::Snapshot), Just(Kind::Delta), Just(Kind::Bookmark)];
+    let upserts = prop::collection::btree_map("[a-d]", prop::bool::weighted(0.7), 0..3);
+    let removals = prop::collection::btree_set("[a-d]", 0..2);
+    let mostly = || prop::bool::weighted(0.9);
+    (kind, upserts, removals, mostly(), mostly(), mostly()).prop_map(
+        |(kind, upserts, removals, right_base, right_digest, forward)| Step {
+            kind,
+            upserts,
+            removals,
+            right_base,
+            right_digest,
+            goes_back: !forward,
+        },
+    )
+}
+
+/// The plain model: what was sent last and what of it was valid last, per name.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Model {
+    revision: i64,
+    sent: BTreeMap<String, i64>,
+    good: BTreeMap<String, i64>,
+}
+
+impl Model {
+    /// The model after the step as the core means it, and the message for it.
+    fn send(&self, step: &Step) -> (Self, Update) {
+        let mut next = self.clone();
+        next.revision += if step.goes_back { -1 } else { 1 };
+        let mut update = update(step.kind, self.revision, next.revision, &[]);
+        if step.kind != Kind::Bookmark {
+            if step.kind == Kind::Snapshot {
+                next.sent.clear();
+            } else {
+                update.removals = step.removals.iter().cloned().collect();
+                next.sent.retain(|name, _| !step.removals.contains(name));
+            }
+            let revision = next.revision.max(1);
+            for (name, valid) in &step.upserts {
+                update.upserts.push(if *valid {
+                    good(name, revision)
+                } else {
+                    bad(name, revision)
+                });
+                next.sent.insert(name.clone(), revision);
+                if *valid {
+                    next.good.insert(name.clone(), revision);
+                }
+            }
+            next.good.retain(|name, _| next.sent.contains_key(name));
+        }
+        if !step.right_base {
+            update.base_revision += 1;
+        }
+        let sent: Vec<_> = next.sent.iter().map(|(n, r)| (n.as_str(), *r)).collect();
+        update.digest = digest(&sent);
+        if !step.right_digest {
+            update.digest[0] ^= 1;
+        }
+        (next, update)
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_updates_leave_the_last_accepted_set(steps in prop::collection::vec(step(), 0..40)) {
+        let (mut set, mut model) = (PolicySet::default(), Model::default());
+        for step in steps {
+            let (next, update) = model.send(&step);
+            let twice = step.kind == Kind::Delta
+                && step.upserts.keys().any(|name| step.removals.contains(name));
+            let acceptable = step.right_digest
+                && !step.goes_back
+                && !twice
+                && (step.kind != Kind::Delta || step.right_base);
+            match set.stage(EPOCH, update) {
+                Ok(staged) => {
+                    prop_assert!(acceptable, "accepted {step:?}");
+                    set = staged.into_set();
+                    model = next;
+                }
+                Err(refusal) => prop_assert!(!acceptable, "{refusal}: {step:?}"),
+            }
+            let running: BTreeMap<_, _> =
+                set.running.iter().map(|(n, r)| (n.to_string(), r.revision)).collect();
+            prop_assert_eq!(&running, &model.good);
+            prop_assert_eq!(set.revision, model.revision);
+            let stored = PolicySet::from_record(set.to_record(vec![]));
+            prop_assert_eq!(&stored, &set, "the ledger loses nothing");
+        }
+    }
+}

@@ -1,0 +1,238 @@
+use std::{future::Future, pin::Pin, time::Duration};
+
+use cnsmo_proto::{
+    model::Labels,
+    pb::agent::{Ack, ConnectRequest, ConnectResponse, agent_service_client::AgentServiceClient},
+};
+use cnsmo_service::{
+    backoff::Backoff,
+    channel::{ConnectError, CoreAddress, connect},
+    identity::Identity,
+    lifecycle::{Lifecycle, Phase},
+    supervise::{Chain, Stop},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, MissedTickBehavior, interval, interval_at, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Streaming, transport::Channel};
+
+use super::{Event, ProtocolError, Session, Welcomed};
+use crate::{
+    enforcer::{EnforcerHandle, Gone, InForce},
+    locate::Locator,
+    node,
+    report::status_report,
+};
+
+/// First and longest wait before the next attempt to reach the core.
+const RETRY_FIRST: Duration = Duration::from_millis(250);
+const RETRY_LONGEST: Duration = Duration::from_secs(15);
+/// Longest wait for the welcome.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the state of the VM is reported.
+const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+/// Messages to the core that wait. One answer, one heartbeat and one report are under way at a time.
+const OUTGOING_MAX: usize = 8;
+/// A core that takes nothing for this long is gone.
+const SEND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Largest message: a snapshot of many policies with all their rules.
+const MESSAGE_BYTES_MAX: usize = 64 << 20;
+
+/// What a conversation needs.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// Finds the core.
+    pub locator: Locator,
+    /// Who we are.
+    pub identity: Identity,
+    /// Labels of this VM.
+    pub labels: Labels,
+    /// Who carries updates out.
+    pub enforcer: EnforcerHandle,
+    /// Shows whether the core is there.
+    pub life: Lifecycle,
+}
+
+/// Why a conversation ended. Only [`Gone`] is ours: the others are tried again for ever.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error("no address of the core is known")]
+    NoAddress,
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    #[error("the core does not keep to the protocol")]
+    Protocol(#[from] ProtocolError),
+    #[error("the core says nothing")]
+    Silent,
+    #[error("the core takes nothing")]
+    NotTaking,
+    #[error("the core closed the stream")]
+    Closed,
+    #[error(transparent)]
+    Enforcer(#[from] Gone),
+}
+
+/// Talks with the core until `stop`, again and again. Without a core the policies in force stay.
+///
+/// # Errors
+/// The enforcer is gone.
+pub async fn run(mut connection: Connection, mut stop: Stop) -> Result<(), Gone> {
+    let mut backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
+    loop {
+        let ended = tokio::select! {
+            () = stop.asked() => return Ok(()),
+            ended = connection.talk(&mut backoff) => ended,
+        };
+        if let Ended::Enforcer(gone) = ended {
+            return Err(gone);
+        }
+        let delay = backoff.after_failure();
+        tracing::warn!(reason = %Chain(&ended), retry_in = ?delay, "no connection to the core");
+        connection.lost(&ended);
+        tokio::select! {
+            () = stop.asked() => return Ok(()),
+            () = tokio::time::sleep(delay) => {}
+        }
+    }
+}
+
+impl Connection {
+    async fn talk(&mut self, backoff: &mut Backoff) -> Ended {
+        match self.converse(backoff).await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn converse(&mut self, backoff: &mut Backoff) -> Result<std::convert::Infallible, Ended> {
+        let channel = self.reach().await?;
+        let mut session = Session::default();
+        let have = self.enforcer.in_force().borrow().types.clone();
+        let hello = session.hello(node::boot_id(), have, &self.labels);
+        let (outgoing, requests) = mpsc::channel(OUTGOING_MAX);
+        // The queue is new and empty.
+        let _ = outgoing.try_send(hello);
+        let mut client =
+            AgentServiceClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let stream = client.connect(ReceiverStream::new(requests));
+        let stream = timeout(WELCOME_TIMEOUT, stream).await.map_err(|_| Ended::Silent)?;
+        let mut incoming = stream.map_err(ConnectError::of_call)?.into_inner();
+
+        let first = timeout(WELCOME_TIMEOUT, next(&mut incoming));
+        let first = first.await.map_err(|_| Ended::Silent)??;
+        let Event::Welcomed(welcomed) = session.receive(first)? else {
+            return Err(ProtocolError::NoWelcome.into());
+        };
+        backoff.reset();
+        self.found(&welcomed);
+        let in_force = self.enforcer.in_force();
+        Stream { session, outgoing, incoming, in_force, enforcer: &self.enforcer }
+            .run(welcomed.heartbeat_interval)
+            .await
+    }
+
+    /// A connection to the first address that answers.
+    async fn reach(&mut self) -> Result<Channel, Ended> {
+        let mut last = Ended::NoAddress;
+        for address in self.locator.locate().await? {
+            match connect(&CoreAddress::from(address), &self.identity).await {
+                Ok(channel) => return Ok(channel),
+                Err(error) => last = error.into(),
+            }
+        }
+        Err(last)
+    }
+
+    fn found(&self, welcomed: &Welcomed) {
+        tracing::info!(store_epoch = welcomed.store_epoch, "connected to the core");
+        let reason = match self.life.phase() {
+            Phase::Degraded => "Recovered",
+            _ => "Healthy",
+        };
+        // Ready already: the stream was replaced in between.
+        let _ = self.life.step(Phase::Ready, reason, "");
+    }
+
+    fn lost(&self, ended: &Ended) {
+        // Starting or degraded already: nothing was lost.
+        let _ = self.life.step(Phase::Degraded, "DependencyLost", Chain(ended).to_string());
+    }
+}
+
+/// A live stream.
+struct Stream<'a> {
+    session: Session,
+    outgoing: mpsc::Sender<ConnectRequest>,
+    incoming: Streaming<ConnectResponse>,
+    in_force: watch::Receiver<InForce>,
+    enforcer: &'a EnforcerHandle,
+}
+
+type Answer<T> = Option<Pin<Box<dyn Future<Output = Result<T, Gone>> + Send>>>;
+
+impl Stream<'_> {
+    /// Heartbeats and reports go on while an update is being carried out; the next update waits in the network.
+    async fn run(mut self, heartbeat: Duration) -> Result<std::convert::Infallible, Ended> {
+        let mut heartbeats = interval_at(Instant::now() + heartbeat, heartbeat);
+        let mut statuses = interval(STATUS_INTERVAL);
+        for ticks in [&mut heartbeats, &mut statuses] {
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        }
+        let mut update: Answer<Ack> = None;
+        let mut status: Answer<crate::datapath::Status> = None;
+        loop {
+            tokio::select! {
+                message = next(&mut self.incoming), if update.is_none() => {
+                    let Event::Update { store_epoch, update: asked } =
+                        self.session.receive(message?)? else { continue };
+                    let enforcer = self.enforcer.clone();
+                    update = Some(Box::pin(async move { enforcer.update(store_epoch, asked).await }));
+                }
+                ack = answer(&mut update) => self.send(Session::ack(ack?)).await?,
+                _ = heartbeats.tick() => {
+                    let applied = self.in_force.borrow().types.clone();
+                    let beat = self.session.heartbeat(applied);
+                    self.send(beat).await?;
+                }
+                changed = self.in_force.changed() => {
+                    changed.map_err(|_| Gone)?;
+                    statuses.reset_immediately();
+                }
+                _ = statuses.tick(), if status.is_none() => {
+                    let enforcer = self.enforcer.clone();
+                    status = Some(Box::pin(async move { enforcer.status().await }));
+                }
+                now = answer(&mut status) => {
+                    let trouble = self.in_force.borrow().trouble.clone();
+                    self.send(Session::status(status_report(now?, trouble))).await?;
+                }
+            }
+        }
+    }
+
+    async fn send(&self, message: ConnectRequest) -> Result<(), Ended> {
+        match timeout(SEND_TIMEOUT, self.outgoing.send(message)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(Ended::Closed),
+            Err(_) => Err(Ended::NotTaking),
+        }
+    }
+}
+
+async fn next(incoming: &mut Streaming<ConnectResponse>) -> Result<ConnectResponse, Ended> {
+    incoming.message().await.map_err(ConnectError::of_call)?.ok_or(Ended::Closed)
+}
+
+/// The answer under way; never, if there is none.
+async fn answer<T>(under_way: &mut Answer<T>) -> Result<T, Gone> {
+    match under_way {
+        Some(future) => {
+            let result = future.await;
+            *under_way = None;
+            result
+        }
+        None => std::future::pending().await,
+    }
+}
