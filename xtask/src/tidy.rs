@@ -1,0 +1,3 @@
+pub(crate) fn main(_: bool) -> anyhow::Result<()> {
+    Ok(())
+}
