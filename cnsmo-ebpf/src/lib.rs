@@ -1,2 +1,7 @@
-//! Under construction.
+//! The data path: everything that decides about a packet, as a library. The same source is compiled into the kernel
+//! programs (`src/bin/cnsmo`) and runs on the host in tests and for `--dry-run`.
+//!
+//! Read [`pipeline`] first: it is the order of the stages.
 #![cfg_attr(not(test), no_std)]
+
+pub mod classify;

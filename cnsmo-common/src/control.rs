@@ -1,0 +1,124 @@
+//! The one value that steers all programs, mapped into the agent's memory.
+
+use crate::{Direction, flow::state};
+
+/// Times are in jiffies, which cost nothing to read; the agent learns the kernel's HZ and converts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Control {
+    /// A [`Live`] word. Read once per packet: every packet is judged by one policy as a whole.
+    pub live: u64,
+    /// Until then (jiffies) a TCP segment without a flow may make one, if a rule allows it: connections that are older
+    /// than the firewall go on.
+    pub pickup_until: u64,
+    /// As `live`, for the probe program: the half under self-check.
+    pub probe: u64,
+    /// Timeouts by state, in jiffies. As long as a state can be masked to: an access cannot miss.
+    pub timeouts: [u32; TIMEOUTS],
+    /// Timeout of a fragmented datagram, in jiffies.
+    pub fragment_timeout: u32,
+    /// `Conn::seen` is written when it is older than this many jiffies: a busy flow does not keep its cache line dirty.
+    pub refresh: u32,
+}
+const _: () = assert!(size_of::<Control>() == 96);
+
+/// Places in `Control::timeouts`; a power of two.
+pub const TIMEOUTS: usize = 16;
+const _: () = assert!(state::COUNT <= TIMEOUTS);
+
+/// Which policy is live, in one word.
+///
+/// ```text
+/// bit 0 half | 1 ingress default: allow | 2 egress default: allow | 3 open
+/// bits 4..8, 8..12 IPv4 trees, ingress and egress | 12..16, 16..20 IPv6 trees | 32..64 generation
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Live(pub u64);
+
+/// Set in [`Live`]: no policy selects this VM. Flows are tracked, nothing is refused for having none.
+pub const OPEN: u64 = 1 << 3;
+
+impl Live {
+    /// Half of the tables that is live, 0 or 1.
+    #[inline(always)]
+    pub const fn half(self) -> u64 {
+        self.0 & 1
+    }
+    /// Whether flows that no rule matches may pass.
+    #[inline(always)]
+    pub const fn allows_by_default(self, direction: Direction) -> bool {
+        self.0 >> (1 + direction as u32) & 1 != 0
+    }
+    /// Whether no policy selects this VM.
+    #[inline(always)]
+    pub const fn is_open(self) -> bool {
+        self.0 & OPEN != 0
+    }
+    /// Trees of the IPv4 blob.
+    #[inline(always)]
+    pub const fn trees_v4(self, direction: Direction) -> u64 {
+        self.0 >> (4 + 4 * direction as u32) & 15
+    }
+    /// Trees of the IPv6 blob.
+    #[inline(always)]
+    pub const fn trees_v6(self, direction: Direction) -> u64 {
+        self.0 >> (12 + 4 * direction as u32) & 15
+    }
+    /// Number of the policy; flows admitted by another one are judged anew.
+    #[inline(always)]
+    pub const fn generation(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+}
+
+/// The parts of a [`Live`] word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LiveParts {
+    /// 0 or 1.
+    pub half: u8,
+    /// Ingress, egress.
+    pub default_allow: [bool; 2],
+    /// No policy selects this VM.
+    pub open: bool,
+    /// Ingress, egress.
+    pub trees_v4: [u32; 2],
+    /// Ingress, egress.
+    pub trees_v6: [u32; 2],
+    /// Number of the policy.
+    pub generation: u32,
+}
+
+impl LiveParts {
+    /// Packs the parts.
+    pub const fn pack(self) -> Live {
+        Live(
+            (self.half & 1) as u64
+                | (self.default_allow[0] as u64) << 1
+                | (self.default_allow[1] as u64) << 2
+                | if self.open { OPEN } else { 0 }
+                | ((self.trees_v4[0] & 15) as u64) << 4
+                | ((self.trees_v4[1] & 15) as u64) << 8
+                | ((self.trees_v6[0] & 15) as u64) << 12
+                | ((self.trees_v6[1] & 15) as u64) << 16
+                | (self.generation as u64) << 32,
+        )
+    }
+}
+
+/// What a rule does, found by its index in the live half of the rule table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RuleAction {
+    /// Place of its counter.
+    pub slot: u32,
+    /// 1: allow, 0: deny.
+    pub allow: u32,
+}
+const _: () = assert!(size_of::<RuleAction>() == 8);
+
+/// Counter of flows towards the VM that no rule matched.
+pub const SLOT_DEFAULT_INGRESS: u32 = 0;
+/// Counter of flows away from the VM that no rule matched.
+pub const SLOT_DEFAULT_EGRESS: u32 = 1;
+/// Counter of the first rule.
+pub const SLOT_FIRST: u32 = 2;

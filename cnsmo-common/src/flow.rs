@@ -1,0 +1,146 @@
+//! Flows: the key that both directions share, and what is remembered of one.
+
+/// An address of either family, in network order.
+pub trait Address: Copy + Eq + core::fmt::Debug {
+    /// IPv4 in the last four bytes, the others zero; IPv6 as it is.
+    fn widen(self) -> [u8; 16];
+}
+
+impl Address for [u8; 4] {
+    #[inline(always)]
+    fn widen(self) -> [u8; 16] {
+        (u32::from_be_bytes(self) as u128).to_be_bytes()
+    }
+}
+
+impl Address for [u8; 16] {
+    #[inline(always)]
+    fn widen(self) -> [u8; 16] {
+        self
+    }
+}
+
+/// Key of a flow, the same for packets of both directions: the end with the smaller (address, port) is `low`.
+///
+/// ICMP echo is not put in order, `low` is the requester: else the other side could answer a request that nobody made
+/// by reusing an identifier.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowKey<A> {
+    /// Address of the low end.
+    pub low: A,
+    /// Address of the high end.
+    pub high: A,
+    /// Port of the low end, or the identifier of an echo. Network order.
+    pub low_port: [u8; 2],
+    /// Port of the high end. Network order.
+    pub high_port: [u8; 2],
+    /// IANA protocol number.
+    pub proto: u8,
+    /// [`ZONE_UNDERLAY`] or [`ZONE_OVERLAY`]: the same addresses may live in both.
+    pub zone: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+const _: () = assert!(size_of::<FlowKey<[u8; 4]>>() == 16);
+const _: () = assert!(size_of::<FlowKey<[u8; 16]>>() == 40);
+
+/// Packets seen on a network card.
+pub const ZONE_UNDERLAY: u8 = 0;
+/// Packets seen on a tunnel device.
+pub const ZONE_OVERLAY: u8 = 1;
+
+/// What is remembered of a flow. Shared by all CPUs: fields change by single aligned stores, and only if they differ.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conn {
+    /// Low half of the jiffies counter at the last packet, not more often than `Control::refresh`.
+    pub seen: u32,
+    /// Generation of the policy that admitted it. Another one is live: the next packet is judged anew.
+    pub generation: u32,
+    /// Counter of the rule that admitted it.
+    pub slot: u32,
+    /// One of [`state`].
+    pub state: u8,
+    /// Bits of [`flag`].
+    pub flags: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+const _: () = assert!(size_of::<Conn>() == 16);
+
+/// States of a flow; also the places of their timeouts.
+pub mod state {
+    /// TCP: a SYN was seen.
+    pub const SYN_SENT: u8 = 0;
+    /// TCP: SYN and SYN+ACK were seen.
+    pub const SYN_RECV: u8 = 1;
+    /// TCP: the handshake is complete.
+    pub const ESTABLISHED: u8 = 2;
+    /// TCP: one end has sent its FIN.
+    pub const FIN_WAIT: u8 = 3;
+    /// TCP: both ends have sent a FIN.
+    pub const TIME_WAIT: u8 = 4;
+    /// TCP: a RST was seen.
+    pub const CLOSED: u8 = 5;
+    /// Other protocols: packets from the originator only.
+    pub const UNREPLIED: u8 = 6;
+    /// UDP and others: packets from both ends.
+    pub const REPLIED: u8 = 7;
+    /// ICMP echo with an answer.
+    pub const ECHOED: u8 = 8;
+    /// Number of states.
+    pub const COUNT: usize = 9;
+}
+
+/// Flags of a flow.
+pub mod flag {
+    /// The originator is the high end of the key.
+    pub const ORIGIN_HIGH: u8 = 1;
+    /// The first packet was on its way out of the VM: the egress rules judge the flow.
+    pub const EGRESS: u8 = 2;
+    /// The originator has sent its FIN.
+    pub const FIN_ORIGIN: u8 = 4;
+    /// The responder has sent its FIN.
+    pub const FIN_REPLY: u8 = 8;
+    /// The handshake was complete once: a segment after a RST shows that the RST was not obeyed.
+    pub const ASSURED: u8 = 16;
+}
+
+/// Finds the ports of a later fragment.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentKey {
+    /// Source, [`Address::widen`].
+    pub src: [u8; 16],
+    /// Destination, [`Address::widen`].
+    pub dst: [u8; 16],
+    /// Identification; of IPv4 in the last two bytes. Network order.
+    pub id: [u8; 4],
+    /// Protocol of the IPv4 header, or of the IPv6 fragment header.
+    pub proto: u8,
+    /// Zone of the flow.
+    pub zone: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+}
+const _: () = assert!(size_of::<FragmentKey>() == 40);
+
+/// What the first fragment of a datagram said.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fragment {
+    /// Source port, or the identifier of an echo.
+    pub sport: [u8; 2],
+    /// Destination port.
+    pub dport: [u8; 2],
+    /// 1 for an echo request, 2 for an echo reply, else 0.
+    pub echo: u8,
+    /// Protocol of the L4 header, behind all extension headers.
+    pub proto: u8,
+    /// Zero.
+    pub pad: [u8; 2],
+    /// Low half of the jiffies counter.
+    pub seen: u32,
+}
+const _: () = assert!(size_of::<Fragment>() == 12);

@@ -1,0 +1,289 @@
+//! The maps, and the pipeline's view of them. Sizes are set by the agent when it loads the object.
+
+use core::ptr::read_volatile;
+
+use aya_ebpf::{
+    bindings::{BPF_F_MMAPABLE, BPF_NOEXIST},
+    helpers::generated::bpf_jiffies64,
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+};
+use cnsmo_common::{
+    Direction,
+    blob::HEADER_WORDS,
+    control::{Control, Live, RuleAction},
+    flow::{Conn, FlowKey, Fragment, FragmentKey},
+    probe::BROKEN,
+    stat::{Count, STAT_ESTABLISHED_FULL, STATS},
+};
+use cnsmo_ebpf::{
+    classify::{Key4, Key6, Memory, classify},
+    tables::{Case, FlowTables, Question, Tables},
+};
+
+/// One value of [`Control`].
+#[map]
+static CONTROL: Array<Control> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
+/// Two halves of `HALF_WORDS` words in ONE value. Declared small; the agent hands in a larger map through a pin.
+#[map]
+static BLOB_V4: Array<[u64; 8]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// As `BLOB_V4`.
+#[map]
+static BLOB_V6: Array<[u64; 8]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// Two halves of `RULES_MAX`.
+#[map]
+static RULES: Array<RuleAction> = Array::with_max_entries(2, BPF_F_MMAPABLE);
+/// By slot.
+#[map]
+static RULE_COUNTS: PerCpuArray<Count> = PerCpuArray::with_max_entries(2, 0);
+/// By place, see `cnsmo_common::stat`.
+#[map]
+static STAT_COUNTS: PerCpuArray<Count> = PerCpuArray::with_max_entries(STATS, 0);
+
+#[map]
+static ESTABLISHED_V4: HashMap<FlowKey<[u8; 4]>, Conn> = HashMap::with_max_entries(1, 0);
+#[map]
+static ESTABLISHED_V6: HashMap<FlowKey<[u8; 16]>, Conn> = HashMap::with_max_entries(1, 0);
+#[map]
+static HALF_OPEN_V4: LruHashMap<FlowKey<[u8; 4]>, Conn> = LruHashMap::with_max_entries(1, 0);
+#[map]
+static HALF_OPEN_V6: LruHashMap<FlowKey<[u8; 16]>, Conn> = LruHashMap::with_max_entries(1, 0);
+/// Datagrams under way in fragments: short-lived and rare, so a small table. Full: the oldest is lost.
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(4096, 0);
+
+/// Room for one packet's case: it does not fit on the stack.
+#[map]
+static CASE_V4: PerCpuArray<Case<[u8; 4]>> = PerCpuArray::with_max_entries(1, 0);
+/// As `CASE_V4`.
+#[map]
+static CASE_V6: PerCpuArray<Case<[u8; 16]>> = PerCpuArray::with_max_entries(1, 0);
+
+/// Words in one half of a blob; a power of two. Constant for the verifier.
+#[unsafe(no_mangle)]
+static HALF_WORDS: u32 = 8;
+/// Rules in one half of `RULES`.
+#[unsafe(no_mangle)]
+static RULES_MAX: u32 = 1;
+
+#[inline(always)]
+fn half_words() -> u64 {
+    // SAFETY: a static. Volatile, because the loader changes it.
+    unsafe { read_volatile(&HALF_WORDS) as u64 }
+}
+
+/// All maps, as the pipeline sees them.
+pub struct Maps;
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn control(&self) -> Option<&Control> {
+        CONTROL.get(0)
+    }
+    #[inline(always)]
+    fn live(&self, control: &Control) -> Live {
+        // SAFETY: valid and aligned. Volatile, so that it is read once although the agent writes it meanwhile.
+        Live(unsafe { read_volatile(&control.live) })
+    }
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: no arguments.
+        unsafe { bpf_jiffies64() }
+    }
+    #[inline(always)]
+    fn rule(&self, index: u32, live: Live) -> Option<RuleAction> {
+        // SAFETY: a static. Volatile, because the loader changes it.
+        let max = unsafe { read_volatile(&RULES_MAX) };
+        RULES.get(live.half() as u32 * max + index).copied()
+    }
+    #[inline(always)]
+    fn count_rule(&self, slot: u32, count: Count) {
+        add(RULE_COUNTS.get_ptr_mut(slot), count);
+    }
+    #[inline(always)]
+    fn count_stat(&self, stat: u32, count: Count) {
+        add(STAT_COUNTS.get_ptr_mut(stat), count);
+    }
+    #[inline(always)]
+    fn remember_fragment(&self, key: &FragmentKey, fragment: &Fragment) {
+        // An LRU map takes it at the cost of the oldest; lost, the later fragments are refused and counted.
+        let _ = FRAGMENTS.insert(key, fragment, 0);
+    }
+    #[inline(always)]
+    fn recall_fragment(&self, key: &FragmentKey, into: &mut Fragment) -> bool {
+        // SAFETY: copied while the program runs; written once per datagram.
+        let Some(fragment) = (unsafe { FRAGMENTS.get(key) }) else {
+            return false;
+        };
+        *into = *fragment;
+        true
+    }
+}
+
+#[inline(always)]
+fn add(counter: Option<*mut Count>, count: Count) {
+    if let Some(counter) = counter {
+        // SAFETY: this CPU's own, valid while the program runs.
+        unsafe {
+            (*counter).packets += count.packets;
+            (*counter).bytes += count.bytes;
+        }
+    }
+}
+
+/// The two families differ in their maps and in the shape of the classifier's key, in nothing else.
+macro_rules! flow_tables {
+    ($address:ty, $case:ident, $established:ident, $half_open:ident, $walk:ident) => {
+        impl FlowTables<$address> for Maps {
+            #[inline(always)]
+            fn with_case<R>(&self, f: impl FnOnce(&mut Case<$address>) -> R) -> Option<R> {
+                // SAFETY: this CPU's own, and programs of these hooks do not interrupt each other on one CPU. All
+                // zeros are valid, and every field is written before it is read.
+                $case.get_ptr_mut(0).map(|case| f(unsafe { &mut *case }))
+            }
+            #[inline(always)]
+            fn touch_established<R>(
+                &self,
+                key: &FlowKey<$address>,
+                f: impl FnOnce(&mut Conn) -> R,
+            ) -> Option<R> {
+                // SAFETY: valid while the program runs. Other CPUs may write at the same time: fields are stored whole.
+                $established.get_ptr_mut(key).map(|conn| f(unsafe { &mut *conn }))
+            }
+            #[inline(always)]
+            fn touch_half_open<R>(
+                &self,
+                key: &FlowKey<$address>,
+                f: impl FnOnce(&mut Conn) -> R,
+            ) -> Option<R> {
+                // SAFETY: as above.
+                $half_open.get_ptr_mut(key).map(|conn| f(unsafe { &mut *conn }))
+            }
+            #[inline(always)]
+            fn insert_half_open(&self, key: &FlowKey<$address>, conn: &Conn) {
+                // Fails only if another CPU holds the bucket; the next packet of the flow tries again.
+                let _ = $half_open.insert(key, conn, 0);
+            }
+            #[inline(always)]
+            fn promote(&self, key: &FlowKey<$address>, conn: &Conn) {
+                const EEXIST: i32 = 17;
+                match $established.insert(key, conn, BPF_NOEXIST.into()) {
+                    Ok(()) => {
+                        let _ = $half_open.remove(key);
+                    }
+                    // Another CPU was first.
+                    Err(error) if error == -EEXIST => {}
+                    Err(_) => {
+                        self.count_stat(STAT_ESTABLISHED_FULL, Count { packets: 1, bytes: 0 });
+                        let _ = $half_open.insert(key, conn, 0);
+                    }
+                }
+            }
+            #[inline(always)]
+            fn remove(&self, key: &FlowKey<$address>) {
+                let _ = $established.remove(key);
+                let _ = $half_open.remove(key);
+            }
+            #[inline(always)]
+            fn classify(
+                &self,
+                question: &Question<$address>,
+                live: Live,
+            ) -> Option<u32> {
+                let index = $walk(question, live);
+                if index == BROKEN as u64 { None } else { Some(index as u32) }
+            }
+        }
+    };
+}
+flow_tables!([u8; 4], CASE_V4, ESTABLISHED_V4, HALF_OPEN_V4, walk_v4);
+flow_tables!([u8; 16], CASE_V6, ESTABLISHED_V6, HALF_OPEN_V6, walk_v6);
+
+#[inline(always)]
+fn walk_v4(q: &Question<[u8; 4]>, live: Live) -> u64 {
+    let addresses = (u32::from_be_bytes(q.src) as u64) << 32 | u32::from_be_bytes(q.dst) as u64;
+    classify_v4(addresses, q.lanes, place(q.direction, live.half(), live.trees_v4(q.direction)))
+}
+
+#[inline(always)]
+fn walk_v6(q: &Question<[u8; 16]>, live: Live) -> u64 {
+    let (src, dst) = (u128::from_be_bytes(q.src), u128::from_be_bytes(q.dst));
+    let place = place(q.direction, live.half(), live.trees_v6(q.direction));
+    classify_v6(
+        (src >> 64) as u64,
+        src as u64,
+        (dst >> 64) as u64,
+        dst as u64,
+        q.lanes | place << PLACE_AT,
+    )
+}
+
+/// First bit above the lanes.
+const PLACE_AT: u32 = 48;
+
+/// Where to classify, in 6 bits: direction, half, trees.
+#[inline(always)]
+pub fn place(direction: Direction, half: u64, trees: u64) -> u64 {
+    direction as u64 | (half & 1) << 1 | (trees & 15) << 2
+}
+
+/// Global functions with nothing but integers as arguments: the verifier proves each once, not once per path to it.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn classify_v4(addresses: u64, ports: u64, place: u64) -> u64 {
+    let key = Key4 { addresses, ports };
+    half(BLOB_V4.get_ptr(0), place)
+        .and_then(|memory| classify(&key, &memory, header(place), place >> 2))
+        .map_or(BROKEN as u64, |index| index as u64)
+}
+
+/// As [`classify_v4`]; the place is in the bits of `ports` from `PLACE_AT` on, for want of a sixth argument.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn classify_v6(
+    src_high: u64,
+    src_low: u64,
+    dst_high: u64,
+    dst_low: u64,
+    ports: u64,
+) -> u64 {
+    let place = ports >> PLACE_AT;
+    let ports = ports & ((1 << PLACE_AT) - 1);
+    let key = Key6([src_high, src_low, dst_high, dst_low, ports, 0, 0, 0]);
+    half(BLOB_V6.get_ptr(0), place)
+        .and_then(|memory| classify(&key, &memory, header(place), place >> 2))
+        .map_or(BROKEN as u64, |index| index as u64)
+}
+
+#[inline(always)]
+fn header(place: u64) -> u64 {
+    (place & 1) * HEADER_WORDS as u64
+}
+
+/// One half of a blob; a mask keeps every access inside.
+struct Half {
+    base: *const u64,
+    mask: u64,
+}
+
+#[inline(always)]
+fn half(blob: Option<*const [u64; 8]>, place: u64) -> Option<Half> {
+    let base = blob?.cast::<u64>();
+    let words = half_words();
+    // SAFETY: the value holds two halves; the verifier checks.
+    Some(Half { base: unsafe { base.add(((place >> 1 & 1) * words) as usize) }, mask: words - 1 })
+}
+
+impl Memory for Half {
+    #[inline(always)]
+    fn word(&self, at: u64) -> Option<u64> {
+        // SAFETY: masked.
+        Some(unsafe { *self.base.add((at & self.mask) as usize) })
+    }
+    #[inline(always)]
+    fn words<const N: usize>(&self, at: u64) -> Option<&[u64; N]> {
+        // SAFETY: masked, and N divides the half.
+        Some(unsafe { &*self.base.add((at & self.mask) as usize & !(N - 1)).cast() })
+    }
+}

@@ -1,0 +1,423 @@
+//! The order of the stages: parse, find the flow, else ask the rules, count, decide.
+//!
+//! The way of a packet of a known flow is inlined from end to end. What is rare is not (`inline(never)`): each such
+//! function is proven by the verifier and given stack once, and hands its result back in the [`Case`], because a BPF
+//! function returns one register.
+
+use cnsmo_common::{
+    Direction,
+    blob::{NO_RULE, lanes},
+    control::{Control, SLOT_DEFAULT_EGRESS, SLOT_DEFAULT_INGRESS},
+    flow::{Conn, FlowKey, Fragment, FragmentKey, ZONE_OVERLAY, ZONE_UNDERLAY, flag},
+    stat::{Count, Reason},
+};
+
+use crate::{
+    conntrack::{self, Segment, Step},
+    packet::Packet,
+    parse::{Carried, Datagram, Family, ICMP, ICMPV6, Kind, UDP, frame},
+    tables::{Case, FlowTables, Question, Tables},
+};
+
+/// What happens to the packet. Only an entry point turns it into an action of its hook.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// On to the stack, or out.
+    Pass,
+    /// Gone.
+    Drop(Reason),
+}
+
+/// Offset of the IP header behind an Ethernet header.
+pub const ETHERNET: usize = 14;
+/// Offset of the IP header on a tunnel device.
+pub const TUNNEL: usize = 0;
+
+/// Judges one packet. `EGRESS`: it is on its way out.
+#[inline(always)]
+pub fn run<P, T, const L3: usize, const EGRESS: bool>(packet: &P, tables: &T) -> Verdict
+where
+    P: Packet + ?Sized,
+    T: Tables,
+{
+    let direction = if EGRESS { Direction::Egress } else { Direction::Ingress };
+    let outcome = match frame::<P, L3>(packet) {
+        Ok(Carried::V4(at)) => judge::<P, T, [u8; 4], L3>(packet, at, tables, direction),
+        Ok(Carried::V6(at)) => judge::<P, T, [u8; 16], L3>(packet, at, tables, direction),
+        Ok(Carried::Arp) => return Verdict::Pass,
+        Ok(Carried::NotIp) => not_ip(tables, direction),
+        Err(reason) => Err(reason),
+    };
+    let count = Count { packets: 1, bytes: packet.length() as u64 };
+    match outcome {
+        Ok(slot) => {
+            tables.count_rule(slot, count);
+            Verdict::Pass
+        }
+        Err(reason) => {
+            tables.count_stat(reason.at(direction), count);
+            Verdict::Drop(reason)
+        }
+    }
+}
+
+/// The counter of the rule that lets the packet pass, or why it is dropped.
+#[inline(always)]
+fn judge<P, T, A, const L3: usize>(
+    packet: &P,
+    at: usize,
+    tables: &T,
+    direction: Direction,
+) -> Result<u32, Reason>
+where
+    P: Packet + ?Sized,
+    T: Tables + FlowTables<A>,
+    A: Family,
+{
+    let control = tables.control().ok_or(Reason::Classifier)?;
+    let judged = tables.with_case(|case: &mut Case<A>| {
+        case.live = tables.live(control);
+        case.now = tables.now();
+        case.count = Count { packets: 1, bytes: packet.length() as u64 };
+        case.direction = direction;
+        case.zone = if L3 == TUNNEL { ZONE_OVERLAY } else { ZONE_UNDERLAY };
+
+        A::parse(packet, at, &mut case.datagram)?;
+        match case.datagram.kind {
+            Kind::IcmpError => place_quoted(packet, case)?,
+            Kind::Later => {
+                place_later(case, tables, control);
+                case.outcome?;
+            }
+            _ => place(case),
+        }
+        let step = match case.datagram.kind {
+            Kind::Icmp => None,
+            _ => find(case, tables, control),
+        };
+        match step {
+            Some(Step::Pass { slot }) => case.outcome = Ok(slot),
+            Some(Step::Promote) => {
+                case.outcome = Ok(case.conn.slot);
+                tables.promote(&case.key, &case.conn);
+            }
+            Some(Step::Drop(reason)) => return Err(reason),
+            Some(Step::Rejudge { flags }) => decide_again(case, tables, control, flags),
+            Some(Step::Over) => decide(case, tables, control, true),
+            None => decide(case, tables, control, false),
+        }
+        if case.datagram.fragmented && case.datagram.kind != Kind::Later {
+            remember(case, tables);
+        }
+        case.outcome
+    });
+    judged.unwrap_or(Err(Reason::Classifier))
+}
+
+/// Neither IP nor ARP: the defaults decide.
+#[inline(always)]
+fn not_ip<T: Tables>(tables: &T, direction: Direction) -> Result<u32, Reason> {
+    let control = tables.control().ok_or(Reason::Classifier)?;
+    let allowed = tables.live(control).allows_by_default(direction);
+    if allowed { Ok(default_slot(direction)) } else { Err(Reason::NotIp) }
+}
+
+/// ONE lookup for a packet of an established flow, two for any other.
+#[inline(always)]
+fn find<A: Family, T: FlowTables<A>>(
+    case: &mut Case<A>,
+    tables: &T,
+    control: &Control,
+) -> Option<Step> {
+    let Datagram { kind, flags, .. } = case.datagram;
+    let (from_high, now, generation) = (case.from_high, case.now as u32, case.live.generation());
+    let copy = &mut case.conn;
+    let mut advance = |conn: &mut Conn| {
+        if matches!(kind, Kind::Later | Kind::IcmpError) {
+            return conntrack::observe(conn, now, generation, control);
+        }
+        let from_origin = (conn.flags & flag::ORIGIN_HIGH != 0) == from_high;
+        let segment = Segment { kind, flags, from_origin };
+        let step = conntrack::advance(conn, segment, now, generation, control);
+        if step == Step::Promote {
+            *copy = *conn;
+        }
+        step
+    };
+    if let Some(step) = tables.touch_established(&case.key, &mut advance) {
+        return Some(step);
+    }
+    tables.touch_half_open(&case.key, &mut advance)
+}
+
+/// Asks the rules about the first packet of a flow. `stale`: an entry that is over is in the way.
+#[inline(never)]
+fn decide<A: Family, T: Tables + FlowTables<A>>(
+    case: &mut Case<A>,
+    tables: &T,
+    control: &Control,
+    stale: bool,
+) {
+    case.outcome = begin(case, tables, control, stale);
+}
+
+#[inline(always)]
+fn begin<A: Family, T: Tables + FlowTables<A>>(
+    case: &mut Case<A>,
+    tables: &T,
+    control: &Control,
+    stale: bool,
+) -> Result<u32, Reason> {
+    let datagram = &case.datagram;
+    if is_essential(datagram, case.direction) {
+        return Ok(default_slot(case.direction));
+    }
+    let begun = match datagram.kind {
+        Kind::IcmpError => return Err(Reason::IcmpUnrelated),
+        Kind::Later => return Err(Reason::FragmentOrphan),
+        Kind::Icmp => None,
+        kind => {
+            let pickup = case.live.is_open() || case.now < control.pickup_until;
+            Some(conntrack::first(kind, datagram.flags, pickup).ok_or(Reason::NoFlow)?)
+        }
+    };
+    case.question = question(datagram, case.direction);
+    let slot = ask(case, tables)?;
+    // Other ICMP than echo makes no flow.
+    if let Some((state, flags)) = begun {
+        if stale {
+            tables.remove(&case.key);
+        }
+        let origin = if case.from_high { flag::ORIGIN_HIGH } else { 0 };
+        let way = if case.direction == Direction::Egress { flag::EGRESS } else { 0 };
+        case.conn = Conn {
+            seen: case.now as u32,
+            generation: case.live.generation(),
+            slot,
+            state,
+            flags: flags | origin | way,
+            pad: [0; 2],
+        };
+        if conntrack::is_half_open(state) {
+            tables.insert_half_open(&case.key, &case.conn);
+        } else {
+            tables.promote(&case.key, &case.conn);
+        }
+    }
+    Ok(slot)
+}
+
+/// Asks the rules in force about a flow that other rules admitted, as its originator began it. If they refuse, it is
+/// forgotten: that is how a revoked rule cuts live flows, without a walk over the table.
+#[inline(never)]
+fn decide_again<A: Family, T: Tables + FlowTables<A>>(
+    case: &mut Case<A>,
+    tables: &T,
+    control: &Control,
+    flags: u8,
+) {
+    case.question = original(&case.key, flags);
+    let Ok(slot) = ask(case, tables) else {
+        tables.remove(&case.key);
+        case.outcome = Err(Reason::Revoked);
+        return;
+    };
+    let generation = case.live.generation();
+    let mut stamp = |conn: &mut Conn| {
+        conn.slot = slot;
+        conn.generation = generation;
+    };
+    if tables.touch_established(&case.key, &mut stamp).is_none() {
+        tables.touch_half_open(&case.key, &mut stamp);
+    }
+    case.outcome = match find(case, tables, control) {
+        Some(Step::Drop(reason)) => Err(reason),
+        Some(Step::Promote) => {
+            tables.promote(&case.key, &case.conn);
+            Ok(slot)
+        }
+        Some(Step::Pass { .. } | Step::Rejudge { .. } | Step::Over) | None => Ok(slot),
+    };
+}
+
+/// The rules' answer to `case.question`. A refusal is counted with its rule here.
+#[inline(always)]
+fn ask<A: Family, T: Tables + FlowTables<A>>(case: &Case<A>, tables: &T) -> Result<u32, Reason> {
+    let direction = case.question.direction;
+    let index = tables.classify(&case.question, case.live).ok_or(Reason::Classifier)?;
+    let (slot, allowed, refusal) = if index == NO_RULE {
+        let allowed = case.live.allows_by_default(direction);
+        (default_slot(direction), allowed, Reason::DeniedByDefault)
+    } else {
+        let action = tables.rule(index, case.live).ok_or(Reason::Classifier)?;
+        (action.slot, action.allow != 0, Reason::Denied)
+    };
+    if allowed {
+        return Ok(slot);
+    }
+    tables.count_rule(slot, case.count);
+    Err(refusal)
+}
+
+#[inline(always)]
+fn default_slot(direction: Direction) -> u32 {
+    match direction {
+        Direction::Ingress => SLOT_DEFAULT_INGRESS,
+        Direction::Egress => SLOT_DEFAULT_EGRESS,
+    }
+}
+
+#[inline(always)]
+fn question<A: Family>(d: &Datagram<A>, direction: Direction) -> Question<A> {
+    let lanes = if d.proto == ICMP || d.proto == ICMPV6 {
+        lanes(0, u16::from_be_bytes(d.icmp), d.proto)
+    } else {
+        lanes(u16::from_be_bytes(d.sport), u16::from_be_bytes(d.dport), d.proto)
+    };
+    Question { src: d.src, dst: d.dst, lanes, direction }
+}
+
+/// The first packet of a known flow.
+#[inline(always)]
+fn original<A: Family>(key: &FlowKey<A>, flags: u8) -> Question<A> {
+    let from_high = flags & flag::ORIGIN_HIGH != 0;
+    let (src, dst) = if from_high { (key.high, key.low) } else { (key.low, key.high) };
+    let (sport, dport) = if from_high {
+        (key.high_port, key.low_port)
+    } else {
+        (key.low_port, key.high_port)
+    };
+    let lanes = match key.proto {
+        ICMP => lanes(0, 8 << 8, ICMP),
+        ICMPV6 => lanes(0, 128 << 8, ICMPV6),
+        proto => lanes(u16::from_be_bytes(sport), u16::from_be_bytes(dport), proto),
+    };
+    let egress = flags & flag::EGRESS != 0;
+    let direction = if egress { Direction::Egress } else { Direction::Ingress };
+    Question { src, dst, lanes, direction }
+}
+
+/// What no policy may cut: without it the VM loses its neighbours or its address.
+#[inline(always)]
+fn is_essential<A: Family>(datagram: &Datagram<A>, direction: Direction) -> bool {
+    if datagram.proto == ICMPV6 && datagram.kind == Kind::Icmp {
+        let [kind, code] = datagram.icmp;
+        // Neighbour discovery comes from the link or not at all (RFC 4861); so do reports of multicast listeners.
+        let discovery = matches!(kind, 133..=137) && code == 0 && datagram.hop_limit == 255;
+        let listeners = matches!(kind, 130..=132 | 143) && datagram.hop_limit == 1;
+        return discovery || listeners;
+    }
+    if datagram.proto == UDP && datagram.kind == Kind::Datagram {
+        let (server, client) = match direction {
+            Direction::Ingress => (datagram.sport, datagram.dport),
+            Direction::Egress => (datagram.dport, datagram.sport),
+        };
+        // DHCP: its answers come from another address than the question went to.
+        let dhcp = if size_of::<A>() == 4 { (67, 68) } else { (547, 546) };
+        return (u16::from_be_bytes(server), u16::from_be_bytes(client)) == dhcp;
+    }
+    false
+}
+
+#[inline(always)]
+fn place<A: Family>(case: &mut Case<A>) {
+    let d = &case.datagram;
+    let (kind, proto, ports) = (d.kind, d.proto, (d.sport, d.dport));
+    (case.key, case.from_high) = flow_of(kind, proto, case.zone, (d.src, d.dst), ports);
+}
+
+/// Of the packet that an ICMP error quotes. It must have been sent by the end that now hears of the error.
+#[inline(always)]
+fn place_quoted<P: Packet + ?Sized, A: Family>(
+    packet: &P,
+    case: &mut Case<A>,
+) -> Result<(), Reason> {
+    // The mask tells the verifier what it forgot while the offset was in memory.
+    let at = (case.datagram.l4 & 0xfff) + 8;
+    let q = A::quoted(packet, at).ok_or(Reason::IcmpUnrelated)?;
+    if q.src != case.datagram.dst {
+        return Err(Reason::IcmpUnrelated);
+    }
+    (case.key, case.from_high) =
+        flow_of(q.kind, q.proto, case.zone, (q.src, q.dst), (q.sport, q.dport));
+    Ok(())
+}
+
+/// Of a later fragment: the first one has said the rest.
+#[inline(never)]
+fn place_later<A: Family, T: Tables>(case: &mut Case<A>, tables: &T, control: &Control) {
+    fragment_key(case);
+    case.outcome = Err(Reason::FragmentOrphan);
+    if !tables.recall_fragment(&case.fragment_key, &mut case.fragment) {
+        return;
+    }
+    let f = case.fragment;
+    if (case.now as u32).wrapping_sub(f.seen) > control.fragment_timeout {
+        return;
+    }
+    let kind = match f.echo {
+        1 => Kind::EchoRequest,
+        2 => Kind::EchoReply,
+        _ => Kind::Datagram,
+    };
+    let ends = (case.datagram.src, case.datagram.dst);
+    (case.key, case.from_high) = flow_of(kind, f.proto, case.zone, ends, (f.sport, f.dport));
+    case.outcome = Ok(0);
+}
+
+#[inline(never)]
+fn remember<A: Family, T: Tables>(case: &mut Case<A>, tables: &T) {
+    fragment_key(case);
+    let d = &case.datagram;
+    case.fragment = Fragment {
+        sport: d.sport,
+        dport: d.dport,
+        echo: match d.kind {
+            Kind::EchoRequest => 1,
+            Kind::EchoReply => 2,
+            _ => 0,
+        },
+        proto: d.proto,
+        pad: [0; 2],
+        seen: case.now as u32,
+    };
+    if case.outcome.is_ok() {
+        tables.remember_fragment(&case.fragment_key, &case.fragment);
+    }
+}
+
+#[inline(always)]
+fn fragment_key<A: Family>(case: &mut Case<A>) {
+    let d = &case.datagram;
+    case.fragment_key = FragmentKey {
+        src: d.src.widen(),
+        dst: d.dst.widen(),
+        id: d.fragment_id,
+        proto: d.fragment_proto,
+        zone: case.zone,
+        pad: [0; 2],
+    };
+}
+
+/// The key, and whether the packet was sent by its high end.
+#[inline(always)]
+fn flow_of<A: Family>(
+    kind: Kind,
+    proto: u8,
+    zone: u8,
+    (src, dst): (A, A),
+    (sport, dport): ([u8; 2], [u8; 2]),
+) -> (FlowKey<A>, bool) {
+    let echo = matches!(kind, Kind::EchoRequest | Kind::EchoReply);
+    let from_high = if echo {
+        kind == Kind::EchoReply
+    } else {
+        let (a, b) = (u128::from_be_bytes(src.widen()), u128::from_be_bytes(dst.widen()));
+        a > b || a == b && u16::from_be_bytes(sport) > u16::from_be_bytes(dport)
+    };
+    let (low, high) = if from_high { (dst, src) } else { (src, dst) };
+    // The identifier of an echo stays with the requester.
+    let swap = from_high && !echo;
+    let (low_port, high_port) = if swap { (dport, sport) } else { (sport, dport) };
+    (FlowKey { low, high, low_port, high_port, proto, zone, pad: [0; 2] }, from_high)
+}
