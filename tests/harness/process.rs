@@ -40,9 +40,9 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, log: log.to_owned(), log_from })
     }
 
-    /// Process id.
-    pub fn id(&self) -> u32 {
-        self.child.id()
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> anyhow::Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
     }
 
     /// SIGKILL, then waits for the end.

@@ -51,8 +51,6 @@ pub(crate) struct Package {
 #[derive(Debug, Deserialize)]
 pub(crate) struct Dependency {
     pub(crate) name: String,
-    /// Absent for a normal one; else `dev` or `build`.
-    pub(crate) kind: Option<String>,
 }
 
 /// What `cargo metadata --no-deps` says.

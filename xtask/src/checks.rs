@@ -175,7 +175,12 @@ const PARALLEL: usize = 8;
 /// Sends all the traffic of the table and adds a check for each line.
 pub(crate) fn judge(fleet: &Fleet, state: State, report: &mut Report) -> anyhow::Result<()> {
     for (expectation, seen) in observe(fleet, state)? {
-        report.add_result(&expectation.name(), expectation.expected(state), seen);
+        let situation = match state {
+            State::Open => "no policy: ",
+            State::Filtered => "",
+        };
+        let name = format!("{situation}{}", expectation.name());
+        report.add_result(&name, expectation.expected(state), seen);
     }
     Ok(())
 }
