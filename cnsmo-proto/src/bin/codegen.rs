@@ -1,13 +1,13 @@
-//! Writes `src/generated` from `proto`: `cargo xtask codegen`.
+//! Writes the Rust code of `proto` to the folder that is the only argument: `cargo xtask codegen`.
 
-use std::{error::Error, fs, path::Path};
+use std::{env, error::Error, fs, path::Path};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let proto = root.join("proto");
     let areas = ["agent", "identity", "meta", "node", "policy", "resource"];
     let files = areas.map(|area| proto.join(format!("cnsmo/{area}/v1/{area}.proto")));
-    let out = root.join("src/generated");
+    let out = env::args_os().nth(1).ok_or("the argument must be the folder to write to")?;
     fs::create_dir_all(&out)?;
     tonic_prost_build::configure()
         .btree_map(".")

@@ -44,10 +44,7 @@ pub struct Hello {
     pub protocol_version: u32,
     /// By resource type, for example "cnsmo.policy.v1.FirewallPolicy": what the data plane runs now.
     #[prost(btree_map = "string, message", tag = "3")]
-    pub have: ::prost::alloc::collections::BTreeMap<
-        ::prost::alloc::string::String,
-        TypeState,
-    >,
+    pub have: ::prost::alloc::collections::BTreeMap<::prost::alloc::string::String, TypeState>,
     /// Node labels that the agent was started with.
     #[prost(btree_map = "string, string", tag = "4")]
     pub labels: ::prost::alloc::collections::BTreeMap<
@@ -103,17 +100,7 @@ pub struct Update {
 }
 /// Nested message and enum types in `Update`.
 pub mod update {
-    #[derive(
-        Clone,
-        Copy,
-        Debug,
-        PartialEq,
-        Eq,
-        Hash,
-        PartialOrd,
-        Ord,
-        ::prost::Enumeration
-    )]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
     #[repr(i32)]
     pub enum Kind {
         Unspecified = 0,
@@ -201,10 +188,7 @@ pub struct Heartbeat {
     #[prost(uint64, tag = "1")]
     pub sequence: u64,
     #[prost(btree_map = "string, message", tag = "2")]
-    pub applied: ::prost::alloc::collections::BTreeMap<
-        ::prost::alloc::string::String,
-        TypeState,
-    >,
+    pub applied: ::prost::alloc::collections::BTreeMap<::prost::alloc::string::String, TypeState>,
 }
 /// Level-triggered: the latest state, not a history.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -229,10 +213,10 @@ pub mod agent_service_client {
         dead_code,
         missing_docs,
         clippy::wildcard_imports,
-        clippy::let_unit_value,
+        clippy::let_unit_value
     )]
-    use tonic::codegen::*;
     use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
     /// One bidirectional stream per agent. The agent is the identity in its certificate; a second live stream of the same
     /// agent ends the first.
     #[derive(Debug, Clone)]
@@ -262,14 +246,13 @@ pub mod agent_service_client {
             F: tonic::service::Interceptor,
             T::ResponseBody: Default,
             T: tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-                Response = http::Response<
-                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<
+                        <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    >,
                 >,
-            >,
-            <T as tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
         {
             AgentServiceClient::new(InterceptedService::new(inner, interceptor))
         }
@@ -311,21 +294,13 @@ pub mod agent_service_client {
             tonic::Response<tonic::codec::Streaming<super::ConnectResponse>>,
             tonic::Status,
         > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/cnsmo.agent.v1.AgentService/Connect",
-            );
+            let path = http::uri::PathAndQuery::from_static("/cnsmo.agent.v1.AgentService/Connect");
             let mut req = request.into_streaming_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("cnsmo.agent.v1.AgentService", "Connect"));
+            req.extensions_mut().insert(GrpcMethod::new("cnsmo.agent.v1.AgentService", "Connect"));
             self.inner.streaming(req, path, codec).await
         }
     }
@@ -337,7 +312,7 @@ pub mod agent_service_server {
         dead_code,
         missing_docs,
         clippy::wildcard_imports,
-        clippy::let_unit_value,
+        clippy::let_unit_value
     )]
     use tonic::codegen::*;
     /// Generated trait containing gRPC methods that should be implemented for use with AgentServiceServer.
@@ -346,8 +321,7 @@ pub mod agent_service_server {
         /// Server streaming response type for the Connect method.
         type ConnectStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::ConnectResponse, tonic::Status>,
-            >
-            + std::marker::Send
+            > + std::marker::Send
             + 'static;
         async fn connect(
             &self,
@@ -377,10 +351,7 @@ pub mod agent_service_server {
                 max_encoding_message_size: None,
             }
         }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> InterceptedService<Self, F>
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
         where
             F: tonic::service::Interceptor,
         {
@@ -435,26 +406,18 @@ pub mod agent_service_server {
                 "/cnsmo.agent.v1.AgentService/Connect" => {
                     #[allow(non_camel_case_types)]
                     struct ConnectSvc<T: AgentService>(pub Arc<T>);
-                    impl<
-                        T: AgentService,
-                    > tonic::server::StreamingService<super::ConnectRequest>
-                    for ConnectSvc<T> {
+                    impl<T: AgentService> tonic::server::StreamingService<super::ConnectRequest> for ConnectSvc<T> {
                         type Response = super::ConnectResponse;
                         type ResponseStream = T::ConnectStream;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::ResponseStream>,
-                            tonic::Status,
-                        >;
+                        type Future =
+                            BoxFuture<tonic::Response<Self::ResponseStream>, tonic::Status>;
                         fn call(
                             &mut self,
-                            request: tonic::Request<
-                                tonic::Streaming<super::ConnectRequest>,
-                            >,
+                            request: tonic::Request<tonic::Streaming<super::ConnectRequest>>,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as AgentService>::connect(&inner, request).await
-                            };
+                            let fut =
+                                async move { <T as AgentService>::connect(&inner, request).await };
                             Box::pin(fut)
                         }
                     }
@@ -480,25 +443,16 @@ pub mod agent_service_server {
                     };
                     Box::pin(fut)
                 }
-                _ => {
-                    Box::pin(async move {
-                        let mut response = http::Response::new(
-                            tonic::body::Body::default(),
-                        );
-                        let headers = response.headers_mut();
-                        headers
-                            .insert(
-                                tonic::Status::GRPC_STATUS,
-                                (tonic::Code::Unimplemented as i32).into(),
-                            );
-                        headers
-                            .insert(
-                                http::header::CONTENT_TYPE,
-                                tonic::metadata::GRPC_CONTENT_TYPE,
-                            );
-                        Ok(response)
-                    })
-                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(
+                        tonic::Status::GRPC_STATUS,
+                        (tonic::Code::Unimplemented as i32).into(),
+                    );
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
             }
         }
     }

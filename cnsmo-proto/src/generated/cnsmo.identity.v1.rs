@@ -55,10 +55,10 @@ pub mod enrollment_service_client {
         dead_code,
         missing_docs,
         clippy::wildcard_imports,
-        clippy::let_unit_value,
+        clippy::let_unit_value
     )]
-    use tonic::codegen::*;
     use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
     /// The only service that a client without a certificate may call.
     #[derive(Debug, Clone)]
     pub struct EnrollmentServiceClient<T> {
@@ -87,14 +87,13 @@ pub mod enrollment_service_client {
             F: tonic::service::Interceptor,
             T::ResponseBody: Default,
             T: tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-                Response = http::Response<
-                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<
+                        <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    >,
                 >,
-            >,
-            <T as tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
         {
             EnrollmentServiceClient::new(InterceptedService::new(inner, interceptor))
         }
@@ -135,23 +134,15 @@ pub mod enrollment_service_client {
             &mut self,
             request: impl tonic::IntoRequest<super::EnrollRequest>,
         ) -> std::result::Result<tonic::Response<super::EnrollResponse>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/cnsmo.identity.v1.EnrollmentService/Enroll",
-            );
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.identity.v1.EnrollmentService/Enroll");
             let mut req = request.into_request();
             req.extensions_mut()
-                .insert(
-                    GrpcMethod::new("cnsmo.identity.v1.EnrollmentService", "Enroll"),
-                );
+                .insert(GrpcMethod::new("cnsmo.identity.v1.EnrollmentService", "Enroll"));
             self.inner.unary(req, path, codec).await
         }
     }
@@ -163,7 +154,7 @@ pub mod enrollment_service_server {
         dead_code,
         missing_docs,
         clippy::wildcard_imports,
-        clippy::let_unit_value,
+        clippy::let_unit_value
     )]
     use tonic::codegen::*;
     /// Generated trait containing gRPC methods that should be implemented for use with EnrollmentServiceServer.
@@ -198,10 +189,7 @@ pub mod enrollment_service_server {
                 max_encoding_message_size: None,
             }
         }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> InterceptedService<Self, F>
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
         where
             F: tonic::service::Interceptor,
         {
@@ -256,15 +244,9 @@ pub mod enrollment_service_server {
                 "/cnsmo.identity.v1.EnrollmentService/Enroll" => {
                     #[allow(non_camel_case_types)]
                     struct EnrollSvc<T: EnrollmentService>(pub Arc<T>);
-                    impl<
-                        T: EnrollmentService,
-                    > tonic::server::UnaryService<super::EnrollRequest>
-                    for EnrollSvc<T> {
+                    impl<T: EnrollmentService> tonic::server::UnaryService<super::EnrollRequest> for EnrollSvc<T> {
                         type Response = super::EnrollResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
                         fn call(
                             &mut self,
                             request: tonic::Request<super::EnrollRequest>,
@@ -298,25 +280,16 @@ pub mod enrollment_service_server {
                     };
                     Box::pin(fut)
                 }
-                _ => {
-                    Box::pin(async move {
-                        let mut response = http::Response::new(
-                            tonic::body::Body::default(),
-                        );
-                        let headers = response.headers_mut();
-                        headers
-                            .insert(
-                                tonic::Status::GRPC_STATUS,
-                                (tonic::Code::Unimplemented as i32).into(),
-                            );
-                        headers
-                            .insert(
-                                http::header::CONTENT_TYPE,
-                                tonic::metadata::GRPC_CONTENT_TYPE,
-                            );
-                        Ok(response)
-                    })
-                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(
+                        tonic::Status::GRPC_STATUS,
+                        (tonic::Code::Unimplemented as i32).into(),
+                    );
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
             }
         }
     }
@@ -345,10 +318,10 @@ pub mod join_token_service_client {
         dead_code,
         missing_docs,
         clippy::wildcard_imports,
-        clippy::let_unit_value,
+        clippy::let_unit_value
     )]
-    use tonic::codegen::*;
     use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
     #[derive(Debug, Clone)]
     pub struct JoinTokenServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -376,14 +349,13 @@ pub mod join_token_service_client {
             F: tonic::service::Interceptor,
             T::ResponseBody: Default,
             T: tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-                Response = http::Response<
-                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<
+                        <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    >,
                 >,
-            >,
-            <T as tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
         {
             JoinTokenServiceClient::new(InterceptedService::new(inner, interceptor))
         }
@@ -421,30 +393,18 @@ pub mod join_token_service_client {
         pub async fn create_join_token(
             &mut self,
             request: impl tonic::IntoRequest<super::CreateJoinTokenRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::CreateJoinTokenResponse>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+        ) -> std::result::Result<tonic::Response<super::CreateJoinTokenResponse>, tonic::Status>
+        {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/cnsmo.identity.v1.JoinTokenService/CreateJoinToken",
             );
             let mut req = request.into_request();
             req.extensions_mut()
-                .insert(
-                    GrpcMethod::new(
-                        "cnsmo.identity.v1.JoinTokenService",
-                        "CreateJoinToken",
-                    ),
-                );
+                .insert(GrpcMethod::new("cnsmo.identity.v1.JoinTokenService", "CreateJoinToken"));
             self.inner.unary(req, path, codec).await
         }
     }
@@ -456,7 +416,7 @@ pub mod join_token_service_server {
         dead_code,
         missing_docs,
         clippy::wildcard_imports,
-        clippy::let_unit_value,
+        clippy::let_unit_value
     )]
     use tonic::codegen::*;
     /// Generated trait containing gRPC methods that should be implemented for use with JoinTokenServiceServer.
@@ -465,10 +425,7 @@ pub mod join_token_service_server {
         async fn create_join_token(
             &self,
             request: tonic::Request<super::CreateJoinTokenRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::CreateJoinTokenResponse>,
-            tonic::Status,
-        >;
+        ) -> std::result::Result<tonic::Response<super::CreateJoinTokenResponse>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct JoinTokenServiceServer<T> {
@@ -491,10 +448,7 @@ pub mod join_token_service_server {
                 max_encoding_message_size: None,
             }
         }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> InterceptedService<Self, F>
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
         where
             F: tonic::service::Interceptor,
         {
@@ -549,23 +503,19 @@ pub mod join_token_service_server {
                 "/cnsmo.identity.v1.JoinTokenService/CreateJoinToken" => {
                     #[allow(non_camel_case_types)]
                     struct CreateJoinTokenSvc<T: JoinTokenService>(pub Arc<T>);
-                    impl<
-                        T: JoinTokenService,
-                    > tonic::server::UnaryService<super::CreateJoinTokenRequest>
-                    for CreateJoinTokenSvc<T> {
+                    impl<T: JoinTokenService>
+                        tonic::server::UnaryService<super::CreateJoinTokenRequest>
+                        for CreateJoinTokenSvc<T>
+                    {
                         type Response = super::CreateJoinTokenResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
                         fn call(
                             &mut self,
                             request: tonic::Request<super::CreateJoinTokenRequest>,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
                             let fut = async move {
-                                <T as JoinTokenService>::create_join_token(&inner, request)
-                                    .await
+                                <T as JoinTokenService>::create_join_token(&inner, request).await
                             };
                             Box::pin(fut)
                         }
@@ -592,25 +542,16 @@ pub mod join_token_service_server {
                     };
                     Box::pin(fut)
                 }
-                _ => {
-                    Box::pin(async move {
-                        let mut response = http::Response::new(
-                            tonic::body::Body::default(),
-                        );
-                        let headers = response.headers_mut();
-                        headers
-                            .insert(
-                                tonic::Status::GRPC_STATUS,
-                                (tonic::Code::Unimplemented as i32).into(),
-                            );
-                        headers
-                            .insert(
-                                http::header::CONTENT_TYPE,
-                                tonic::metadata::GRPC_CONTENT_TYPE,
-                            );
-                        Ok(response)
-                    })
-                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(
+                        tonic::Status::GRPC_STATUS,
+                        (tonic::Code::Unimplemented as i32).into(),
+                    );
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
             }
         }
     }

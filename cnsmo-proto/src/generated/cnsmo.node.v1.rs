@@ -35,17 +35,7 @@ pub struct NodeStatus {
 }
 /// Nested message and enum types in `NodeStatus`.
 pub mod node_status {
-    #[derive(
-        Clone,
-        Copy,
-        Debug,
-        PartialEq,
-        Eq,
-        Hash,
-        PartialOrd,
-        Ord,
-        ::prost::Enumeration
-    )]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
     #[repr(i32)]
     pub enum Phase {
         Unspecified = 0,

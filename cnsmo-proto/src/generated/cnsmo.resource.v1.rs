@@ -27,17 +27,7 @@ pub struct ApplyRequest {
 }
 /// Nested message and enum types in `ApplyRequest`.
 pub mod apply_request {
-    #[derive(
-        Clone,
-        Copy,
-        Debug,
-        PartialEq,
-        Eq,
-        Hash,
-        PartialOrd,
-        Ord,
-        ::prost::Enumeration
-    )]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
     #[repr(i32)]
     pub enum Mode {
         /// Create or update.
@@ -90,17 +80,7 @@ pub struct Change {
 }
 /// Nested message and enum types in `Change`.
 pub mod change {
-    #[derive(
-        Clone,
-        Copy,
-        Debug,
-        PartialEq,
-        Eq,
-        Hash,
-        PartialOrd,
-        Ord,
-        ::prost::Enumeration
-    )]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
     #[repr(i32)]
     pub enum Outcome {
         Unspecified = 0,
@@ -199,17 +179,7 @@ pub struct WatchResponse {
 }
 /// Nested message and enum types in `WatchResponse`.
 pub mod watch_response {
-    #[derive(
-        Clone,
-        Copy,
-        Debug,
-        PartialEq,
-        Eq,
-        Hash,
-        PartialOrd,
-        Ord,
-        ::prost::Enumeration
-    )]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
     #[repr(i32)]
     pub enum Event {
         Unspecified = 0,
@@ -320,10 +290,10 @@ pub mod resource_service_client {
         dead_code,
         missing_docs,
         clippy::wildcard_imports,
-        clippy::let_unit_value,
+        clippy::let_unit_value
     )]
-    use tonic::codegen::*;
     use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
     #[derive(Debug, Clone)]
     pub struct ResourceServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -351,14 +321,13 @@ pub mod resource_service_client {
             F: tonic::service::Interceptor,
             T::ResponseBody: Default,
             T: tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-                Response = http::Response<
-                    <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<
+                        <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    >,
                 >,
-            >,
-            <T as tonic::codegen::Service<
-                http::Request<tonic::body::Body>,
-            >>::Error: Into<StdError> + std::marker::Send + std::marker::Sync,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
         {
             ResourceServiceClient::new(InterceptedService::new(inner, interceptor))
         }
@@ -398,18 +367,12 @@ pub mod resource_service_client {
             &mut self,
             request: impl tonic::IntoRequest<super::ApplyRequest>,
         ) -> std::result::Result<tonic::Response<super::ApplyResponse>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/cnsmo.resource.v1.ResourceService/Apply",
-            );
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.resource.v1.ResourceService/Apply");
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "Apply"));
@@ -419,18 +382,12 @@ pub mod resource_service_client {
             &mut self,
             request: impl tonic::IntoRequest<super::GetRequest>,
         ) -> std::result::Result<tonic::Response<super::GetResponse>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/cnsmo.resource.v1.ResourceService/Get",
-            );
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.resource.v1.ResourceService/Get");
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "Get"));
@@ -440,18 +397,12 @@ pub mod resource_service_client {
             &mut self,
             request: impl tonic::IntoRequest<super::ListRequest>,
         ) -> std::result::Result<tonic::Response<super::ListResponse>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/cnsmo.resource.v1.ResourceService/List",
-            );
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.resource.v1.ResourceService/List");
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "List"));
@@ -461,18 +412,12 @@ pub mod resource_service_client {
             &mut self,
             request: impl tonic::IntoRequest<super::DeleteRequest>,
         ) -> std::result::Result<tonic::Response<super::DeleteResponse>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/cnsmo.resource.v1.ResourceService/Delete",
-            );
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.resource.v1.ResourceService/Delete");
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "Delete"));
@@ -486,18 +431,12 @@ pub mod resource_service_client {
             tonic::Response<tonic::codec::Streaming<super::WatchResponse>>,
             tonic::Status,
         > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/cnsmo.resource.v1.ResourceService/Watch",
-            );
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.resource.v1.ResourceService/Watch");
             let mut req = request.into_request();
             req.extensions_mut()
                 .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "Watch"));
@@ -512,23 +451,16 @@ pub mod resource_service_client {
             tonic::Response<tonic::codec::Streaming<super::WaitAppliedResponse>>,
             tonic::Status,
         > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
             let codec = tonic_prost::ProstCodec::default();
             let path = http::uri::PathAndQuery::from_static(
                 "/cnsmo.resource.v1.ResourceService/WaitApplied",
             );
             let mut req = request.into_request();
             req.extensions_mut()
-                .insert(
-                    GrpcMethod::new("cnsmo.resource.v1.ResourceService", "WaitApplied"),
-                );
+                .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "WaitApplied"));
             self.inner.server_streaming(req, path, codec).await
         }
     }
@@ -540,7 +472,7 @@ pub mod resource_service_server {
         dead_code,
         missing_docs,
         clippy::wildcard_imports,
-        clippy::let_unit_value,
+        clippy::let_unit_value
     )]
     use tonic::codegen::*;
     /// Generated trait containing gRPC methods that should be implemented for use with ResourceServiceServer.
@@ -566,8 +498,7 @@ pub mod resource_service_server {
         /// Server streaming response type for the Watch method.
         type WatchStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::WatchResponse, tonic::Status>,
-            >
-            + std::marker::Send
+            > + std::marker::Send
             + 'static;
         /// The current set, then SYNCED, then changes in order.
         async fn watch(
@@ -577,18 +508,14 @@ pub mod resource_service_server {
         /// Server streaming response type for the WaitApplied method.
         type WaitAppliedStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::WaitAppliedResponse, tonic::Status>,
-            >
-            + std::marker::Send
+            > + std::marker::Send
             + 'static;
         /// Ends when every selected VM enforces the revision, or at the deadline with those that do not and why.
         /// Sends one message per change meanwhile.
         async fn wait_applied(
             &self,
             request: tonic::Request<super::WaitAppliedRequest>,
-        ) -> std::result::Result<
-            tonic::Response<Self::WaitAppliedStream>,
-            tonic::Status,
-        >;
+        ) -> std::result::Result<tonic::Response<Self::WaitAppliedStream>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct ResourceServiceServer<T> {
@@ -611,10 +538,7 @@ pub mod resource_service_server {
                 max_encoding_message_size: None,
             }
         }
-        pub fn with_interceptor<F>(
-            inner: T,
-            interceptor: F,
-        ) -> InterceptedService<Self, F>
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
         where
             F: tonic::service::Interceptor,
         {
@@ -669,22 +593,16 @@ pub mod resource_service_server {
                 "/cnsmo.resource.v1.ResourceService/Apply" => {
                     #[allow(non_camel_case_types)]
                     struct ApplySvc<T: ResourceService>(pub Arc<T>);
-                    impl<
-                        T: ResourceService,
-                    > tonic::server::UnaryService<super::ApplyRequest> for ApplySvc<T> {
+                    impl<T: ResourceService> tonic::server::UnaryService<super::ApplyRequest> for ApplySvc<T> {
                         type Response = super::ApplyResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
                         fn call(
                             &mut self,
                             request: tonic::Request<super::ApplyRequest>,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as ResourceService>::apply(&inner, request).await
-                            };
+                            let fut =
+                                async move { <T as ResourceService>::apply(&inner, request).await };
                             Box::pin(fut)
                         }
                     }
@@ -713,22 +631,16 @@ pub mod resource_service_server {
                 "/cnsmo.resource.v1.ResourceService/Get" => {
                     #[allow(non_camel_case_types)]
                     struct GetSvc<T: ResourceService>(pub Arc<T>);
-                    impl<
-                        T: ResourceService,
-                    > tonic::server::UnaryService<super::GetRequest> for GetSvc<T> {
+                    impl<T: ResourceService> tonic::server::UnaryService<super::GetRequest> for GetSvc<T> {
                         type Response = super::GetResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
                         fn call(
                             &mut self,
                             request: tonic::Request<super::GetRequest>,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as ResourceService>::get(&inner, request).await
-                            };
+                            let fut =
+                                async move { <T as ResourceService>::get(&inner, request).await };
                             Box::pin(fut)
                         }
                     }
@@ -757,22 +669,16 @@ pub mod resource_service_server {
                 "/cnsmo.resource.v1.ResourceService/List" => {
                     #[allow(non_camel_case_types)]
                     struct ListSvc<T: ResourceService>(pub Arc<T>);
-                    impl<
-                        T: ResourceService,
-                    > tonic::server::UnaryService<super::ListRequest> for ListSvc<T> {
+                    impl<T: ResourceService> tonic::server::UnaryService<super::ListRequest> for ListSvc<T> {
                         type Response = super::ListResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
                         fn call(
                             &mut self,
                             request: tonic::Request<super::ListRequest>,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as ResourceService>::list(&inner, request).await
-                            };
+                            let fut =
+                                async move { <T as ResourceService>::list(&inner, request).await };
                             Box::pin(fut)
                         }
                     }
@@ -801,15 +707,9 @@ pub mod resource_service_server {
                 "/cnsmo.resource.v1.ResourceService/Delete" => {
                     #[allow(non_camel_case_types)]
                     struct DeleteSvc<T: ResourceService>(pub Arc<T>);
-                    impl<
-                        T: ResourceService,
-                    > tonic::server::UnaryService<super::DeleteRequest>
-                    for DeleteSvc<T> {
+                    impl<T: ResourceService> tonic::server::UnaryService<super::DeleteRequest> for DeleteSvc<T> {
                         type Response = super::DeleteResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
                         fn call(
                             &mut self,
                             request: tonic::Request<super::DeleteRequest>,
@@ -846,24 +746,20 @@ pub mod resource_service_server {
                 "/cnsmo.resource.v1.ResourceService/Watch" => {
                     #[allow(non_camel_case_types)]
                     struct WatchSvc<T: ResourceService>(pub Arc<T>);
-                    impl<
-                        T: ResourceService,
-                    > tonic::server::ServerStreamingService<super::WatchRequest>
-                    for WatchSvc<T> {
+                    impl<T: ResourceService>
+                        tonic::server::ServerStreamingService<super::WatchRequest> for WatchSvc<T>
+                    {
                         type Response = super::WatchResponse;
                         type ResponseStream = T::WatchStream;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::ResponseStream>,
-                            tonic::Status,
-                        >;
+                        type Future =
+                            BoxFuture<tonic::Response<Self::ResponseStream>, tonic::Status>;
                         fn call(
                             &mut self,
                             request: tonic::Request<super::WatchRequest>,
                         ) -> Self::Future {
                             let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as ResourceService>::watch(&inner, request).await
-                            };
+                            let fut =
+                                async move { <T as ResourceService>::watch(&inner, request).await };
                             Box::pin(fut)
                         }
                     }
@@ -892,16 +788,14 @@ pub mod resource_service_server {
                 "/cnsmo.resource.v1.ResourceService/WaitApplied" => {
                     #[allow(non_camel_case_types)]
                     struct WaitAppliedSvc<T: ResourceService>(pub Arc<T>);
-                    impl<
-                        T: ResourceService,
-                    > tonic::server::ServerStreamingService<super::WaitAppliedRequest>
-                    for WaitAppliedSvc<T> {
+                    impl<T: ResourceService>
+                        tonic::server::ServerStreamingService<super::WaitAppliedRequest>
+                        for WaitAppliedSvc<T>
+                    {
                         type Response = super::WaitAppliedResponse;
                         type ResponseStream = T::WaitAppliedStream;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::ResponseStream>,
-                            tonic::Status,
-                        >;
+                        type Future =
+                            BoxFuture<tonic::Response<Self::ResponseStream>, tonic::Status>;
                         fn call(
                             &mut self,
                             request: tonic::Request<super::WaitAppliedRequest>,
@@ -935,25 +829,16 @@ pub mod resource_service_server {
                     };
                     Box::pin(fut)
                 }
-                _ => {
-                    Box::pin(async move {
-                        let mut response = http::Response::new(
-                            tonic::body::Body::default(),
-                        );
-                        let headers = response.headers_mut();
-                        headers
-                            .insert(
-                                tonic::Status::GRPC_STATUS,
-                                (tonic::Code::Unimplemented as i32).into(),
-                            );
-                        headers
-                            .insert(
-                                http::header::CONTENT_TYPE,
-                                tonic::metadata::GRPC_CONTENT_TYPE,
-                            );
-                        Ok(response)
-                    })
-                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(
+                        tonic::Status::GRPC_STATUS,
+                        (tonic::Code::Unimplemented as i32).into(),
+                    );
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
             }
         }
     }

@@ -1,0 +1,392 @@
+//! `cargo xtask vm`: the kernel tests inside a kernel we promise, under QEMU.
+//!
+//! A Debian kernel is unpacked from its package, never installed. Its initramfs holds busybox, the modules in the order
+//! of their dependencies, and the tests as one static program; the results come back over the serial console.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::ValueEnum;
+use object::{Object as _, ObjectSection as _};
+use ring::digest::{SHA256, digest};
+
+use crate::{
+    cargo::{self, cargo},
+    interrupt,
+    process::Process,
+    progress, setup, shell,
+};
+
+/// Boot and tests on an emulated CPU that others share.
+const LIMIT: Duration = Duration::from_mins(10);
+const MEMORY_MIB: &str = "1024";
+/// Modules without which no namespace has devices and no program attaches to them.
+const MODULES: &[&str] = &["veth", "tun", "sch_ingress", "cls_bpf"];
+/// Tests that are about the kernel, by the module they are in.
+const FILTER: &str = "kernel::";
+
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Debian's kernel to boot
+    #[arg(long, value_enum, default_value = "6.1")]
+    kernel: Kernel,
+    /// Boot this static program instead of the tests
+    #[arg(long, value_name = "FILE")]
+    program: Option<PathBuf>,
+}
+
+/// A kernel of a Debian release.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Kernel {
+    /// Debian 12
+    #[value(name = "6.1")]
+    V6_1,
+}
+
+/// A package, pinned.
+struct Pin {
+    package: &'static str,
+    version: &'static str,
+    sha256: &'static str,
+    /// Lines of a sources.list that have it.
+    sources: &'static str,
+}
+
+impl Kernel {
+    fn pin(self) -> Pin {
+        match self {
+            Self::V6_1 => Pin {
+                package: "linux-image-6.1.0-56-cloud-amd64",
+                version: "6.1.192-2",
+                sha256: "e7d02b943971edcb8790e256c02cfab3bca6c3d37c1bf25392a57c71300615ee",
+                sources: "deb http://deb.debian.org/debian bookworm main\n\
+                          deb http://deb.debian.org/debian-security bookworm-security main\n",
+            },
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::V6_1 => "6.1",
+        }
+    }
+}
+
+pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
+    setup::need_root("vm")?;
+    setup::setup(setup::Scope::All)?;
+    match &options.program {
+        None => run(options.kernel),
+        Some(program) => boot(options.kernel, program).map(drop),
+    }
+}
+
+/// Builds the tests as a static program and runs those about the kernel inside `kernel`.
+pub(crate) fn run(kernel: Kernel) -> anyhow::Result<()> {
+    progress::heading(&format!("Kernel tests inside Debian's {}", kernel.name()));
+    let folder = cache()?.join("static");
+    let built = cargo::build(
+        cargo()
+            .args(["test", "--no-run", "--package=cnsmo-tests"])
+            // Naming the target keeps the flags away from build scripts and procedural macros.
+            .args(["--target=x86_64-unknown-linux-gnu", "--target-dir"])
+            .arg(folder)
+            .env(
+                "RUSTFLAGS",
+                "-Ctarget-feature=+crt-static -Crelocation-model=static -Cstrip=symbols",
+            ),
+    )?;
+    let console = boot(kernel, &built.executable("main")?)?;
+    ensure!(passed(&console) > 0, "no test is in a module `{FILTER}`: nothing was tested");
+    Ok(())
+}
+
+/// How many tests passed, as their summary says.
+fn passed(console: &str) -> u32 {
+    let summary = console.split("test result: ok. ").nth(1);
+    summary.and_then(|text| text.split(' ').next()?.parse().ok()).unwrap_or(0)
+}
+
+/// Boots `kernel` with one program and returns what the console said.
+fn boot(kernel: Kernel, program: &Path) -> anyhow::Result<String> {
+    let tree = unpacked(kernel)?;
+    let name = format!("initramfs for {}", kernel.name());
+    let initramfs = progress::step(&name, || initramfs(&tree, program))?;
+    let image = find(&tree.join("boot"), "vmlinuz-")?;
+    let folder = crate::netns::RunDir::new("vm")?;
+    let (initrd, console) = (folder.path().join("initrd"), folder.path().join("console.log"));
+    shell::write(&initrd, initramfs)?;
+    let mut qemu = Command::new("qemu-system-x86_64");
+    qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", MEMORY_MIB, "-nographic"])
+        .args(["-no-reboot", "-nic", "none", "-append", "console=ttyS0 quiet panic=-1"])
+        .arg("-kernel")
+        .arg(image)
+        .arg("-initrd")
+        .arg(initrd);
+    let text = progress::step(&format!("Linux {} under QEMU", kernel.name()), || {
+        let mut qemu = Process::spawn("qemu", &mut qemu, &console)?;
+        let end = Instant::now() + LIMIT;
+        while qemu.is_running()? && Instant::now() < end {
+            interrupt::check()?;
+            crate::process::pause(Duration::from_millis(100));
+        }
+        let text = qemu.output()?;
+        verdict(&text).map(|()| text.clone()).with_context(|| format!("the console says\n{text}"))
+    })?;
+    for line in text.lines().map(str::trim_end) {
+        if line.starts_with("test ") || line.starts_with("test result") || line.contains("BOOTED") {
+            println!("  {line}");
+        }
+    }
+    Ok(text)
+}
+
+/// Good only if the kernel booted, every module was loaded and the program ended well. QEMU's own exit status is 0 even
+/// after a panic.
+fn verdict(console: &str) -> anyhow::Result<()> {
+    let line = |prefix: &str| console.lines().find(|line| line.trim_end().contains(prefix));
+    ensure!(line("BOOTED ").is_some(), "the kernel did not boot");
+    if let Some(line) = line("INSMOD FAIL") {
+        bail!("a module was not loaded: {line}");
+    }
+    match line("RC=") {
+        Some(line) if line.trim() == "RC=0" => Ok(()),
+        Some(line) => bail!("the program failed: {line}"),
+        None => bail!("the program did not end within {LIMIT:?}, or the kernel stopped"),
+    }
+}
+
+/// The kernel's package, downloaded and unpacked once.
+fn unpacked(kernel: Kernel) -> anyhow::Result<PathBuf> {
+    let pin = kernel.pin();
+    let folder = cache()?.join(kernel.name());
+    let tree = folder.join(pin.version);
+    if tree.exists() {
+        return Ok(tree);
+    }
+    let text = format!("downloading {} {}", pin.package, pin.version);
+    let package = progress::step(&text, || download(&pin, &folder))?;
+    // Renamed when whole: an interrupted one is done again.
+    let partial = folder.join("partial");
+    let _ = fs::remove_dir_all(&partial);
+    shell::read(Command::new("dpkg-deb").arg("-x").arg(&package).arg(&partial))?;
+    fs::rename(&partial, &tree).context("keeping the unpacked kernel")?;
+    Ok(tree)
+}
+
+/// Asks apt with sources and state of its own: the machine's are not touched, and need not have this release.
+fn download(pin: &Pin, folder: &Path) -> anyhow::Result<PathBuf> {
+    let lists = folder.join("lists");
+    fs::create_dir_all(lists.join("partial")).context("making apt's folder")?;
+    shell::write(&folder.join("sources.list"), pin.sources)?;
+    let apt = || {
+        let mut apt = Command::new("apt-get");
+        apt.current_dir(folder)
+            .arg("-o")
+            .arg(format!("Dir::Etc::sourcelist={}", folder.join("sources.list").display()))
+            .args(["-o", "Dir::Etc::sourceparts=-", "-o", "APT::Sandbox::User=root", "-o"])
+            .arg(format!("Dir::State::lists={}", lists.display()));
+        apt
+    };
+    shell::read(apt().arg("update")).context("asking Debian's archive: is the network there?")?;
+    let wanted = format!("{}={}", pin.package, pin.version);
+    shell::read(apt().args(["download", &wanted])).with_context(|| {
+        let has = "apt-cache policy linux-image-cloud-amd64";
+        format!(
+            "{wanted} has left Debian's archive: put the version that `{has}` names, and the new \
+             package's SHA-256, into Kernel::pin in xtask/src/vm.rs"
+        )
+    })?;
+    let package = find(folder, &format!("{}_", pin.package))?;
+    let bytes = fs::read(&package)?;
+    let seen: String =
+        digest(&SHA256, &bytes).as_ref().iter().map(|b| format!("{b:02x}")).collect();
+    if seen != pin.sha256 {
+        let _ = fs::remove_file(&package);
+        bail!("{wanted} has the SHA-256 {seen}, not the pinned {}", pin.sha256);
+    }
+    Ok(package)
+}
+
+fn cache() -> anyhow::Result<PathBuf> {
+    Ok(cargo::metadata()?.target_directory.join("vm"))
+}
+
+/// The only file in `folder` whose name starts so.
+fn find(folder: &Path, prefix: &str) -> anyhow::Result<PathBuf> {
+    let entries = fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))?;
+    let mut names = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let found = names.find(|path| {
+        path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))
+    });
+    found.with_context(|| format!("no {prefix}* in {}", folder.display()))
+}
+
+/// Programs, modules and what starts them, as the kernel reads it: an uncompressed archive.
+fn initramfs(tree: &Path, program: &Path) -> anyhow::Result<Vec<u8>> {
+    let busybox = shell::find("busybox").context("busybox is missing")?;
+    let (mut order, mut archive) = (String::new(), Archive::default());
+    for folder in ["bin", "mod", "proc", "sys", "dev", "tmp", "run"] {
+        archive.add(folder, 0o040_755, &[]);
+    }
+    for (name, path) in load_order(&tree.join("lib/modules"), MODULES)? {
+        let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+        archive.add(&format!("mod/{name}.ko"), 0o100_644, &bytes);
+        order = order + &name + "\n";
+    }
+    let mut add = |name: &str, path: &Path| -> anyhow::Result<()> {
+        let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        archive.add(name, 0o100_755, &bytes);
+        Ok(())
+    };
+    add("bin/busybox", &busybox)?;
+    add("bin/tests", program)?;
+    archive.add("mod/order", 0o100_644, order.as_bytes());
+    archive.add("init", 0o100_755, init().as_bytes());
+    Ok(archive.finish())
+}
+
+fn init() -> String {
+    format!(
+        "#!/bin/busybox sh\n\
+         B=/bin/busybox\n\
+         $B mount -t proc p /proc; $B mount -t sysfs s /sys; $B mount -t devtmpfs d /dev\n\
+         $B mount -t bpf b /sys/fs/bpf\n\
+         echo; echo BOOTED $($B uname -r)\n\
+         while read m; do $B insmod /mod/$m.ko || echo \"INSMOD FAIL $m\"; done < /mod/order\n\
+         $B mkdir -p /dev/net; [ -e /dev/net/tun ] || $B mknod /dev/net/tun c 10 200\n\
+         $B --install -s /bin\n\
+         export PATH=/bin RUST_BACKTRACE=1\n\
+         /bin/tests {FILTER} --nocapture --test-threads=1; R=$?; echo; echo RC=$R\n\
+         $B poweroff -f\n"
+    )
+}
+
+/// Modules with all they need, each after what it needs. Names that have no file are built into the kernel.
+fn load_order(modules: &Path, wanted: &[&str]) -> anyhow::Result<Vec<(String, PathBuf)>> {
+    let mut files = BTreeMap::new();
+    for path in shell::files(modules)? {
+        if path.extension().is_some_and(|extension| extension == "ko")
+            && let Some(stem) = path.file_stem()
+        {
+            files.insert(stem.to_string_lossy().replace('-', "_"), path);
+        }
+    }
+    ensure!(!files.is_empty(), "no modules below {}", modules.display());
+    let (mut order, mut seen) = (Vec::new(), BTreeSet::new());
+    for name in wanted {
+        visit(name, &files, &mut seen, &mut order)?;
+    }
+    Ok(order)
+}
+
+fn visit(
+    name: &str,
+    files: &BTreeMap<String, PathBuf>,
+    seen: &mut BTreeSet<String>,
+    order: &mut Vec<(String, PathBuf)>,
+) -> anyhow::Result<()> {
+    let name = name.replace('-', "_");
+    let Some(path) = files.get(&name) else { return Ok(()) };
+    if !seen.insert(name.clone()) {
+        return Ok(());
+    }
+    for needed in dependencies(path)? {
+        visit(&needed, files, seen, order)?;
+    }
+    order.push((name, path.clone()));
+    Ok(())
+}
+
+/// What a module's `.modinfo` says it depends on.
+fn dependencies(module: &Path) -> anyhow::Result<Vec<String>> {
+    let bytes = fs::read(module).with_context(|| format!("reading {}", module.display()))?;
+    let file = object::File::parse(&*bytes)?;
+    let section = file.section_by_name(".modinfo").context("a module without .modinfo")?;
+    let text = String::from_utf8_lossy(section.data()?).into_owned();
+    let depends = text.split('\0').find_map(|entry| entry.strip_prefix("depends="));
+    let names = depends.unwrap_or_default().split(',').filter(|name| !name.is_empty());
+    Ok(names.map(str::to_owned).collect())
+}
+
+/// A cpio archive in the form "newc", which the kernel unpacks (Documentation/driver-api/early-userspace/buffer-format.rst).
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    entries: u32,
+}
+
+impl Archive {
+    fn add(&mut self, name: &str, mode: u32, data: &[u8]) {
+        self.entries += 1;
+        // A file of 4 GiB does not fit into the memory of the VM either.
+        let size = u32::try_from(data.len()).unwrap_or(u32::MAX);
+        let links = if mode & 0o040_000 == 0 { 1 } else { 2 };
+        let name_size = u32::try_from(name.len()).unwrap_or(u32::MAX) + 1;
+        let fields = [self.entries, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0];
+        self.bytes.extend(b"070701");
+        for field in fields {
+            self.bytes.extend(format!("{field:08x}").bytes());
+        }
+        self.bytes.extend(name.bytes());
+        self.bytes.push(0);
+        self.pad();
+        self.bytes.extend(data);
+        self.pad();
+    }
+
+    fn finish(mut self) -> Vec<u8> {
+        self.add("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+
+    fn pad(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_complete_run_is_good() {
+        let good = "\x1b[2Jfirmware\r\nBOOTED 6.1.0\r\ntest a ... ok\r\nRC=0\r\n";
+        verdict(good).unwrap();
+        for bad in [
+            "",
+            "RC=0\n",
+            "BOOTED 6.1.0\n",
+            "BOOTED 6.1.0\nRC=101\n",
+            "BOOTED 6.1.0\nINSMOD FAIL veth\nRC=0\n",
+            "BOOTED 6.1.0\nKernel panic\n",
+        ] {
+            assert!(verdict(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn no_tests_are_no_success() {
+        assert_eq!(passed("BOOTED\ntest result: ok. 12 passed; 0 failed; 0 ignored\nRC=0"), 12);
+        assert_eq!(passed("test result: ok. 0 passed; 0 failed"), 0);
+        assert_eq!(passed("RC=0"), 0);
+    }
+
+    #[test]
+    fn an_archive_is_aligned_and_ends_with_its_trailer() {
+        let mut archive = Archive::default();
+        archive.add("init", 0o100_755, b"#!/bin/sh");
+        let bytes = archive.finish();
+        assert_eq!(bytes.len() % 4, 0);
+        assert!(bytes.starts_with(b"070701"));
+        // Header 110 bytes, name 5, padding 1; then the data.
+        assert_eq!(&bytes[116..125], b"#!/bin/sh");
+        assert!(bytes.windows(11).any(|window| window == b"TRAILER!!!\0"));
+    }
+}
