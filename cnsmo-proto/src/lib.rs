@@ -2,11 +2,13 @@
 //!
 //! - [`pb`]: code generated from `proto/`, what goes over the wire.
 //! - [`model`]: the same resources as types that only hold valid values. Code past the edge of a program uses these.
+//! - [`digest`]: proves that core and agent hold the same set.
 //! - [`manifest`]: the YAML and JSON files that operators write.
 
 // The generator is a binary of this package and must not need what it generates.
 #![cfg(not(feature = "codegen"))]
 
+pub mod digest;
 pub mod manifest;
 pub mod model;
 

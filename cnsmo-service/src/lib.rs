@@ -1,1 +1,3 @@
-//! Under construction.
+//! What every service of CNSMO stands on.
+
+pub mod token;
