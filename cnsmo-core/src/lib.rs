@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod actor;
 pub mod error;
+pub mod fleet;
 pub mod state;
 pub mod store;
