@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 /// Keeps the state of a CNSMO deployment and its agents in step.
 #[derive(Debug, Parser)]
-#[command(name = "cnsmo-core", version)]
+#[command(name = "cnsmo-core", version, args_override_self = true)]
 struct Arguments {
     /// Folder of state and keys.
     #[arg(long, env = "CNSMO_STATE_DIR", default_value = "/var/lib/cnsmo/core")]

@@ -38,7 +38,6 @@ pub const RULES: &[(&str, &[Role])] = &[
     ("/cnsmo.resource.v1.ResourceService/WaitApplied", &[Admin]),
     ("/cnsmo.resource.v1.ResourceService/Watch", &[Admin]),
     ("/grpc.health.v1.Health/Check", &[Admin, Agent, Anonymous]),
-    ("/grpc.health.v1.Health/List", &[Admin, Agent, Anonymous]),
     ("/grpc.health.v1.Health/Watch", &[Admin, Agent, Anonymous]),
     ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", &[Admin]),
 ];
@@ -156,7 +155,7 @@ mod tests {
             assert!(!allows(role, "/cnsmo.resource.v1.ResourceService/Unknown"));
             assert!(!allows(role, ""));
         }
-        for (role, rpcs) in [(Agent, 4), (Anonymous, 4)] {
+        for (role, rpcs) in [(Agent, 3), (Anonymous, 3)] {
             assert_eq!(RULES.iter().filter(|(_, roles)| roles.contains(&role)).count(), rpcs);
         }
     }
