@@ -2,16 +2,22 @@
 
 use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::Parser as _;
 use cnsmo_agent::{
-    config::{Cli, Command, Config, LogFormat},
-    datapath::Datapath,
+    config::{Cli, Command, Config, LogFormat, Xdp},
+    datapath::{
+        Datapath,
+        kernel::{Kernel, Options, XdpChoice},
+    },
     runtime,
 };
 use cnsmo_service::supervise::{Stopper, stop_pair};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+
+/// Rules of one VM: 24 bytes each, counters of two CPUs included, twice. More are refused, with the policy's name.
+const RULES_MAX: u32 = 32_768;
 
 fn main() -> ExitCode {
     match dispatch(Cli::parse()) {
@@ -42,13 +48,27 @@ fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
 }
 
 /// The kernel data path, taken over where an earlier agent left it.
-fn open_datapath(_config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
-    bail!("this build has no kernel data path")
+fn open_datapath(config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
+    let options = Options {
+        pins: config.bpffs.clone(),
+        state: config.state_dir.clone(),
+        interfaces: config.interfaces.clone(),
+        xdp: match config.xdp {
+            Xdp::Auto => XdpChoice::Auto,
+            Xdp::Native => XdpChoice::Native,
+            Xdp::Generic => XdpChoice::Generic,
+            Xdp::Off => XdpChoice::Off,
+        },
+        flows: config.flows,
+        policy_bytes: config.policy_memory as usize,
+        rules_max: RULES_MAX,
+    };
+    Ok(Box::new(Kernel::open(options)?))
 }
 
 /// Takes everything of the data path out of the kernel.
-fn detach(_bpffs: &Path) -> anyhow::Result<()> {
-    bail!("this build has no kernel data path")
+fn detach(bpffs: &Path) -> anyhow::Result<()> {
+    Ok(Kernel::detach(bpffs)?)
 }
 
 fn stop_at_signals(stopper: Stopper) -> anyhow::Result<()> {

@@ -1,2 +1,112 @@
-//! Under construction.
-fn main() {}
+//! The core's program: arguments, log, signals.
+
+use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Context as _;
+use clap::{Parser, ValueEnum};
+use cnsmo_core::{
+    fleet::Timing,
+    server::{Config, Running},
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Keeps the state of a CNSMO deployment and its agents in step.
+#[derive(Debug, Parser)]
+#[command(name = "cnsmo-core", version, args_override_self = true)]
+struct Arguments {
+    /// Folder of state and keys.
+    #[arg(long, env = "CNSMO_STATE_DIR", default_value = "/var/lib/cnsmo/core")]
+    state_dir: PathBuf,
+    /// Address and port for agents (TLS).
+    #[arg(long, default_value = "0.0.0.0:7443")]
+    listen: SocketAddr,
+    /// Unix socket for the operators of this machine.
+    #[arg(long, default_value = "/run/cnsmo/core.sock")]
+    socket: PathBuf,
+    /// How often agents call, for example 2s or 500ms.
+    #[arg(long, value_parser = duration, default_value = "2s")]
+    heartbeat: Duration,
+    /// Silence after which an agent is unreachable; more than the heartbeat.
+    #[arg(long, value_parser = duration, default_value = "6s")]
+    lease: Duration,
+    /// Form of the log on standard error; RUST_LOG sets what it tells.
+    #[arg(long, value_enum, default_value = "text")]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    log(arguments.log_format);
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+#[tokio::main]
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let Arguments { state_dir, listen, socket, heartbeat, lease, .. } = arguments;
+    anyhow::ensure!(
+        lease > heartbeat,
+        "--lease {lease:?} must be longer than --heartbeat {heartbeat:?}"
+    );
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .ok()
+        .context("another TLS provider is installed")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+    let timing = Timing { heartbeat, lease };
+    let config = Config { state_dir, listen, socket: socket.clone(), timing };
+    let mut running = Running::start(config).await?;
+    tracing::info!(listen = %running.address, socket = %socket.display(), "ready");
+    let failure = tokio::select! {
+        _ = interrupt.recv() => None,
+        _ = terminate.recv() => None,
+        error = running.failed() => Some(error),
+    };
+    match failure {
+        None => {
+            tracing::info!("stopping");
+            running.stop().await;
+            Ok(())
+        }
+        Some(error) => Err(error),
+    }
+}
+
+/// A number with one of the units ms, s and m.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u32 = number.parse().map_err(|_| "not of the form 2s, 500ms or 1m".to_owned())?;
+    let unit = match unit {
+        "ms" => Duration::from_millis(1),
+        "s" => Duration::from_secs(1),
+        "m" => Duration::from_secs(60),
+        _ => return Err("not of the form 2s, 500ms or 1m".into()),
+    };
+    if number == 0 {
+        return Err("must be longer than nothing".into());
+    }
+    Ok(unit * number)
+}

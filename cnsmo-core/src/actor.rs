@@ -1,0 +1,579 @@
+//! The one task that owns resources and agents: it makes each change durable before anybody sees it.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use cnsmo_proto::{
+    model::Labels,
+    pb::{
+        agent::{Hello, connect_request},
+        resource::{
+            ApplyResponse, Kind, Resource, WaitAppliedResponse, WatchResponse, apply_request::Mode,
+            resource, watch_response,
+        },
+    },
+};
+use tokio::sync::{broadcast, mpsc, oneshot};
+use tonic::Status;
+
+use crate::{
+    error::Error,
+    fleet::{DownSender, Fleet, Timing},
+    state::{Enrolment, Event, Plan, State, TokenRecord, Wanted},
+    store::{Outcome, Revision, Store},
+};
+
+/// Requests and agents' messages that wait. Operators are refused beyond it, agents wait.
+const INBOX_MAX: usize = 4_096;
+/// Inputs taken between two looks at waiting callers.
+const BATCH_MAX: usize = 256;
+/// Changes that a watcher may lag behind; one that lags further is brought up to date with the difference.
+const WATCH_RING: usize = 1_024;
+/// Callers of `WaitApplied` at a time.
+const WAITERS_MAX: usize = 1_024;
+/// Progress messages that wait for one caller; newer ones replace what does not fit.
+pub const PROGRESS_MAX: usize = 16;
+/// Leases and status are looked at this often: far below a lease.
+const TICK: Duration = Duration::from_millis(100);
+
+type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// A change for watchers.
+#[derive(Debug)]
+pub struct Change {
+    /// Name of the resource.
+    pub name: String,
+    /// What the watcher is sent.
+    pub message: WatchResponse,
+}
+
+/// The set at one moment, and all changes since.
+#[derive(Debug)]
+pub struct View {
+    /// By name.
+    pub resources: Vec<Resource>,
+    /// Of the set.
+    pub revision: Revision,
+    /// Changes since.
+    pub changes: broadcast::Receiver<Arc<Change>>,
+}
+
+/// A caller of `WaitApplied`.
+#[derive(Debug)]
+pub struct Wait {
+    /// 0: the current one.
+    pub revision: Revision,
+    /// Nodes to wait for.
+    pub selector: Labels,
+    /// How long.
+    pub timeout: Duration,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    revision: Revision,
+    selector: Labels,
+    deadline: Instant,
+    last: Option<WaitAppliedResponse>,
+    to: mpsc::Sender<Result<WaitAppliedResponse, Status>>,
+}
+
+/// A message of an agent.
+#[derive(Debug)]
+pub struct FromAgent {
+    /// Name of its node.
+    pub node: String,
+    /// As given by [`Core::connect`].
+    pub session: u64,
+    /// When it came from the socket: a busy core makes no agent late.
+    pub received: Instant,
+    /// The message; none: the stream is gone.
+    pub message: Option<connect_request::Message>,
+}
+
+#[derive(Debug)]
+enum Input {
+    Apply {
+        wanted: Vec<Wanted>,
+        mode: Mode,
+        dry_run: bool,
+        reply: Reply<ApplyResponse>,
+    },
+    Delete {
+        kind: Kind,
+        name: String,
+        reply: Reply<Revision>,
+    },
+    List {
+        kind: Kind,
+        name: Option<String>,
+        labels: Labels,
+        reply: Reply<(Vec<Resource>, Revision)>,
+    },
+    Watch {
+        kind: Kind,
+        name: Option<String>,
+        reply: Reply<View>,
+    },
+    Wait {
+        wait: Wait,
+        reply: Reply<mpsc::Receiver<Result<WaitAppliedResponse, Status>>>,
+    },
+    Token {
+        id: String,
+        token: TokenRecord,
+        reply: Reply<()>,
+    },
+    Enrol {
+        enrolment: Enrolment,
+        reply: Reply<()>,
+    },
+    Connect {
+        node: String,
+        spki_sha256: [u8; 32],
+        hello: Box<Hello>,
+        down: DownSender,
+        reply: Reply<u64>,
+    },
+    Agent(FromAgent),
+    Shutdown,
+}
+
+/// The way to the task. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Core {
+    inbox: mpsc::Sender<Input>,
+}
+
+impl Core {
+    /// Loads the resources and starts the task. It ends after [`Core::shut_down`] and closes the store.
+    pub async fn start(
+        store: Store,
+        timing: Timing,
+    ) -> anyhow::Result<(Self, tokio::task::JoinHandle<()>)> {
+        let meta = store.meta().await?;
+        let state = State::load(meta.revision, store.range("").await?)?;
+        let (inbox, inputs) = mpsc::channel(INBOX_MAX);
+        let now = Instant::now();
+        let actor = Actor {
+            fleet: Fleet::new(&state, timing, now),
+            state,
+            store,
+            epoch: meta.epoch,
+            policies: broadcast::channel(WATCH_RING).0,
+            nodes: broadcast::channel(WATCH_RING).0,
+            waiters: Vec::new(),
+            last_tick: now,
+        };
+        Ok((Self { inbox }, tokio::spawn(actor.run(inputs))))
+    }
+
+    /// Commits all of `wanted`, or says what that would change.
+    pub async fn apply(
+        &self,
+        wanted: Vec<Wanted>,
+        mode: Mode,
+        dry_run: bool,
+    ) -> Result<ApplyResponse, Error> {
+        self.ask(|reply| Input::Apply { wanted, mode, dry_run, reply }).await
+    }
+
+    /// Removes one resource.
+    pub async fn delete(&self, kind: Kind, name: String) -> Result<Revision, Error> {
+        self.ask(|reply| Input::Delete { kind, name, reply }).await
+    }
+
+    /// Resources by name, and the revision they are at.
+    pub async fn list(
+        &self,
+        kind: Kind,
+        name: Option<String>,
+        labels: Labels,
+    ) -> Result<(Vec<Resource>, Revision), Error> {
+        self.ask(|reply| Input::List { kind, name, labels, reply }).await
+    }
+
+    /// The current set and what changes after it.
+    pub async fn watch(&self, kind: Kind, name: Option<String>) -> Result<View, Error> {
+        self.ask(|reply| Input::Watch { kind, name, reply }).await
+    }
+
+    /// Progress until all selected nodes enforce a revision.
+    pub async fn wait(
+        &self,
+        wait: Wait,
+    ) -> Result<mpsc::Receiver<Result<WaitAppliedResponse, Status>>, Error> {
+        self.ask(|reply| Input::Wait { wait, reply }).await
+    }
+
+    /// Keeps a new join token.
+    pub async fn create_token(&self, id: String, token: TokenRecord) -> Result<(), Error> {
+        self.ask(|reply| Input::Token { id, token, reply }).await
+    }
+
+    /// Admits a node.
+    pub async fn enrol(&self, enrolment: Enrolment) -> Result<(), Error> {
+        self.ask(|reply| Input::Enrol { enrolment, reply }).await
+    }
+
+    /// Begins a session of the agent with this key. Returns the session's number.
+    pub async fn connect(
+        &self,
+        node: String,
+        spki_sha256: [u8; 32],
+        hello: Hello,
+        down: DownSender,
+    ) -> Result<u64, Error> {
+        let hello = Box::new(hello);
+        self.ask(|reply| Input::Connect { node, spki_sha256, hello, down, reply }).await
+    }
+
+    /// Hands over a message of an agent; waits while the core is behind. False: the core is stopping.
+    pub async fn from_agent(&self, message: FromAgent) -> bool {
+        self.inbox.send(Input::Agent(message)).await.is_ok()
+    }
+
+    /// Ends all streams, and the task.
+    pub async fn shut_down(&self) {
+        // Already stopped is as good.
+        let _ = self.inbox.send(Input::Shutdown).await;
+    }
+
+    async fn ask<T>(&self, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, Error> {
+        let (reply, answer) = oneshot::channel();
+        self.inbox.try_send(input(reply)).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                Error::Exhausted("the core is overloaded: try again".into())
+            }
+            mpsc::error::TrySendError::Closed(_) => Error::Stopped,
+        })?;
+        answer.await.map_err(|_| Error::Stopped)?
+    }
+}
+
+struct Actor {
+    state: State,
+    fleet: Fleet,
+    store: Store,
+    epoch: u64,
+    policies: broadcast::Sender<Arc<Change>>,
+    nodes: broadcast::Sender<Arc<Change>>,
+    waiters: Vec<Waiter>,
+    last_tick: Instant,
+}
+
+impl Actor {
+    async fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut batch = Vec::with_capacity(BATCH_MAX);
+        loop {
+            let ticked = tokio::select! {
+                n = inputs.recv_many(&mut batch, BATCH_MAX) => {
+                    if n == 0 { break }
+                    false
+                }
+                _ = ticks.tick() => {
+                    // What has arrived counts before a lease ends.
+                    while batch.len() < INBOX_MAX && let Ok(input) = inputs.try_recv() {
+                        batch.push(input);
+                    }
+                    true
+                }
+            };
+            let mut stop = false;
+            for input in batch.drain(..) {
+                stop |= matches!(input, Input::Shutdown);
+                self.handle(input).await;
+            }
+            if ticked {
+                let now = Instant::now();
+                self.fleet.tick(now, now.saturating_duration_since(self.last_tick));
+                self.last_tick = now;
+            }
+            self.fleet.flush(&self.state);
+            if ticked || self.fleet.has_changed() {
+                self.report_progress();
+            }
+            if ticked {
+                self.publish_status();
+            }
+            if stop {
+                break;
+            }
+        }
+        self.fleet.shut_down();
+        self.store.close().await;
+    }
+
+    async fn handle(&mut self, input: Input) {
+        // A caller that went away needs no answer.
+        match input {
+            Input::Apply { wanted, mode, dry_run, reply } => {
+                let _ = reply.send(self.apply(wanted, mode, dry_run).await);
+            }
+            Input::Delete { kind, name, reply } => {
+                let _ = reply.send(self.delete(kind, &name).await);
+            }
+            Input::List { kind, name, labels, reply } => {
+                let resources = self.list(kind, name.as_deref(), &labels);
+                let _ = reply.send(resources.map(|list| (list, self.state.revision())));
+            }
+            Input::Watch { kind, name, reply } => {
+                let _ = reply.send(self.view(kind, name.as_deref()));
+            }
+            Input::Wait { wait, reply } => {
+                let _ = reply.send(self.wait(wait));
+            }
+            Input::Token { id, token, reply } => {
+                let plan = self.state.plan_token(id, token, SystemTime::now());
+                let _ = reply.send(self.commit_plan(plan).await);
+            }
+            Input::Enrol { enrolment, reply } => {
+                let plan = self.state.plan_enrolment(&enrolment, SystemTime::now());
+                let _ = reply.send(self.commit_plan(plan).await);
+            }
+            Input::Connect { node, spki_sha256, hello, down, reply } => {
+                let _ = reply.send(self.connect(&node, &spki_sha256, &hello, down).await);
+            }
+            Input::Agent(FromAgent { node, session, received, message }) => match message {
+                Some(message) => self.fleet.on_message(&node, session, received, message),
+                None => self.fleet.disconnected(&node, session),
+            },
+            Input::Shutdown => {}
+        }
+    }
+
+    async fn apply(
+        &mut self,
+        wanted: Vec<Wanted>,
+        mode: Mode,
+        dry_run: bool,
+    ) -> Result<ApplyResponse, Error> {
+        let plan = self.state.plan_apply(wanted, mode, SystemTime::now())?;
+        let changes = plan.changes.clone();
+        if !dry_run {
+            self.commit(plan).await?;
+        }
+        Ok(ApplyResponse { revision: self.state.revision(), changes })
+    }
+
+    async fn delete(&mut self, kind: Kind, name: &str) -> Result<Revision, Error> {
+        let plan = self.state.plan_delete(kind, name)?;
+        self.commit(plan).await?;
+        Ok(self.state.revision())
+    }
+
+    async fn connect(
+        &mut self,
+        node: &str,
+        spki_sha256: &[u8; 32],
+        hello: &Hello,
+        down: DownSender,
+    ) -> Result<u64, Error> {
+        let known = self.state.nodes().get(node);
+        if known.is_none_or(|known| known.spki_sha256 != *spki_sha256) {
+            return Err(Error::Denied(format!(
+                "Node {node}: this core does not know the node with this key: has it been deleted? enrol it again"
+            )));
+        }
+        let labels = Labels::new(hello.labels.clone())
+            .map_err(|e| Error::Invalid(format!("hello: {}", e.at("labels"))))?;
+        let plan = self.state.plan_connect(node, &labels, SystemTime::now())?;
+        self.commit(plan).await?;
+        Ok(self.fleet.connect(node, hello, down, self.epoch, Instant::now()))
+    }
+
+    async fn commit_plan(&mut self, plan: Result<Plan, Error>) -> Result<(), Error> {
+        self.commit(plan?).await
+    }
+
+    /// Makes a plan durable, then takes it over and tells watchers and agents.
+    async fn commit(&mut self, plan: Plan) -> Result<(), Error> {
+        if plan.is_empty() {
+            return Ok(());
+        }
+        let before = self.state.revision();
+        let revision = match self.store.commit(plan.txn()).await? {
+            Outcome::Committed(revision) => revision,
+            // Only this task writes, and it compares nothing.
+            Outcome::CompareFailed(_) => return Err(Error::Internal),
+        };
+        let events = self.state.commit(plan, revision);
+        let now = Instant::now();
+        for event in &events {
+            self.fleet.on_event(event, &self.state, before, now);
+        }
+        self.fleet.flush(&self.state);
+        for event in events {
+            self.publish(event);
+        }
+        Ok(())
+    }
+
+    fn resource(&mut self, kind: Kind, name: &str) -> Option<Resource> {
+        let resource = match kind {
+            Kind::FirewallPolicy => {
+                let policy = self.state.policies().get(name)?;
+                resource::Resource::FirewallPolicy(self.fleet.policy(policy))
+            }
+            Kind::Node => {
+                let node = self.state.nodes().get(name)?;
+                resource::Resource::Node(self.fleet.node(node, self.state.revision()))
+            }
+            Kind::Unspecified => return None,
+        };
+        Some(Resource { resource: Some(resource) })
+    }
+
+    fn list(
+        &mut self,
+        kind: Kind,
+        name: Option<&str>,
+        labels: &Labels,
+    ) -> Result<Vec<Resource>, Error> {
+        let named = |own: &str| name.is_none_or(|name| name == own);
+        let names: Vec<String> = match kind {
+            Kind::FirewallPolicy => {
+                let has = |of: &std::collections::BTreeMap<String, String>| {
+                    labels.as_map().iter().all(|(key, value)| of.get(key) == Some(value))
+                };
+                let all = self.state.policies().iter();
+                all.filter(|(own, policy)| named(own) && has(&policy.metadata.labels))
+                    .map(|(own, _)| own.clone())
+                    .collect()
+            }
+            Kind::Node => {
+                let all = self.state.nodes().iter();
+                all.filter(|(own, node)| named(own) && labels.selects(&node.labels))
+                    .map(|(own, _)| own.clone())
+                    .collect()
+            }
+            Kind::Unspecified => return Err(Error::Invalid("kind: missing".into())),
+        };
+        Ok(names.iter().filter_map(|name| self.resource(kind, name)).collect())
+    }
+
+    fn view(&mut self, kind: Kind, name: Option<&str>) -> Result<View, Error> {
+        let resources = self.list(kind, name, &Labels::default())?;
+        let changes = match kind {
+            Kind::Node => self.nodes.subscribe(),
+            Kind::FirewallPolicy | Kind::Unspecified => self.policies.subscribe(),
+        };
+        Ok(View { resources, revision: self.state.revision(), changes })
+    }
+
+    fn publish(&mut self, event: Event) {
+        match event {
+            Event::Policy(name) => self.publish_upsert(Kind::FirewallPolicy, name),
+            Event::Node(name) => self.publish_upsert(Kind::Node, name),
+            Event::PolicyDeleted(policy) => {
+                let resource = resource::Resource::FirewallPolicy((&policy).into());
+                self.publish_delete(Kind::FirewallPolicy, policy.metadata.name, resource);
+            }
+            Event::NodeDeleted(node) => {
+                let resource =
+                    resource::Resource::Node(self.fleet.node(&node, self.state.revision()));
+                self.publish_delete(Kind::Node, node.metadata.name, resource);
+            }
+        }
+    }
+
+    fn publish_upsert(&mut self, kind: Kind, name: String) {
+        if self.ring(kind).receiver_count() == 0 {
+            return;
+        }
+        let Some(resource) = self.resource(kind, &name) else { return };
+        self.send(kind, name, watch_response::Event::Upsert, resource);
+    }
+
+    fn publish_delete(&mut self, kind: Kind, name: String, resource: resource::Resource) {
+        let resource = Resource { resource: Some(resource) };
+        self.send(kind, name, watch_response::Event::Delete, resource);
+    }
+
+    fn send(&mut self, kind: Kind, name: String, event: watch_response::Event, resource: Resource) {
+        let message = WatchResponse {
+            event: event.into(),
+            revision: self.state.revision(),
+            resource: Some(resource),
+        };
+        // No watcher is no error.
+        let _ = self.ring(kind).send(Arc::new(Change { name, message }));
+    }
+
+    fn ring(&self, kind: Kind) -> &broadcast::Sender<Arc<Change>> {
+        match kind {
+            Kind::Node => &self.nodes,
+            Kind::FirewallPolicy | Kind::Unspecified => &self.policies,
+        }
+    }
+
+    /// Status of agents changes often and matters little in between: once per tick is enough.
+    fn publish_status(&mut self) {
+        let changed = self.fleet.take_changed();
+        for name in changed.nodes {
+            self.publish_upsert(Kind::Node, name);
+        }
+        for name in changed.policies {
+            self.publish_upsert(Kind::FirewallPolicy, name);
+        }
+    }
+
+    fn wait(
+        &mut self,
+        wait: Wait,
+    ) -> Result<mpsc::Receiver<Result<WaitAppliedResponse, Status>>, Error> {
+        let current = self.state.revision();
+        if wait.revision > current {
+            return Err(Error::OutOfRange(format!(
+                "revision {} is not there yet: the current one is {current}",
+                wait.revision
+            )));
+        }
+        if self.waiters.len() >= WAITERS_MAX {
+            return Err(Error::Exhausted(format!("{WAITERS_MAX} callers wait already")));
+        }
+        let (to, progress) = mpsc::channel(PROGRESS_MAX);
+        let mut waiter = Waiter {
+            revision: if wait.revision == 0 { current } else { wait.revision },
+            selector: wait.selector,
+            deadline: Instant::now() + wait.timeout,
+            last: None,
+            to,
+        };
+        if waiter.look(&self.state, &self.fleet, Instant::now()) {
+            self.waiters.push(waiter);
+        }
+        Ok(progress)
+    }
+
+    fn report_progress(&mut self) {
+        let now = Instant::now();
+        let (state, fleet) = (&self.state, &self.fleet);
+        self.waiters.retain_mut(|waiter| waiter.look(state, fleet, now));
+    }
+}
+
+impl Waiter {
+    /// Sends what is new. Returns whether it goes on waiting.
+    fn look(&mut self, state: &State, fleet: &Fleet, now: Instant) -> bool {
+        let mut progress = fleet.progress(state, self.revision, &self.selector);
+        progress.done = progress.applied || now >= self.deadline;
+        progress.applied &= progress.done;
+        if self.last.as_ref() == Some(&progress) {
+            return !self.to.is_closed();
+        }
+        match self.to.try_send(Ok(progress.clone())) {
+            Ok(()) => {
+                let goes_on = !progress.done;
+                self.last = Some(progress);
+                goes_on
+            }
+            Err(mpsc::error::TrySendError::Full(_)) => true,
+            Err(mpsc::error::TrySendError::Closed(_)) => false,
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Connections: TLS over TCP, and the unix socket.
+
+use std::{
+    fs, io,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    net::{TcpListener, TcpStream, UnixListener, UnixStream},
+    sync::{Semaphore, mpsc},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+
+/// TLS handshakes at a time; further connections wait in the kernel. They cost most of a reconnect storm.
+const HANDSHAKES_MAX: usize = 256;
+/// A client that does not finish its handshake in time is dropped.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after the system refused to accept, usually for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts connections and hands on those that finish the handshake. Ends when nobody takes them.
+pub async fn accept_tls(
+    listener: TcpListener,
+    config: Arc<rustls::ServerConfig>,
+    to: mpsc::Sender<io::Result<TlsStream<TcpStream>>>,
+) {
+    let acceptor = TlsAcceptor::from(config);
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    loop {
+        let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = to.closed() => return,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let (acceptor, to) = (acceptor.clone(), to.clone());
+        tokio::spawn(async move {
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%peer, %error, "cannot set TCP_NODELAY");
+            }
+            match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
+                Ok(Ok(stream)) => {
+                    // The server is stopping if nobody takes it.
+                    let _ = to.send(Ok(stream)).await;
+                }
+                Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
+                Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
+            }
+            drop(permit);
+        });
+    }
+}
+
+/// Accepts local connections. Ends when nobody takes them.
+pub async fn accept_unix(listener: UnixListener, to: mpsc::Sender<io::Result<UnixStream>>) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = to.closed() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                if to.send(Ok(stream)).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a local connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// The socket's file; removed when dropped.
+#[derive(Debug)]
+pub struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // A path that is gone already is as good.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Listens at `path`, readable and writable for owner and group. A socket that nobody listens at any more is replaced.
+pub async fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    if UnixStream::connect(path).await.is_ok() {
+        return Err(io::Error::new(io::ErrorKind::AddrInUse, "another core listens there"));
+    }
+    // Under another name until its mode is set: nobody shall get in before.
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let listener = UnixListener::bind(&temporary)?;
+    fs::set_permissions(&temporary, fs::Permissions::from_mode(0o660))?;
+    fs::rename(&temporary, path)?;
+    Ok((listener, SocketFile(path.to_owned())))
+}

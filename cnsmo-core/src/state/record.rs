@@ -1,0 +1,135 @@
+//! How resources are kept in the store.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use cnsmo_proto::{
+    model::{Invalid, Labels},
+    pb::{meta::Metadata, policy::FirewallPolicy},
+};
+use prost::Message;
+
+use super::{Arc, Entry, Node, Op, Policy, TokenRecord, Write};
+
+const POLICIES: &str = "firewall-policies/";
+const NODES: &str = "nodes/";
+const TOKENS: &str = "tokens/";
+
+/// Revision 0 in the metadata: that of this put.
+#[derive(Clone, PartialEq, Message)]
+struct NodeRecord {
+    #[prost(message, optional, tag = "1")]
+    metadata: Option<Metadata>,
+    #[prost(bytes = "vec", tag = "2")]
+    spki_sha256: Vec<u8>,
+    #[prost(btree_map = "string, string", tag = "3")]
+    token_labels: std::collections::BTreeMap<String, String>,
+    #[prost(bool, tag = "4")]
+    labels_by_operator: bool,
+    #[prost(bool, tag = "5")]
+    connected: bool,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct JoinTokenRecord {
+    #[prost(bytes = "vec", tag = "1")]
+    secret_sha256: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    expire_ms: u64,
+    #[prost(uint32, tag = "3")]
+    uses_max: u32,
+    #[prost(bytes = "vec", repeated, tag = "4")]
+    used_by: Vec<Vec<u8>>,
+    #[prost(btree_map = "string, string", tag = "5")]
+    labels: std::collections::BTreeMap<String, String>,
+}
+
+pub(super) fn op(write: &Write) -> Op {
+    let put = |folder: &str, name: &str, value: Vec<u8>| Op::Put {
+        key: format!("{folder}{name}"),
+        value,
+    };
+    match write {
+        Write::Policy(policy) => {
+            put(POLICIES, &policy.metadata.name, FirewallPolicy::from(policy).encode_to_vec())
+        }
+        Write::Node(node) => put(NODES, &node.metadata.name, node_record(node).encode_to_vec()),
+        Write::Token(id, token) => put(TOKENS, id, token_record(token).encode_to_vec()),
+        Write::DeletePolicy(name) => Op::Delete { key: format!("{POLICIES}{name}") },
+        Write::DeleteNode(name) => Op::Delete { key: format!("{NODES}{name}") },
+        Write::DeleteToken(id) => Op::Delete { key: format!("{TOKENS}{id}") },
+    }
+}
+
+pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
+    let value = entry.value.as_slice();
+    if entry.key.starts_with(POLICIES) {
+        return policy(decode(value)?).map(Write::Policy);
+    }
+    if entry.key.starts_with(NODES) {
+        return node(decode(value)?).map(Write::Node);
+    }
+    if let Some(id) = entry.key.strip_prefix(TOKENS) {
+        return Ok(Write::Token(id.to_owned(), token(decode(value)?)?));
+    }
+    Err(Invalid::new("no resource of this kind is known: was it written by a newer version?"))
+}
+
+fn decode<M: Message + Default>(value: &[u8]) -> Result<M, Invalid> {
+    M::decode(value).map_err(|e| Invalid::new(e.to_string()))
+}
+
+fn policy(record: FirewallPolicy) -> Result<Policy, Invalid> {
+    let metadata = record.metadata.unwrap_or_default();
+    let spec = record.spec.unwrap_or_default();
+    let target = Labels::new(spec.target.clone()).map_err(|e| e.at("spec.target"))?;
+    Ok(Policy { metadata, target, spec: Arc::new(spec) })
+}
+
+fn node_record(node: &Node) -> NodeRecord {
+    NodeRecord {
+        metadata: Some(node.metadata.clone()),
+        spki_sha256: node.spki_sha256.to_vec(),
+        token_labels: node.token_labels.as_map().clone(),
+        labels_by_operator: node.labels_by_operator,
+        connected: node.connected,
+    }
+}
+
+fn node(record: NodeRecord) -> Result<Node, Invalid> {
+    let metadata = record.metadata.unwrap_or_default();
+    Ok(Node {
+        labels: Labels::new(metadata.labels.clone())?,
+        metadata,
+        token_labels: Labels::new(record.token_labels)?,
+        labels_by_operator: record.labels_by_operator,
+        spki_sha256: hash(&record.spki_sha256)?,
+        connected: record.connected,
+    })
+}
+
+fn token_record(token: &TokenRecord) -> JoinTokenRecord {
+    let since = token.expire_time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    JoinTokenRecord {
+        secret_sha256: token.secret_sha256.to_vec(),
+        expire_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+        uses_max: token.uses_max,
+        used_by: token.used_by.iter().map(|hash| hash.to_vec()).collect(),
+        labels: token.labels.as_map().clone(),
+    }
+}
+
+fn token(record: JoinTokenRecord) -> Result<TokenRecord, Invalid> {
+    let expire_time: Option<SystemTime> =
+        UNIX_EPOCH.checked_add(Duration::from_millis(record.expire_ms));
+    Ok(TokenRecord {
+        secret_sha256: hash(&record.secret_sha256)?,
+        expire_time: expire_time.ok_or_else(|| Invalid::new("expires too late"))?,
+        uses_max: record.uses_max,
+        used_by: record.used_by.iter().map(|one| hash(one)).collect::<Result<_, _>>()?,
+        labels: Labels::new(record.labels)?,
+    })
+}
+
+fn hash(bytes: &[u8]) -> Result<[u8; 32], Invalid> {
+    bytes.try_into().map_err(|_| Invalid::new("a hash is not 32 bytes long"))
+}

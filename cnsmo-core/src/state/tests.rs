@@ -1,0 +1,228 @@
+use cnsmo_proto::pb::{
+    meta::Metadata,
+    node,
+    policy::{Action, Direction, FirewallRule, PortRange},
+    resource::{Resource, resource},
+};
+
+use super::*;
+
+fn rule(port: u32) -> FirewallRule {
+    FirewallRule {
+        name: "http".into(),
+        action: Action::Allow.into(),
+        direction: Direction::Ingress.into(),
+        protocol: Some(6),
+        ports: vec![PortRange { first: port, last: port }],
+        ..FirewallRule::default()
+    }
+}
+
+fn policy(name: &str, port: u32) -> Resource {
+    let metadata = Metadata { name: name.into(), ..Metadata::default() };
+    let spec = FirewallPolicySpec { rules: vec![rule(port)], ..FirewallPolicySpec::default() };
+    let policy = FirewallPolicy { metadata: Some(metadata), spec: Some(spec), status: None };
+    Resource { resource: Some(resource::Resource::FirewallPolicy(policy)) }
+}
+
+fn node_labels(name: &str, labels: &str) -> Resource {
+    let labels: Labels = labels.parse().unwrap();
+    let labels = labels.as_map().clone();
+    let metadata = Metadata { name: name.into(), labels, ..Metadata::default() };
+    let node = node::Node { metadata: Some(metadata), status: None };
+    Resource { resource: Some(resource::Resource::Node(node)) }
+}
+
+fn apply(state: &mut State, resources: Vec<Resource>) -> Result<Vec<Outcome>, Error> {
+    apply_as(state, resources, Mode::Unspecified)
+}
+
+fn apply_as(
+    state: &mut State,
+    resources: Vec<Resource>,
+    mode: Mode,
+) -> Result<Vec<Outcome>, Error> {
+    let plan = state.plan_apply(parse_apply(resources)?, mode, SystemTime::now())?;
+    let outcomes = plan.changes.iter().map(Change::outcome).collect();
+    if !plan.is_empty() {
+        state.commit(plan, state.revision() + 1);
+    }
+    Ok(outcomes)
+}
+
+fn enrolment(node: &str, key: u8) -> Enrolment {
+    Enrolment {
+        token_id: "t".into(),
+        secret_sha256: [7; 32],
+        node: Name::new(node).unwrap(),
+        labels: "role=agent,zone=a".parse().unwrap(),
+        spki_sha256: [key; 32],
+    }
+}
+
+fn with_token(uses_max: u32) -> State {
+    let mut state = State::default();
+    let token = TokenRecord {
+        secret_sha256: [7; 32],
+        expire_time: SystemTime::now() + Duration::from_secs(60),
+        uses_max,
+        used_by: Vec::new(),
+        labels: "role=token".parse().unwrap(),
+    };
+    let plan = state.plan_token("t".into(), token, SystemTime::now()).unwrap();
+    state.commit(plan, 1);
+    state
+}
+
+fn enrol(state: &mut State, enrolment: &Enrolment) -> Result<(), Error> {
+    let plan = state.plan_enrolment(enrolment, SystemTime::now())?;
+    if !plan.is_empty() {
+        state.commit(plan, state.revision() + 1);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_change_of_the_spec_counts_and_an_equal_apply_does_not() {
+    let mut state = State::default();
+    assert_eq!(apply(&mut state, vec![policy("web", 80)]).unwrap(), [Outcome::Created]);
+    let first = state.policies()["web"].metadata.clone();
+    assert_eq!((first.revision, first.generation), (1, 1));
+    assert_eq!(apply(&mut state, vec![policy("web", 80)]).unwrap(), [Outcome::Unchanged]);
+    assert_eq!(state.revision(), 1);
+    let both = vec![policy("web", 81), policy("db", 5432)];
+    assert_eq!(apply(&mut state, both).unwrap(), [Outcome::Updated, Outcome::Created]);
+    let second = &state.policies()["web"].metadata;
+    assert_eq!((second.revision, second.generation), (2, 2));
+    assert_eq!((&second.uid, &second.create_time), (&first.uid, &first.create_time));
+    assert_eq!(state.policies()["db"].metadata.revision, 2);
+}
+
+#[test]
+fn labels_of_a_policy_change_without_a_new_generation() {
+    let mut state = State::default();
+    apply(&mut state, vec![policy("web", 80)]).unwrap();
+    let mut labelled = policy("web", 80);
+    let Some(resource::Resource::FirewallPolicy(inner)) = &mut labelled.resource else { panic!() };
+    inner.metadata.as_mut().unwrap().labels = [("team".to_owned(), "a".to_owned())].into();
+    assert_eq!(apply(&mut state, vec![labelled]).unwrap(), [Outcome::Updated]);
+    let metadata = &state.policies()["web"].metadata;
+    assert_eq!((state.revision(), metadata.revision, metadata.generation), (2, 1, 1));
+}
+
+#[test]
+fn errors_name_resource_and_field() {
+    let mut state = State::default();
+    apply(&mut state, vec![policy("old", 80)]).unwrap();
+    let mut bad = policy("web", 80);
+    let Some(resource::Resource::FirewallPolicy(inner)) = &mut bad.resource else { panic!() };
+    let mut rules = vec![rule(1), rule(2), rule(70_000)];
+    for (n, rule) in rules.iter_mut().enumerate() {
+        rule.name = format!("r{n}");
+    }
+    inner.spec.as_mut().unwrap().rules = rules;
+    let cases = [
+        (vec![bad], "FirewallPolicy web: spec.rules[2].ports[0]: 70000 is not a port: 0 to 65535"),
+        (vec![policy("a", 1), policy("a", 2)], "FirewallPolicy a: appears twice in one request"),
+        (
+            vec![policy("a", 1), policy("No", 2)],
+            "resources[1] (FirewallPolicy): metadata.name: `No` is not",
+        ),
+        (vec![Resource::default()], "resources[0]: missing"),
+        (vec![policy("new", 1), node_labels("ghost", "")], "Node ghost: has not joined"),
+    ];
+    for (resources, text) in cases {
+        let error = apply(&mut state, resources).unwrap_err().to_string();
+        assert!(error.starts_with(text), "{error}");
+    }
+    assert_eq!(state.policies().keys().collect::<Vec<_>>(), ["old"]);
+    assert_eq!(state.revision(), 1);
+}
+
+#[test]
+fn modes_insist() {
+    let mut state = State::default();
+    let error = apply_as(&mut state, vec![policy("web", 80)], Mode::Update).unwrap_err();
+    assert!(matches!(error, Error::NotFound(_)), "{error:?}");
+    apply_as(&mut state, vec![policy("web", 80)], Mode::Create).unwrap();
+    let error = apply_as(&mut state, vec![policy("web", 80)], Mode::Create).unwrap_err();
+    assert!(matches!(error, Error::Exists(_)), "{error:?}");
+}
+
+#[test]
+fn a_token_admits_its_number_of_nodes_and_a_retry_for_free() {
+    let mut state = with_token(1);
+    let denied = |result: Result<(), Error>, text: &str| {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::Denied(_)) && error.to_string().contains(text), "{error}");
+    };
+    let wrong = Enrolment { secret_sha256: [8; 32], ..enrolment("a", 1) };
+    denied(enrol(&mut state, &wrong), "does not know");
+    enrol(&mut state, &enrolment("a", 1)).unwrap();
+    let revision = state.revision();
+    enrol(&mut state, &enrolment("a", 1)).unwrap();
+    assert_eq!(state.revision(), revision);
+    denied(enrol(&mut state, &enrolment("b", 2)), "used up (1 of 1 uses)");
+    let error = enrol(&mut state, &enrolment("a", 2)).unwrap_err();
+    assert!(error.to_string().contains("cnsmo delete node a"), "{error}");
+
+    let plan = state.plan_delete(Kind::Node, "a").unwrap();
+    state.commit(plan, revision + 1);
+    denied(enrol(&mut state, &enrolment("a", 1)), "used up");
+    let late = SystemTime::now() + Duration::from_secs(61);
+    let error = state.plan_enrolment(&enrolment("a", 1), late).unwrap_err();
+    assert!(error.to_string().contains("expired"), "{error}");
+}
+
+#[test]
+fn the_tokens_labels_win_over_the_agents_and_the_operators_over_both() {
+    let mut state = with_token(1);
+    enrol(&mut state, &enrolment("a", 1)).unwrap();
+    assert_eq!(state.nodes()["a"].labels.to_string(), "role=token,zone=a");
+    let connect = |state: &mut State, labels: &str| {
+        let plan = state.plan_connect("a", &labels.parse().unwrap(), SystemTime::now()).unwrap();
+        if !plan.is_empty() {
+            state.commit(plan, state.revision() + 1);
+        }
+        state.nodes()["a"].labels.to_string()
+    };
+    assert_eq!(connect(&mut state, "role=agent,zone=b"), "role=token,zone=b");
+    let revision = state.revision();
+    assert_eq!(connect(&mut state, "role=agent,zone=b"), "role=token,zone=b");
+    assert_eq!(state.revision(), revision, "nothing new, nothing written");
+    assert_eq!(apply(&mut state, vec![node_labels("a", "role=op")]).unwrap(), [Outcome::Updated]);
+    assert_eq!(connect(&mut state, "role=agent,zone=c"), "role=op");
+}
+
+#[test]
+fn the_store_gives_back_what_was_committed() {
+    let mut state = with_token(2);
+    let mut entries = BTreeMap::new();
+    let mut keep = |state: &mut State, plan: Plan| {
+        let mod_rev = state.revision() + 1;
+        for op in plan.txn().ops {
+            let Op::Put { key, value } = op else { panic!("nothing is deleted here") };
+            entries.insert(key.clone(), Entry { key, value, mod_rev });
+        }
+        state.commit(plan, mod_rev);
+    };
+    let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+    let plan = state.plan_enrolment(&enrolment("a", 1), now).unwrap();
+    keep(&mut state, plan);
+    for port in [80, 81] {
+        let wanted = parse_apply(vec![policy("web", port)]).unwrap();
+        let plan = state.plan_apply(wanted, Mode::Unspecified, now).unwrap();
+        keep(&mut state, plan);
+    }
+    let plan = state.plan_connect("a", &"zone=a".parse().unwrap(), now).unwrap();
+    keep(&mut state, plan);
+    let loaded = State::load(state.revision(), entries.into_values().collect()).unwrap();
+    assert_eq!(loaded.policies, state.policies);
+    assert_eq!(loaded.nodes, state.nodes);
+    assert_eq!(loaded.tokens["t"].used_by, state.tokens["t"].used_by);
+    assert_eq!(loaded.nodes["a"].metadata.revision, 2, "connecting is no change of the node");
+
+    let broken = Entry { key: "nodes/x".into(), value: vec![0xff], mod_rev: 1 };
+    let error = State::load(1, vec![broken]).unwrap_err();
+    assert_eq!(error.field(), "nodes/x");
+}

@@ -1,0 +1,340 @@
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use cnsmo_core::{
+    fleet::{POLICY_TYPE, PROTOCOL_VERSION, Timing},
+    server::{Config, Running},
+};
+use cnsmo_proto::{
+    digest::Digest,
+    model::Labels,
+    pb::{
+        agent::{
+            Ack, ConnectRequest, ConnectResponse, Heartbeat, Hello, ResourceError, StatusReport,
+            TypeState, Update, agent_service_client::AgentServiceClient, connect_request,
+            connect_response, update::Kind as UpdateKind,
+        },
+        identity::{
+            CreateJoinTokenRequest, EnrollRequest, EnrollResponse,
+            enrollment_service_client::EnrollmentServiceClient,
+            join_token_service_client::JoinTokenServiceClient,
+        },
+        meta::Metadata,
+        node::Node,
+        policy::{Action, Direction, FirewallPolicy, FirewallPolicySpec, FirewallRule, PortRange},
+        resource::{
+            ApplyRequest, ApplyResponse, DeleteRequest, GetRequest, Kind, ListRequest, Resource,
+            resource, resource_service_client::ResourceServiceClient,
+        },
+    },
+};
+use rcgen::{CertificateParams, KeyPair};
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{
+    Status, Streaming,
+    transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity},
+};
+
+/// Nothing here takes longer unless it is broken.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A core in this process, with its state in a folder of its own.
+pub(crate) struct TestCore {
+    pub(crate) folder: TempDir,
+    pub(crate) running: Running,
+    pub(crate) admin: Admin,
+}
+
+impl TestCore {
+    pub(crate) async fn start() -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), Timing::default()).await
+    }
+
+    pub(crate) async fn start_with(timing: Timing) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), timing).await
+    }
+
+    pub(crate) async fn start_in(folder: TempDir, timing: Timing) -> Self {
+        let socket = folder.path().join("core.sock");
+        let config = Config {
+            state_dir: folder.path().join("state"),
+            listen: "127.0.0.1:0".parse().unwrap(),
+            socket: socket.clone(),
+            timing,
+        };
+        let running = Running::start(config).await.unwrap();
+        let admin = Admin::connect(&socket).await;
+        Self { folder, running, admin }
+    }
+
+    /// Stops it and gives back the folder.
+    pub(crate) async fn stop(self) -> TempDir {
+        self.running.stop().await;
+        self.folder
+    }
+
+    pub(crate) async fn restart(self) -> Self {
+        Self::start_in(self.stop().await, Timing::default()).await
+    }
+
+    fn ca_pem(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("state/ca.crt")).unwrap()
+    }
+
+    /// Over TLS, with or without a certificate and its key.
+    pub(crate) async fn tls(&self, identity: Option<(&str, &str)>) -> Channel {
+        let mut tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(self.ca_pem()))
+            .domain_name("core.cnsmo");
+        if let Some((certificate, key)) = identity {
+            tls = tls.identity(Identity::from_pem(certificate, key));
+        }
+        let url = format!("https://{}", self.running.address);
+        Endpoint::from_shared(url).unwrap().tls_config(tls).unwrap().connect().await.unwrap()
+    }
+
+    pub(crate) async fn enrol(
+        &self,
+        token: &str,
+        node: &str,
+        key: &KeyPair,
+    ) -> Result<EnrollResponse, Status> {
+        let csr = CertificateParams::default().serialize_request(key).unwrap().der().to_vec();
+        let request =
+            EnrollRequest { token: token.into(), csr, node: node.into(), labels: BTreeMap::new() };
+        let mut client = EnrollmentServiceClient::new(self.tls(None).await);
+        Ok(client.enroll(request).await?.into_inner())
+    }
+
+    /// A node that has joined.
+    pub(crate) async fn join(&mut self, node: &str, labels: &str) -> Joined {
+        let token = self.admin.token(1, labels).await;
+        let key = KeyPair::generate().unwrap();
+        let answer = self.enrol(&token, node, &key).await.unwrap();
+        Joined { certificate: answer.certificate_chain, key: key.serialize_pem() }
+    }
+
+    pub(crate) async fn agent(
+        &self,
+        joined: &Joined,
+        have: Option<TypeState>,
+    ) -> Result<Agent, Status> {
+        let channel = self.tls(Some((&joined.certificate, &joined.key))).await;
+        Agent::connect(channel, have).await
+    }
+}
+
+pub(crate) struct Joined {
+    pub(crate) certificate: String,
+    pub(crate) key: String,
+}
+
+/// An operator.
+#[derive(Clone)]
+pub(crate) struct Admin {
+    pub(crate) resources: ResourceServiceClient<Channel>,
+    pub(crate) tokens: JoinTokenServiceClient<Channel>,
+}
+
+impl Admin {
+    pub(crate) async fn connect(socket: &Path) -> Self {
+        let channel = unix(socket).await.unwrap();
+        Self {
+            resources: ResourceServiceClient::new(channel.clone()),
+            tokens: JoinTokenServiceClient::new(channel),
+        }
+    }
+
+    pub(crate) async fn token(&mut self, max_uses: u32, labels: &str) -> String {
+        let labels = labels.parse::<Labels>().unwrap().as_map().clone();
+        let request = CreateJoinTokenRequest { ttl: None, max_uses, labels };
+        self.tokens.create_join_token(request).await.unwrap().into_inner().token
+    }
+
+    pub(crate) async fn apply(
+        &mut self,
+        resources: Vec<Resource>,
+    ) -> Result<ApplyResponse, Status> {
+        let request = ApplyRequest { resources, ..ApplyRequest::default() };
+        Ok(self.resources.apply(request).await?.into_inner())
+    }
+
+    pub(crate) async fn delete(&mut self, kind: Kind, name: &str) -> Result<i64, Status> {
+        let request = DeleteRequest { kind: kind.into(), name: name.into() };
+        Ok(self.resources.delete(request).await?.into_inner().revision)
+    }
+
+    pub(crate) async fn policy(&mut self, name: &str) -> Result<FirewallPolicy, Status> {
+        let request = GetRequest { kind: Kind::FirewallPolicy.into(), name: name.into() };
+        let resource = self.resources.get(request).await?.into_inner().resource.unwrap();
+        let Some(resource::Resource::FirewallPolicy(policy)) = resource.resource else { panic!() };
+        Ok(policy)
+    }
+
+    pub(crate) async fn node(&mut self, name: &str) -> Result<Node, Status> {
+        let request = GetRequest { kind: Kind::Node.into(), name: name.into() };
+        let resource = self.resources.get(request).await?.into_inner().resource.unwrap();
+        let Some(resource::Resource::Node(node)) = resource.resource else { panic!() };
+        Ok(node)
+    }
+
+    pub(crate) async fn names(&mut self, kind: Kind) -> Vec<String> {
+        let request = ListRequest { kind: kind.into(), ..ListRequest::default() };
+        let list = self.resources.list(request).await.unwrap().into_inner().resources;
+        list.iter().map(name_of).collect()
+    }
+
+    /// Polls a node until `is` holds.
+    pub(crate) async fn until_node(&mut self, name: &str, is: impl Fn(&Node) -> bool) -> Node {
+        let wait = async {
+            loop {
+                let node = self.node(name).await.unwrap();
+                if is(&node) {
+                    return node;
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, wait).await.expect("the node never got there")
+    }
+}
+
+pub(crate) async fn unix(socket: &Path) -> Result<Channel, tonic::transport::Error> {
+    let path: PathBuf = socket.to_owned();
+    Endpoint::from_shared(format!("unix://{}", path.display())).unwrap().connect().await
+}
+
+pub(crate) fn name_of(resource: &Resource) -> String {
+    match resource.resource.as_ref().unwrap() {
+        resource::Resource::FirewallPolicy(policy) => policy.metadata.clone().unwrap().name,
+        resource::Resource::Node(node) => node.metadata.clone().unwrap().name,
+    }
+}
+
+/// A policy with one rule that allows a TCP port.
+pub(crate) fn policy(name: &str, target: &str, port: u32) -> Resource {
+    let rule = FirewallRule {
+        name: "allow".into(),
+        action: Action::Allow.into(),
+        direction: Direction::Ingress.into(),
+        protocol: Some(6),
+        ports: vec![PortRange { first: port, last: port }],
+        ..FirewallRule::default()
+    };
+    let target = target.parse::<Labels>().unwrap().as_map().clone();
+    let spec = FirewallPolicySpec { target, rules: vec![rule], ..FirewallPolicySpec::default() };
+    let metadata = Metadata { name: name.into(), ..Metadata::default() };
+    let policy = FirewallPolicy { metadata: Some(metadata), spec: Some(spec), status: None };
+    Resource { resource: Some(resource::Resource::FirewallPolicy(policy)) }
+}
+
+pub(crate) fn node_labels(name: &str, labels: &str) -> Resource {
+    let labels = labels.parse::<Labels>().unwrap().as_map().clone();
+    let metadata = Metadata { name: name.into(), labels, ..Metadata::default() };
+    let node = Node { metadata: Some(metadata), status: None };
+    Resource { resource: Some(resource::Resource::Node(node)) }
+}
+
+/// A scripted agent: it keeps a set as the real one does, and says what the test tells it to.
+pub(crate) struct Agent {
+    up: mpsc::Sender<ConnectRequest>,
+    down: Streaming<ConnectResponse>,
+    pub(crate) set: BTreeMap<String, i64>,
+    pub(crate) revision: i64,
+}
+
+impl Agent {
+    async fn connect(channel: Channel, have: Option<TypeState>) -> Result<Self, Status> {
+        let (up, messages) = mpsc::channel(16);
+        let have = have.map(|state| (POLICY_TYPE.to_owned(), state)).into_iter().collect();
+        let hello = Hello { protocol_version: PROTOCOL_VERSION, have, ..Hello::default() };
+        send(&up, connect_request::Message::Hello(hello)).await;
+        let mut client = AgentServiceClient::new(channel);
+        let down = client.connect(ReceiverStream::new(messages)).await?.into_inner();
+        let mut agent = Self { up, down, set: BTreeMap::new(), revision: 0 };
+        match agent.next().await? {
+            connect_response::Message::Welcome(welcome) => {
+                assert_eq!(welcome.protocol_version, PROTOCOL_VERSION);
+                assert!(welcome.lease_ttl.is_some() && welcome.heartbeat_interval.is_some());
+            }
+            connect_response::Message::Update(_) => panic!("an update before the welcome"),
+        }
+        Ok(agent)
+    }
+
+    async fn next(&mut self) -> Result<connect_response::Message, Status> {
+        let next = tokio::time::timeout(PATIENCE, self.down.message()).await;
+        let next = next.expect("the core sends nothing")?;
+        Ok(next.expect("the stream ended without a status").message.unwrap())
+    }
+
+    /// The status with which the core ends the stream.
+    pub(crate) async fn ended(&mut self) -> Status {
+        self.next().await.unwrap_err()
+    }
+
+    /// The next update, taken into the set.
+    pub(crate) async fn update(&mut self) -> Update {
+        let connect_response::Message::Update(update) = self.next().await.unwrap() else {
+            panic!("a second welcome")
+        };
+        match update.kind() {
+            UpdateKind::Snapshot => self.set.clear(),
+            UpdateKind::Delta => assert_eq!(update.base_revision, self.revision, "wrong base"),
+            UpdateKind::Bookmark => {
+                assert!(update.upserts.is_empty() && update.removals.is_empty());
+            }
+            UpdateKind::Unspecified => panic!("an update without a kind"),
+        }
+        for name in &update.removals {
+            self.set.remove(name);
+        }
+        for resource in &update.upserts {
+            assert!(resource.spec.is_some());
+            self.set.insert(resource.name.clone(), resource.revision);
+        }
+        self.revision = update.revision;
+        update
+    }
+
+    pub(crate) fn state(&self) -> TypeState {
+        let digest: Digest = self.set.iter().map(|(name, rev)| (name.as_str(), *rev)).collect();
+        TypeState { revision: self.revision, digest: digest.to_vec() }
+    }
+
+    pub(crate) async fn ack(&self, update: &Update) {
+        assert_eq!(update.digest, self.state().digest, "core and agent hold other sets");
+        self.answer(update, "", Vec::new()).await;
+    }
+
+    pub(crate) async fn answer(&self, update: &Update, error: &str, errors: Vec<ResourceError>) {
+        let ack = Ack {
+            nonce: update.nonce,
+            r#type: update.r#type.clone(),
+            applied: Some(self.state()),
+            error: error.into(),
+            resource_errors: errors,
+            apply_duration: None,
+        };
+        send(&self.up, connect_request::Message::Ack(ack)).await;
+    }
+
+    pub(crate) async fn heartbeat(&self) {
+        let applied = [(POLICY_TYPE.to_owned(), self.state())].into();
+        let heartbeat = Heartbeat { sequence: 1, applied };
+        send(&self.up, connect_request::Message::Heartbeat(heartbeat)).await;
+    }
+
+    pub(crate) async fn report(&self, report: StatusReport) {
+        send(&self.up, connect_request::Message::Status(report)).await;
+    }
+}
+
+async fn send(up: &mpsc::Sender<ConnectRequest>, message: connect_request::Message) {
+    up.send(ConnectRequest { message: Some(message) }).await.unwrap();
+}
