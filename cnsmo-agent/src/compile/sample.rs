@@ -3,7 +3,10 @@
 //! The kinds follow the filter sets that packet classifiers are commonly measured with (Taylor, Turner: ClassBench,
 //! 2007): what matters to a search structure is how prefixes nest and how often a field is a wildcard.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    cmp::Reverse,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use cnsmo_proto::model::{Action, Direction, IcmpMatch, Name, PortRange, Protocol, Rule, protocol};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -41,7 +44,8 @@ impl AddressFamily {
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
 }
 
-/// A policy of `rules` rules, the same for the same seed. Every eighth rule is egress.
+/// A policy of `rules` rules, the same for the same seed. One of eight is egress. Lists and firewalls have narrow
+/// prefixes first, as operators write them: behind a wide one most rules would never be reached.
 pub fn policy(style: Style, family: AddressFamily, rules: usize, seed: u64) -> Effective {
     let mut random = Random::new(seed);
     let mut generator = Generator::new(family, &mut random);
@@ -59,7 +63,16 @@ pub fn policy(style: Style, family: AddressFamily, rules: usize, seed: u64) -> E
         let action = if random.one_in(3) { Action::Deny } else { Action::Allow };
         Rule { action, from, to, protocol, ..rule(n, direction) }
     };
-    effective((0..rules).map(make).collect())
+    let mut rules: Vec<_> = (0..rules).map(make).collect();
+    if style != Style::Groups {
+        rules.sort_by_cached_key(|rule| Reverse(specificity(rule)));
+    }
+    effective(rules)
+}
+
+/// Bits of both prefixes.
+fn specificity(rule: &Rule) -> u32 {
+    rule.from.iter().chain(&rule.to).map(|net| u32::from(net.prefix_len())).sum()
 }
 
 /// These rules as one policy called `sample`.

@@ -279,7 +279,8 @@ fn too_many_boxes_are_refused_with_the_widest_rule() {
     let wide = &mut policy.rules[8];
     (wide.rule.from, wide.rule.to) = (nets(10), nets(11));
     wide.rule.protocol = Protocol::Any;
-    assert_blames(&refused(&policy, &ROOMY), "small", &["1048576 are allowed", "rule `r8`"]);
+    wide.rule.name = Name::new("wide").unwrap();
+    assert_blames(&refused(&policy, &ROOMY), "small", &["1048576 are allowed", "rule `wide`"]);
 }
 
 #[test]
