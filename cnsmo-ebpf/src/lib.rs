@@ -2,10 +2,12 @@
 //! programs (`src/bin/cnsmo`) and runs on the host in tests and for `--dry-run`.
 //!
 //! Read [`pipeline`] first: it is the order of the stages.
-#![cfg_attr(not(test), no_std)]
+#![cfg_attr(not(any(test, feature = "host")), no_std)]
 
 pub mod classify;
 pub mod conntrack;
+#[cfg(any(test, feature = "host"))]
+pub mod host;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
