@@ -1,5 +1,6 @@
 //! What tests on namespaces and real processes stand on: everything made here is removed on drop, also on panic.
 
+pub mod frame;
 pub mod netns;
 pub mod process;
 

@@ -166,6 +166,11 @@ impl Kernel {
         Ok(kernel)
     }
 
+    /// From now on a TCP segment without a flow makes none: connections older than the data path are not taken over.
+    pub fn end_pickup(&mut self) {
+        self.store(std::mem::offset_of!(Control, pickup_until), 0);
+    }
+
     /// Has the kernel run `program` on one frame, against the live maps: its return value and the frame afterwards.
     pub fn test_run(&mut self, program: &str, frame: &[u8]) -> Result<(u32, Vec<u8>), KernelError> {
         let mut out = vec![0; frame.len()];
