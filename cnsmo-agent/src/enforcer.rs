@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -54,6 +55,11 @@ pub struct EnforcerHandle {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the enforcer does not answer")]
 pub struct Gone;
+
+/// The data path panicked: it has to be opened anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the data path crashed")]
+pub struct Crashed;
 
 #[derive(Debug)]
 enum Message {
@@ -139,29 +145,25 @@ impl Seat {
     /// Serves the mailbox until `stop`; the data path stays as it is then.
     ///
     /// # Errors
-    /// See [`Gone`]: nobody is left to send anything.
-    ///
-    /// # Panics
-    /// If a message makes the data path panic: the supervisor then starts a new enforcer.
-    pub async fn serve(&self, mut enforcer: Enforcer, mut stop: Stop) -> Result<(), Gone> {
+    /// See [`Crashed`]; start a new enforcer then.
+    pub async fn serve(&self, mut enforcer: Enforcer, mut stop: Stop) -> Result<(), Crashed> {
         let mut mailbox = self.mailbox.lock().await;
         loop {
             let message = tokio::select! {
                 () = stop.asked() => return Ok(()),
-                message = mailbox.recv() => message.ok_or(Gone)?,
+                message = mailbox.recv() => message,
             };
+            // Without a message nobody is left to send one.
+            let Some(message) = message else { return Ok(()) };
             // Compiling and system calls take long: off the threads that serve the network.
             let work = move || {
                 enforcer.handle(message);
                 enforcer
             };
-            enforcer = match tokio::task::spawn_blocking(work).await {
-                Ok(enforcer) => enforcer,
-                Err(crash) => match crash.try_into_panic() {
-                    Ok(panic) => std::panic::resume_unwind(panic),
-                    Err(_) => return Ok(()),
-                },
-            };
+            enforcer = tokio::task::spawn_blocking(work).await.map_err(|_| Crashed)?;
+            if enforcer.crashed {
+                return Err(Crashed);
+            }
         }
     }
 }
@@ -175,6 +177,8 @@ pub struct Enforcer {
     core: Vec<SocketAddr>,
     trouble: Option<(&'static str, String)>,
     in_force: watch::Sender<InForce>,
+    /// The data path panicked and must not be asked for anything.
+    crashed: bool,
 }
 
 impl Enforcer {
@@ -199,7 +203,7 @@ impl Enforcer {
         let core: Vec<SocketAddr> =
             record.iter().flat_map(|r| &r.core_addresses).flat_map(|a| a.parse()).collect();
         let set = record.map(PolicySet::from_record);
-        let mut this = Self { datapath, ledger, set, core, trouble, in_force };
+        let mut this = Self { datapath, ledger, set, core, trouble, in_force, crashed: false };
         this.apply_at_start()?;
         this.publish();
         let core = this.core.clone();
@@ -209,7 +213,7 @@ impl Enforcer {
     /// There is no version to go back to: what the data path refuses is left out.
     fn apply_at_start(&mut self) -> anyhow::Result<()> {
         loop {
-            let refused = match self.datapath.apply(&self.effective(self.set.as_ref())) {
+            let refused = match self.apply(self.set.clone().as_ref()) {
                 Ok(()) => return Ok(()),
                 Err(ApplyError::Refused(refused)) => refused,
                 Err(failed) => {
@@ -280,7 +284,7 @@ impl Enforcer {
             if self.set.is_some() && staged.set().enforces_the_same_as(&before) {
                 break;
             }
-            let error = match self.datapath.apply(&self.effective(Some(staged.set()))) {
+            let error = match self.apply(Some(staged.set())) {
                 Ok(()) => break,
                 Err(ApplyError::Refused(refused)) => {
                     if staged.fall_back(&before, &refused) {
@@ -316,7 +320,7 @@ impl Enforcer {
             return;
         }
         let before = std::mem::replace(&mut self.core, addresses);
-        if let Err(error) = self.datapath.apply(&self.effective(self.set.as_ref())) {
+        if let Err(error) = self.apply(self.set.clone().as_ref()) {
             tracing::error!(error = %Chain(&error), "the way to the core is not kept open");
             self.core = before;
             return;
@@ -325,6 +329,17 @@ impl Enforcer {
         if let Err(error) = keep(&mut self.ledger, set, &self.core) {
             tracing::warn!(error, "the addresses of the core are not kept");
         }
+    }
+
+    /// A panic is an error like others for this update, so that a policy which makes the data path crash is refused and
+    /// does not stay in the ledger to crash it again.
+    fn apply(&mut self, set: Option<&PolicySet>) -> Result<(), ApplyError> {
+        let effective = self.effective(set);
+        let apply = AssertUnwindSafe(|| self.datapath.apply(&effective));
+        catch_unwind(apply).unwrap_or_else(|_| {
+            self.crashed = true;
+            Err(ApplyError::Failed(Crashed.into()))
+        })
     }
 
     fn effective(&self, set: Option<&PolicySet>) -> Effective {
