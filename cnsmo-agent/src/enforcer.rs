@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use cnsmo_proto::{
     model::{Action, Direction, Name, PortRange, Protocol, Rule, protocol},
-    pb::agent::{Ack, TypeState, Update},
+    pb::agent::{Ack, TypeState, Update, update::Kind},
 };
 use cnsmo_service::supervise::{Chain, Stop};
 use ipnet::IpNet;
@@ -23,7 +23,7 @@ use crate::{
     datapath::{ApplyError, Datapath, Status},
     effective::Effective,
     ledger::{Ledger, Loaded},
-    policy_set::{FIREWALL_POLICY, PolicySet, Refusal},
+    policy_set::{FIREWALL_POLICY, PolicySet, Refusal, Staged},
 };
 
 /// Messages that wait. The session has one update and one question under way and the sweeper one sweep; the rest is
@@ -272,45 +272,48 @@ impl Enforcer {
     /// On an error, shown to the core, what was in force still is.
     fn try_update(&mut self, store_epoch: u64, update: Update) -> Result<(), String> {
         let nothing = PolicySet::default();
-        let is_snapshot = update.kind() == cnsmo_proto::pb::agent::update::Kind::Snapshot;
-        if self.set.is_none() && !is_snapshot {
+        if self.set.is_none() && update.kind() != Kind::Snapshot {
             return Err(Refusal::NoSet.to_string());
         }
         let before = self.set.as_ref().unwrap_or(&nothing).clone();
         let mut staged =
             before.stage(store_epoch, update).map_err(|refusal| refusal.to_string())?;
-        loop {
-            keep(&mut self.ledger, staged.set(), &self.core)?;
+        let mut kept = false;
+        let error = loop {
+            if let Err(disk) = keep(&mut self.ledger, staged.set(), &self.core) {
+                break disk;
+            }
+            kept = true;
             if self.set.is_some() && staged.set().enforces_the_same_as(&before) {
-                break;
+                self.accept(staged);
+                return Ok(());
             }
-            let error = match self.apply(Some(staged.set())) {
-                Ok(()) => break,
-                Err(ApplyError::Refused(refused)) => {
-                    if staged.fall_back(&before, &refused) {
-                        tracing::warn!(
-                            ?refused,
-                            "policies are refused, keeping their last versions"
-                        );
-                        continue;
-                    }
-                    format!("refused together with policies that are in force: {refused:?}")
+            match self.apply(Some(staged.set())) {
+                Ok(()) => {
+                    self.accept(staged);
+                    return Ok(());
                 }
-                Err(failed) => Chain(&failed).to_string(),
-            };
-            let restored = match &self.set {
-                Some(before) => keep(&mut self.ledger, before, &self.core),
-                None => Ok(()),
-            };
-            if let Err(disk) = restored {
-                tracing::error!(error = disk, "the ledger holds policies that are not in force");
+                Err(ApplyError::Refused(refused)) if staged.fall_back(&before, &refused) => {
+                    tracing::warn!(?refused, "policies are refused, keeping their last versions");
+                }
+                Err(ApplyError::Refused(refused)) => {
+                    break format!("refused together with policies that are in force: {refused:?}");
+                }
+                Err(failed) => break Chain(&failed).to_string(),
             }
-            return Err(error);
+        };
+        if let (true, Some(before)) = (kept, &self.set)
+            && let Err(disk) = keep(&mut self.ledger, before, &self.core)
+        {
+            tracing::error!(error = disk, "the ledger holds policies that are not in force");
         }
+        Err(error)
+    }
+
+    fn accept(&mut self, staged: Staged) {
         self.set = Some(staged.into_set());
         self.trouble = None;
         self.publish();
-        Ok(())
     }
 
     fn core_at(&mut self, mut addresses: Vec<SocketAddr>) {

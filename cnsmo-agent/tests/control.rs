@@ -1,5 +1,7 @@
 //! The whole control side against a scripted core: real TLS on loopback, real files, a data path that only remembers.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::{
     net::SocketAddr,
     path::Path,

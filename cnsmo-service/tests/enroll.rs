@@ -1,5 +1,7 @@
 //! Enrolment and connections against a real TLS server on loopback.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::{
     collections::BTreeMap,
     fs,

@@ -3,7 +3,7 @@ use std::sync::Mutex as SyncMutex;
 use cnsmo_proto::{
     digest::Digest,
     pb::{
-        agent::{Resource, resource::Spec, update::Kind},
+        agent::{Resource, resource::Spec},
         policy::FirewallPolicySpec,
     },
 };
