@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use cnsmo_proto::{
+    digest::Digest,
     model::{Action, Direction, Name, PortRange, Protocol, Rule, protocol},
     pb::agent::{Ack, TypeState, Update, update::Kind},
 };
@@ -29,6 +30,8 @@ use crate::{
 /// Messages that wait. The session has one update and one question under way and the sweeper one sweep; the rest is
 /// room. A sender waits, the sweeper leaves its turn out.
 const MAILBOX_MAX: usize = 16;
+/// Stands for "no known set" in an answer, which must have a digest: that of the empty set would be a lie.
+const NO_SET_DIGEST: [u8; Digest::BYTES] = [0xff; Digest::BYTES];
 /// Name of the built-in rule that keeps the way to the core open.
 const CORE_RULE: &str = "core";
 
@@ -259,10 +262,11 @@ impl Enforcer {
         };
         let ours = r#type == FIREWALL_POLICY;
         let set = self.set.as_ref().filter(|_| ours);
+        let no_set = || TypeState { revision: 0, digest: NO_SET_DIGEST.to_vec() };
         Ack {
             nonce,
             r#type,
-            applied: set.map(PolicySet::running_state),
+            applied: Some(set.map_or_else(no_set, PolicySet::running_state)),
             error,
             resource_errors: set.map(PolicySet::rejections).unwrap_or_default(),
             apply_duration: received.elapsed().try_into().ok(),

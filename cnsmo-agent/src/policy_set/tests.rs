@@ -173,9 +173,18 @@ fn what_was_rejected_still_counts_as_sent() {
 }
 
 #[test]
-fn a_bookmark_of_what_runs_takes_rejections_back() {
+fn a_core_may_count_what_runs_in_place_of_what_was_rejected() {
+    let set = with_a_rejected();
     let bookmark = update(Kind::Bookmark, 0, 4, &[("a", 1), ("b", 2)]);
-    assert!(with_a_rejected().stage(EPOCH, bookmark).unwrap().set().rejections().is_empty());
+    assert_eq!(set.stage(EPOCH, bookmark).unwrap().set().rejections().len(), 1);
+    // A rejection that the core cannot know of yet counts as sent.
+    let delta =
+        Update { upserts: vec![bad("b", 4)], ..update(Kind::Delta, 3, 4, &[("a", 1), ("b", 4)]) };
+    let next = set.stage(EPOCH, delta).unwrap().into_set();
+    assert_eq!(names(&next), [("a", 1, 1), ("b", 2, 2)]);
+    assert_eq!(next.rejections().len(), 2);
+    let too_early = update(Kind::Bookmark, 0, 4, &[("a", 1), ("b", 1)]);
+    assert!(set.stage(EPOCH, too_early).is_err());
 }
 
 #[test]
