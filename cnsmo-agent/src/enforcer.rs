@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -11,8 +12,9 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use cnsmo_proto::{
+    digest::Digest,
     model::{Action, Direction, Name, PortRange, Protocol, Rule, protocol},
-    pb::agent::{Ack, TypeState, Update},
+    pb::agent::{Ack, TypeState, Update, update::Kind},
 };
 use cnsmo_service::supervise::{Chain, Stop};
 use ipnet::IpNet;
@@ -22,12 +24,14 @@ use crate::{
     datapath::{ApplyError, Datapath, Status},
     effective::Effective,
     ledger::{Ledger, Loaded},
-    policy_set::{FIREWALL_POLICY, PolicySet, Refusal},
+    policy_set::{FIREWALL_POLICY, PolicySet, Refusal, Staged},
 };
 
 /// Messages that wait. The session has one update and one question under way and the sweeper one sweep; the rest is
 /// room. A sender waits, the sweeper leaves its turn out.
 const MAILBOX_MAX: usize = 16;
+/// Stands for "no known set" in an answer, which must have a digest: that of the empty set would be a lie.
+const NO_SET_DIGEST: [u8; Digest::BYTES] = [0xff; Digest::BYTES];
 /// Name of the built-in rule that keeps the way to the core open.
 const CORE_RULE: &str = "core";
 
@@ -54,6 +58,11 @@ pub struct EnforcerHandle {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the enforcer does not answer")]
 pub struct Gone;
+
+/// The data path panicked: it has to be opened anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the data path crashed")]
+pub struct Crashed;
 
 #[derive(Debug)]
 enum Message {
@@ -139,29 +148,25 @@ impl Seat {
     /// Serves the mailbox until `stop`; the data path stays as it is then.
     ///
     /// # Errors
-    /// See [`Gone`]: nobody is left to send anything.
-    ///
-    /// # Panics
-    /// If a message makes the data path panic: the supervisor then starts a new enforcer.
-    pub async fn serve(&self, mut enforcer: Enforcer, mut stop: Stop) -> Result<(), Gone> {
+    /// See [`Crashed`]; start a new enforcer then.
+    pub async fn serve(&self, mut enforcer: Enforcer, mut stop: Stop) -> Result<(), Crashed> {
         let mut mailbox = self.mailbox.lock().await;
         loop {
             let message = tokio::select! {
                 () = stop.asked() => return Ok(()),
-                message = mailbox.recv() => message.ok_or(Gone)?,
+                message = mailbox.recv() => message,
             };
+            // Without a message nobody is left to send one.
+            let Some(message) = message else { return Ok(()) };
             // Compiling and system calls take long: off the threads that serve the network.
             let work = move || {
                 enforcer.handle(message);
                 enforcer
             };
-            enforcer = match tokio::task::spawn_blocking(work).await {
-                Ok(enforcer) => enforcer,
-                Err(crash) => match crash.try_into_panic() {
-                    Ok(panic) => std::panic::resume_unwind(panic),
-                    Err(_) => return Ok(()),
-                },
-            };
+            enforcer = tokio::task::spawn_blocking(work).await.map_err(|_| Crashed)?;
+            if enforcer.crashed {
+                return Err(Crashed);
+            }
         }
     }
 }
@@ -175,6 +180,8 @@ pub struct Enforcer {
     core: Vec<SocketAddr>,
     trouble: Option<(&'static str, String)>,
     in_force: watch::Sender<InForce>,
+    /// The data path panicked and must not be asked for anything.
+    crashed: bool,
 }
 
 impl Enforcer {
@@ -199,7 +206,7 @@ impl Enforcer {
         let core: Vec<SocketAddr> =
             record.iter().flat_map(|r| &r.core_addresses).flat_map(|a| a.parse()).collect();
         let set = record.map(PolicySet::from_record);
-        let mut this = Self { datapath, ledger, set, core, trouble, in_force };
+        let mut this = Self { datapath, ledger, set, core, trouble, in_force, crashed: false };
         this.apply_at_start()?;
         this.publish();
         let core = this.core.clone();
@@ -209,7 +216,7 @@ impl Enforcer {
     /// There is no version to go back to: what the data path refuses is left out.
     fn apply_at_start(&mut self) -> anyhow::Result<()> {
         loop {
-            let refused = match self.datapath.apply(&self.effective(self.set.as_ref())) {
+            let refused = match self.apply(self.set.clone().as_ref()) {
                 Ok(()) => return Ok(()),
                 Err(ApplyError::Refused(refused)) => refused,
                 Err(failed) => {
@@ -255,10 +262,11 @@ impl Enforcer {
         };
         let ours = r#type == FIREWALL_POLICY;
         let set = self.set.as_ref().filter(|_| ours);
+        let no_set = || TypeState { revision: 0, digest: NO_SET_DIGEST.to_vec() };
         Ack {
             nonce,
             r#type,
-            applied: set.map(PolicySet::running_state),
+            applied: Some(set.map_or_else(no_set, PolicySet::running_state)),
             error,
             resource_errors: set.map(PolicySet::rejections).unwrap_or_default(),
             apply_duration: received.elapsed().try_into().ok(),
@@ -268,45 +276,48 @@ impl Enforcer {
     /// On an error, shown to the core, what was in force still is.
     fn try_update(&mut self, store_epoch: u64, update: Update) -> Result<(), String> {
         let nothing = PolicySet::default();
-        let is_snapshot = update.kind() == cnsmo_proto::pb::agent::update::Kind::Snapshot;
-        if self.set.is_none() && !is_snapshot {
+        if self.set.is_none() && update.kind() != Kind::Snapshot {
             return Err(Refusal::NoSet.to_string());
         }
         let before = self.set.as_ref().unwrap_or(&nothing).clone();
         let mut staged =
             before.stage(store_epoch, update).map_err(|refusal| refusal.to_string())?;
-        loop {
-            keep(&mut self.ledger, staged.set(), &self.core)?;
+        let mut kept = false;
+        let error = loop {
+            if let Err(disk) = keep(&mut self.ledger, staged.set(), &self.core) {
+                break disk;
+            }
+            kept = true;
             if self.set.is_some() && staged.set().enforces_the_same_as(&before) {
-                break;
+                self.accept(staged);
+                return Ok(());
             }
-            let error = match self.datapath.apply(&self.effective(Some(staged.set()))) {
-                Ok(()) => break,
-                Err(ApplyError::Refused(refused)) => {
-                    if staged.fall_back(&before, &refused) {
-                        tracing::warn!(
-                            ?refused,
-                            "policies are refused, keeping their last versions"
-                        );
-                        continue;
-                    }
-                    format!("refused together with policies that are in force: {refused:?}")
+            match self.apply(Some(staged.set())) {
+                Ok(()) => {
+                    self.accept(staged);
+                    return Ok(());
                 }
-                Err(failed) => Chain(&failed).to_string(),
-            };
-            let restored = match &self.set {
-                Some(before) => keep(&mut self.ledger, before, &self.core),
-                None => Ok(()),
-            };
-            if let Err(disk) = restored {
-                tracing::error!(error = disk, "the ledger holds policies that are not in force");
+                Err(ApplyError::Refused(refused)) if staged.fall_back(&before, &refused) => {
+                    tracing::warn!(?refused, "policies are refused, keeping their last versions");
+                }
+                Err(ApplyError::Refused(refused)) => {
+                    break format!("refused together with policies that are in force: {refused:?}");
+                }
+                Err(failed) => break Chain(&failed).to_string(),
             }
-            return Err(error);
+        };
+        if let (true, Some(before)) = (kept, &self.set)
+            && let Err(disk) = keep(&mut self.ledger, before, &self.core)
+        {
+            tracing::error!(error = disk, "the ledger holds policies that are not in force");
         }
+        Err(error)
+    }
+
+    fn accept(&mut self, staged: Staged) {
         self.set = Some(staged.into_set());
         self.trouble = None;
         self.publish();
-        Ok(())
     }
 
     fn core_at(&mut self, mut addresses: Vec<SocketAddr>) {
@@ -316,7 +327,7 @@ impl Enforcer {
             return;
         }
         let before = std::mem::replace(&mut self.core, addresses);
-        if let Err(error) = self.datapath.apply(&self.effective(self.set.as_ref())) {
+        if let Err(error) = self.apply(self.set.clone().as_ref()) {
             tracing::error!(error = %Chain(&error), "the way to the core is not kept open");
             self.core = before;
             return;
@@ -325,6 +336,17 @@ impl Enforcer {
         if let Err(error) = keep(&mut self.ledger, set, &self.core) {
             tracing::warn!(error, "the addresses of the core are not kept");
         }
+    }
+
+    /// A panic is an error like others for this update, so that a policy which makes the data path crash is refused and
+    /// does not stay in the ledger to crash it again.
+    fn apply(&mut self, set: Option<&PolicySet>) -> Result<(), ApplyError> {
+        let effective = self.effective(set);
+        let apply = AssertUnwindSafe(|| self.datapath.apply(&effective));
+        catch_unwind(apply).unwrap_or_else(|_| {
+            self.crashed = true;
+            Err(ApplyError::Failed(Crashed.into()))
+        })
     }
 
     fn effective(&self, set: Option<&PolicySet>) -> Effective {

@@ -133,7 +133,9 @@ impl PolicySet {
             return Err(Refusal::TooMany(policies));
         }
         let have = staged.set.sent_digest();
-        if have.as_bytes() != update.digest.as_slice() {
+        let meant = |digest: Digest| digest.as_bytes() == update.digest.as_slice();
+        // A core that was told of a rejection may count what runs in place of what it sent.
+        if !meant(have) && !meant(staged.set.acknowledged_digest(self)) {
             return Err(Refusal::OtherDigest { have, update: hex(&update.digest) });
         }
         Ok(staged)
@@ -264,12 +266,7 @@ impl PolicySet {
         if !update.upserts.is_empty() || !update.removals.is_empty() {
             return Err(Refusal::BookmarkWithChanges);
         }
-        let mut set = self.clone();
-        // The core means exactly what runs, so it has taken back what was rejected.
-        if update.digest == set.running_state().digest {
-            set.rejected.clear();
-        }
-        Ok(Staged { set, changed: BTreeSet::new() })
+        Ok(Staged { set: self.clone(), changed: BTreeSet::new() })
     }
 
     /// Each name with the version last sent.
@@ -281,6 +278,17 @@ impl PolicySet {
 
     fn sent_digest(&self) -> Digest {
         self.sent().collect()
+    }
+
+    /// Each name with the version last sent, but with what runs where `before` had rejected that version already.
+    fn acknowledged_digest(&self, before: &Self) -> Digest {
+        let known = |name: &str| {
+            let revision = |set: &Self| set.rejected.get(name).map(|rejected| rejected.revision);
+            revision(before).is_some() && revision(before) == revision(self)
+        };
+        let running = self.running.iter().map(|(name, r)| (name.as_str(), r.revision));
+        let running = running.filter(|(name, _)| known(name));
+        self.sent().filter(|(name, _)| !known(name)).chain(running).collect()
     }
 
     fn reject(&mut self, name: String, revision: i64, message: String) {

@@ -8,7 +8,7 @@ use tonic::{
     transport::{Certificate, Channel, ClientTlsConfig, Endpoint},
 };
 
-use crate::identity::Identity;
+use crate::{identity::Identity, supervise::Chain};
 
 /// The name in every core's certificate, whatever its address.
 pub const CORE_DNS_NAME: &str = "core.cnsmo";
@@ -126,17 +126,15 @@ pub enum ConnectError {
 impl ConnectError {
     pub(crate) fn new(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         let error = error.into();
-        match tls_error(&*error) {
-            Some(rustls::Error::AlertReceived(AlertDescription::CertificateRequired)) => {
-                Self::NotEnrolled(error)
-            }
-            Some(rustls::Error::AlertReceived(alert)) if is_about_certificate(*alert) => {
-                Self::CertificateRefused(error)
-            }
-            Some(rustls::Error::InvalidCertificate(_) | rustls::Error::General(_)) => {
-                Self::CoreUntrusted(error)
-            }
-            _ => Self::Unreachable(error),
+        if let Some(rustls::Error::InvalidCertificate(_) | rustls::Error::General(_)) =
+            tls_error(&*error)
+        {
+            return Self::CoreUntrusted(error);
+        }
+        match alert(&*error) {
+            Some(AlertDescription::CertificateRequired) => Self::NotEnrolled(error),
+            Some(_) => Self::CertificateRefused(error),
+            None => Self::Unreachable(error),
         }
     }
 
@@ -149,18 +147,31 @@ impl ConnectError {
     }
 }
 
-fn is_about_certificate(alert: AlertDescription) -> bool {
-    matches!(
-        alert,
-        AlertDescription::BadCertificate
-            | AlertDescription::UnsupportedCertificate
-            | AlertDescription::CertificateRevoked
-            | AlertDescription::CertificateExpired
-            | AlertDescription::CertificateUnknown
-            | AlertDescription::UnknownCA
-            | AlertDescription::AccessDenied
-            | AlertDescription::DecryptError
-    )
+/// What a server says of a client's certificate (RFC 8446, section 6.2).
+const CERTIFICATE_ALERTS: [AlertDescription; 9] = [
+    AlertDescription::CertificateRequired,
+    AlertDescription::BadCertificate,
+    AlertDescription::UnsupportedCertificate,
+    AlertDescription::CertificateRevoked,
+    AlertDescription::CertificateExpired,
+    AlertDescription::CertificateUnknown,
+    AlertDescription::UnknownCA,
+    AlertDescription::AccessDenied,
+    AlertDescription::DecryptError,
+];
+
+/// The alert about our certificate among the causes. On a connection in use HTTP/2 hands on only the text of what went
+/// wrong below it.
+fn alert(error: &(dyn Error + 'static)) -> Option<AlertDescription> {
+    if let Some(tls) = tls_error(error) {
+        return CERTIFICATE_ALERTS
+            .into_iter()
+            .find(|alert| *tls == rustls::Error::AlertReceived(*alert));
+    }
+    let text = Chain(error).to_string();
+    CERTIFICATE_ALERTS
+        .into_iter()
+        .find(|alert| text.ends_with(&rustls::Error::AlertReceived(*alert).to_string()))
 }
 
 /// The TLS error among the causes. It is inside an `io::Error`, whose `source` skips what it wraps.

@@ -1,5 +1,7 @@
 //! Enrolment and connections against a real TLS server on loopback.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -224,8 +226,9 @@ async fn a_certificate_that_the_core_does_not_take_shows_at_the_first_call() {
     let error = match connect(&core.address, &identity).await {
         Err(error) => error,
         Ok(channel) => {
-            let call = EnrollmentServiceClient::new(channel).enroll(EnrollRequest::default());
-            ConnectError::of_call(call.await.unwrap_err())
+            let mut client = EnrollmentServiceClient::new(channel);
+            let call = client.enroll(EnrollRequest::default()).await;
+            ConnectError::of_call(call.unwrap_err())
         }
     };
     assert!(matches!(error, ConnectError::CertificateRefused(_)), "{error:?}");

@@ -1,11 +1,8 @@
 use std::sync::Mutex as SyncMutex;
 
-use cnsmo_proto::{
-    digest::Digest,
-    pb::{
-        agent::{Resource, resource::Spec, update::Kind},
-        policy::FirewallPolicySpec,
-    },
+use cnsmo_proto::pb::{
+    agent::{Resource, resource::Spec},
+    policy::FirewallPolicySpec,
 };
 use cnsmo_service::supervise::{Stopper, stop_pair};
 
@@ -222,7 +219,7 @@ fn other_types_are_refused_by_name() {
     let (mut enforcer, _) = start(&fake, dir.path());
     let ack = enforcer.update(7, Update { r#type: "x".into(), nonce: 4, ..Update::default() });
     assert_eq!((ack.error.as_str(), ack.nonce), ("unknown resource type `x`", 4));
-    assert_eq!(ack.applied, None);
+    assert_eq!(ack.applied.unwrap().digest, NO_SET_DIGEST);
 }
 
 #[test]
@@ -305,7 +302,7 @@ fn no_address_of_the_core_is_no_rule() {
     assert_eq!(core_rule(&[]), None);
 }
 
-fn serve(seat: &Seat) -> (Stopper, tokio::task::JoinHandle<Result<(), Gone>>) {
+fn serve(seat: &Seat) -> (Stopper, tokio::task::JoinHandle<Result<(), Crashed>>) {
     let (stopper, stop) = stop_pair();
     let (seat, enforcer) = (seat.clone(), seat.start().unwrap().0);
     (stopper, tokio::spawn(async move { seat.serve(enforcer, stop).await }))
@@ -319,13 +316,14 @@ async fn the_mailbox_outlives_a_crash() {
     handle.update(7, snapshot_of_a()).await.unwrap();
     fake.set(|inner| inner.crash = true);
     let delta = || update(Kind::Delta, 1, vec![resource("b", 2)], &[("a", 1), ("b", 2)]);
-    assert_eq!(handle.update(7, delta()).await, Err(Gone));
-    assert!(serving.await.unwrap_err().is_panic());
+    let ack = handle.update(7, delta()).await.unwrap();
+    assert!(ack.error.ends_with("the data path crashed"), "{}", ack.error);
+    assert_eq!(ack.applied.unwrap().digest, digest(&[("a", 1)]));
+    assert_eq!(serving.await.unwrap(), Err(Crashed));
 
     let (stopper, serving) = serve(&seat);
-    let state = have(&handle.in_force());
-    // The accepted set was in the ledger when the data path crashed over it.
-    assert_eq!(state.digest, digest(&[("a", 1), ("b", 2)]));
+    assert_eq!(have(&handle.in_force()).digest, digest(&[("a", 1)]), "the ledger is clean");
+    assert_eq!(handle.update(7, delta()).await.unwrap().error, "");
     handle.sweep();
     assert_eq!(handle.status().await.unwrap().rules, 2);
     fake.set(|inner| assert_eq!(inner.sweeps, 1));

@@ -39,14 +39,14 @@ fn update(kind: Kind, base: i64, revision: i64, sent: &[(&str, i64)]) -> Update 
     }
 }
 
-fn snapshot(revision: i64, upserts: Vec<Resource>) -> Update {
+fn snapshot(revision: i64, upserts: &[Resource]) -> Update {
     let sent: Vec<_> = upserts.iter().map(|r| (r.name.as_str(), r.revision)).collect();
-    Update { upserts: upserts.clone(), ..update(Kind::Snapshot, 0, revision, &sent) }
+    Update { upserts: upserts.to_vec(), ..update(Kind::Snapshot, 0, revision, &sent) }
 }
 
 /// `a` at 1 and `b` at 2.
 fn two() -> PolicySet {
-    let update = snapshot(2, vec![good("a", 1), good("b", 2)]);
+    let update = snapshot(2, &[good("a", 1), good("b", 2)]);
     PolicySet::default().stage(EPOCH, update).unwrap().into_set()
 }
 
@@ -60,7 +60,7 @@ fn name(text: &str) -> Name {
 
 #[test]
 fn a_snapshot_replaces_everything() {
-    let next = two().stage(EPOCH, snapshot(5, vec![good("c", 5)])).unwrap().into_set();
+    let next = two().stage(EPOCH, snapshot(5, &[good("c", 5)])).unwrap().into_set();
     assert_eq!(names(&next), [("c", 5, 5)]);
     let state = next.running_state();
     assert_eq!((state.revision, state.digest), (5, digest(&[("c", 5)])));
@@ -123,7 +123,7 @@ fn updates_that_do_not_fit_are_refused_whole() {
 
 #[test]
 fn a_restored_store_may_go_back_with_a_snapshot() {
-    let next = two().stage(8, snapshot(1, vec![good("a", 1)])).unwrap().into_set();
+    let next = two().stage(8, snapshot(1, &[good("a", 1)])).unwrap().into_set();
     assert_eq!((next.store_epoch, next.revision), (8, 1));
 }
 
@@ -173,9 +173,18 @@ fn what_was_rejected_still_counts_as_sent() {
 }
 
 #[test]
-fn a_bookmark_of_what_runs_takes_rejections_back() {
+fn a_core_may_count_what_runs_in_place_of_what_was_rejected() {
+    let set = with_a_rejected();
     let bookmark = update(Kind::Bookmark, 0, 4, &[("a", 1), ("b", 2)]);
-    assert!(with_a_rejected().stage(EPOCH, bookmark).unwrap().set().rejections().is_empty());
+    assert_eq!(set.stage(EPOCH, bookmark).unwrap().set().rejections().len(), 1);
+    // A rejection that the core cannot know of yet counts as sent.
+    let delta =
+        Update { upserts: vec![bad("b", 4)], ..update(Kind::Delta, 3, 4, &[("a", 1), ("b", 4)]) };
+    let next = set.stage(EPOCH, delta).unwrap().into_set();
+    assert_eq!(names(&next), [("a", 1, 1), ("b", 2, 2)]);
+    assert_eq!(next.rejections().len(), 2);
+    let too_early = update(Kind::Bookmark, 0, 4, &[("a", 1), ("b", 1)]);
+    assert!(set.stage(EPOCH, too_early).is_err());
 }
 
 #[test]
@@ -204,8 +213,8 @@ fn the_ledger_keeps_what_runs_and_what_was_rejected() {
 
 #[test]
 fn too_many_policies_are_refused_whole() {
-    let all = (0..=POLICIES_MAX).map(|n| good(&format!("p{n}"), 1)).collect();
-    let refusal = PolicySet::default().stage(EPOCH, snapshot(1, all)).unwrap_err();
+    let all: Vec<_> = (0..=POLICIES_MAX).map(|n| good(&format!("p{n}"), 1)).collect();
+    let refusal = PolicySet::default().stage(EPOCH, snapshot(1, &all)).unwrap_err();
     assert_eq!(refusal, Refusal::TooMany(POLICIES_MAX + 1));
 }
 

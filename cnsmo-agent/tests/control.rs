@@ -1,0 +1,529 @@
+//! The whole control side against a scripted core: real TLS on loopback, real files, a data path that only remembers.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    pin::Pin,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use clap::Parser as _;
+use cnsmo_agent::{
+    config::{Cli, Config},
+    datapath::{ApplyError, Attachment, Datapath, Status as DatapathStatus},
+    effective::Effective,
+    enforcer::OpenDatapath,
+    policy_set::FIREWALL_POLICY,
+    runtime,
+};
+use cnsmo_proto::{
+    digest::Digest,
+    pb::{
+        agent::{
+            Ack, ConnectRequest, ConnectResponse, Heartbeat, Hello, Resource, StatusReport,
+            TypeState, Update, Welcome,
+            agent_service_server::{AgentService, AgentServiceServer},
+            connect_request::Message as Up,
+            connect_response::Message as Down,
+            resource::Spec,
+            update::Kind,
+        },
+        identity::{
+            EnrollRequest, EnrollResponse,
+            enrollment_service_server::{EnrollmentService, EnrollmentServiceServer},
+        },
+        policy::{self as policy, FirewallPolicySpec},
+    },
+};
+use cnsmo_service::{
+    supervise::{Stopper, stop_pair},
+    token::Token,
+};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, CertifiedIssuer, IsCa,
+    KeyPair, PublicKeyData as _, SanType,
+};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_stream::{
+    Stream,
+    wrappers::{ReceiverStream, TcpListenerStream},
+};
+use tonic::{
+    Request, Response, Status, Streaming,
+    transport::{Certificate, Identity, Server, ServerTlsConfig},
+};
+
+/// Ends a test that hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Remembers what it was to enforce; outlives the agent as the kernel does.
+#[derive(Clone, Default)]
+struct Fake(Arc<Mutex<Vec<Effective>>>, Arc<AtomicBool>);
+
+impl Fake {
+    fn open(&self) -> OpenDatapath {
+        let this = self.clone();
+        Arc::new(move || Ok(Box::new(this.clone())))
+    }
+
+    /// Names of the rules' policies in force, `-` for built-in ones.
+    fn in_force(&self) -> Vec<String> {
+        let applied = self.0.lock().unwrap();
+        let last = applied.last().unwrap();
+        let name = |rule: &cnsmo_agent::effective::OwnedRule| {
+            rule.policy.as_ref().map_or("-".to_owned(), ToString::to_string)
+        };
+        last.rules.iter().map(name).collect()
+    }
+
+    fn is_open(&self) -> bool {
+        self.0.lock().unwrap().last().unwrap().open
+    }
+}
+
+impl Datapath for Fake {
+    fn apply(&mut self, policy: &Effective) -> Result<(), ApplyError> {
+        assert!(!self.1.swap(false, Ordering::SeqCst), "crashed as asked");
+        self.0.lock().unwrap().push(policy.clone());
+        Ok(())
+    }
+
+    fn status(&mut self) -> DatapathStatus {
+        let attachment =
+            Attachment { interface: "lo".into(), ingress: "xdp-generic", egress: "tcx" };
+        DatapathStatus { interfaces: vec![attachment], flows: 3, ..DatapathStatus::default() }
+    }
+
+    fn sweep(&mut self) {}
+}
+
+/// The part of a core that outlives its process.
+struct Authority {
+    ca: CertifiedIssuer<'static, KeyPair>,
+    key: KeyPair,
+    chain: String,
+}
+
+impl Authority {
+    fn new() -> Arc<Self> {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let leaf = CertificateParams::new(["core.cnsmo".to_owned()]).unwrap();
+        let chain = leaf.signed_by(&key, &ca).unwrap().pem() + &ca.pem();
+        Arc::new(Self { ca, key, chain })
+    }
+
+    fn token(&self) -> Token {
+        let spki = self.ca.key().subject_public_key_info();
+        let mut pin = [0; 32];
+        pin.copy_from_slice(ring::digest::digest(&ring::digest::SHA256, &spki).as_ref());
+        Token::generate(pin).unwrap()
+    }
+}
+
+struct Services {
+    authority: Arc<Authority>,
+    streams: mpsc::Sender<Talk>,
+}
+
+#[tonic::async_trait]
+impl EnrollmentService for Services {
+    async fn enroll(
+        &self,
+        request: Request<EnrollRequest>,
+    ) -> Result<Response<EnrollResponse>, Status> {
+        let request = request.into_inner();
+        let der = request.csr.as_slice().into();
+        let mut csr = CertificateSigningRequestParams::from_der(&der).unwrap();
+        let uri = format!("spiffe://cnsmo/agent/{}", request.node).try_into().unwrap();
+        csr.params.subject_alt_names = vec![SanType::URI(uri)];
+        let certificate_chain = csr.signed_by(&self.authority.ca).unwrap().pem();
+        let trust_bundle = self.authority.ca.pem();
+        Ok(Response::new(EnrollResponse { certificate_chain, trust_bundle }))
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Services {
+    type ConnectStream = Pin<Box<dyn Stream<Item = Result<ConnectResponse, Status>> + Send>>;
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<ConnectRequest>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        if request.peer_certs().is_none_or(|certificates| certificates.is_empty()) {
+            return Err(Status::unauthenticated("no certificate"));
+        }
+        let (down, outgoing) = mpsc::channel(8);
+        let talk = Talk { up: request.into_inner(), down, nonce: 0 };
+        self.streams.send(talk).await.map_err(|_| Status::unavailable("the test is over"))?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+    }
+}
+
+/// A running core, to be scripted.
+struct Core {
+    address: SocketAddr,
+    streams: mpsc::Receiver<Talk>,
+    shutdown: oneshot::Sender<()>,
+    server: JoinHandle<Result<(), tonic::transport::Error>>,
+}
+
+impl Core {
+    async fn start(authority: &Arc<Authority>, address: SocketAddr) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let tls = ServerTlsConfig::new()
+            .identity(Identity::from_pem(&authority.chain, authority.key.serialize_pem()))
+            .client_ca_root(Certificate::from_pem(authority.ca.pem()))
+            .client_auth_optional(true);
+        let (sender, streams) = mpsc::channel(4);
+        let services = || Services { authority: authority.clone(), streams: sender.clone() };
+        let (shutdown, asked) = oneshot::channel::<()>();
+        let server = Server::builder()
+            .tls_config(tls)
+            .unwrap()
+            .add_service(EnrollmentServiceServer::new(services()))
+            .add_service(AgentServiceServer::new(services()))
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async {
+                let _ = asked.await;
+            });
+        Self { address, streams, shutdown, server: tokio::spawn(server) }
+    }
+
+    /// The next stream, after its hello.
+    async fn accept(&mut self) -> (Talk, Hello) {
+        let mut talk = timeout(PATIENCE, self.streams.recv()).await.unwrap().unwrap();
+        let Some(Up::Hello(hello)) = talk.next().await.message else { panic!("no hello first") };
+        (talk, hello)
+    }
+
+    /// Ends with all streams; the address is free again.
+    async fn stop(self, talk: Talk) -> SocketAddr {
+        drop((talk, self.streams));
+        let _ = self.shutdown.send(());
+        timeout(PATIENCE, self.server).await.unwrap().unwrap().unwrap();
+        self.address
+    }
+}
+
+/// One stream of an agent.
+struct Talk {
+    up: Streaming<ConnectRequest>,
+    down: mpsc::Sender<Result<ConnectResponse, Status>>,
+    nonce: u64,
+}
+
+impl Talk {
+    async fn next(&mut self) -> ConnectRequest {
+        timeout(PATIENCE, self.up.message()).await.unwrap().unwrap().unwrap()
+    }
+
+    async fn send(&self, message: Down) {
+        self.down.send(Ok(ConnectResponse { message: Some(message) })).await.unwrap();
+    }
+
+    async fn welcome(&self, store_epoch: u64) {
+        let heartbeat_interval = Some(prost_types::Duration { seconds: 0, nanos: 100_000_000 });
+        self.send(Down::Welcome(Welcome {
+            store_epoch,
+            heartbeat_interval,
+            lease_ttl: None,
+            protocol_version: 1,
+        }))
+        .await;
+    }
+
+    /// Sends an update and returns the answer to it.
+    async fn update(&mut self, update: Update) -> Ack {
+        self.nonce += 1;
+        self.send(Down::Update(Update { nonce: self.nonce, ..update })).await;
+        loop {
+            if let Some(Up::Ack(ack)) = self.next().await.message {
+                assert_eq!(ack.nonce, self.nonce);
+                return ack;
+            }
+        }
+    }
+
+    async fn heartbeat(&mut self) -> Heartbeat {
+        loop {
+            if let Some(Up::Heartbeat(beat)) = self.next().await.message {
+                return beat;
+            }
+        }
+    }
+
+    async fn status(&mut self) -> StatusReport {
+        loop {
+            if let Some(Up::Status(report)) = self.next().await.message {
+                return report;
+            }
+        }
+    }
+}
+
+struct Agent {
+    stopper: Stopper,
+    running: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Agent {
+    fn start(config: &Config, fake: &Fake) -> Self {
+        let (stopper, stop) = stop_pair();
+        let running = tokio::spawn(runtime::run(config.clone(), fake.open(), stop));
+        Self { stopper, running }
+    }
+
+    async fn stop(self) {
+        self.stopper.stop();
+        timeout(PATIENCE, self.running).await.unwrap().unwrap().unwrap();
+    }
+}
+
+fn config(core: SocketAddr, dir: &Path, token: Option<&Token>) -> Config {
+    let core = core.to_string();
+    let state = dir.join("state");
+    let mut args = vec!["cnsmo-agent", "--core", &core, "--interface", "lo", "--node", "web-1"];
+    args.extend(["--label", "role=web", "--state-dir", state.to_str().unwrap()]);
+    let file = dir.join("token");
+    if let Some(token) = token {
+        std::fs::write(&file, format!("{token}\n")).unwrap();
+        args.extend(["--token-file", file.to_str().unwrap()]);
+    }
+    Cli::try_parse_from(args).unwrap().into_config().unwrap()
+}
+
+fn any_port() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 0))
+}
+
+fn resource(name: &str, revision: i64, action: policy::Action) -> Resource {
+    let rule = policy::FirewallRule {
+        name: "r".into(),
+        action: action.into(),
+        direction: policy::Direction::Ingress.into(),
+        ..Default::default()
+    };
+    let spec = FirewallPolicySpec { rules: vec![rule], ..Default::default() };
+    Resource { name: name.into(), revision, spec: Some(Spec::FirewallPolicy(spec)) }
+}
+
+fn good(name: &str, revision: i64) -> Resource {
+    resource(name, revision, policy::Action::Deny)
+}
+
+fn bad(name: &str, revision: i64) -> Resource {
+    resource(name, revision, policy::Action::Unspecified)
+}
+
+fn state(revision: i64, set: &[(&str, i64)]) -> TypeState {
+    TypeState { revision, digest: set.iter().copied().collect::<Digest>().to_vec() }
+}
+
+fn update(kind: Kind, base: i64, upserts: Vec<Resource>, after: TypeState) -> Update {
+    Update {
+        r#type: FIREWALL_POLICY.into(),
+        kind: kind.into(),
+        base_revision: base,
+        revision: after.revision,
+        upserts,
+        digest: after.digest,
+        ..Update::default()
+    }
+}
+
+#[tokio::test]
+async fn an_agent_enrols_follows_its_core_and_survives_it() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let with_token = config(core.address, dir.path(), Some(&authority.token()));
+    let agent = Agent::start(&with_token, &fake);
+
+    let (mut talk, hello) = core.accept().await;
+    assert_eq!(hello.labels["role"], "web");
+    assert_eq!(hello.boot_id.len(), 36);
+    assert_eq!(hello.have[FIREWALL_POLICY], state(0, &[]));
+    assert_eq!(fake.in_force(), ["-"], "the way to the core is open before the first policy");
+    assert!(fake.is_open());
+    talk.welcome(7).await;
+
+    // Snapshot.
+    let now = state(4, &[("a", 3), ("b", 4)]);
+    let upserts = vec![good("a", 3), good("b", 4)];
+    let ack = talk.update(update(Kind::Snapshot, 0, upserts, now.clone())).await;
+    assert_eq!((ack.error.as_str(), ack.applied.as_ref()), ("", Some(&now)));
+    assert!(ack.apply_duration.is_some());
+    assert_eq!(fake.in_force(), ["-", "a", "b"]);
+    assert_eq!(talk.heartbeat().await.applied[FIREWALL_POLICY], now);
+    let node = talk.status().await.node.unwrap();
+    assert_eq!(
+        (node.interfaces[0].ingress.as_str(), node.firewall.unwrap().flows),
+        ("xdp-generic", 3)
+    );
+    assert!(!node.kernel.is_empty());
+
+    // Delta, with one resource that is no policy.
+    let sent = state(6, &[("a", 5), ("b", 4), ("c", 6)]);
+    let upserts = vec![bad("a", 5), good("c", 6)];
+    let ack = talk.update(update(Kind::Delta, 4, upserts, sent)).await;
+    let now = state(6, &[("a", 3), ("b", 4), ("c", 6)]);
+    assert_eq!((ack.error.as_str(), ack.applied.as_ref()), ("", Some(&now)));
+    assert_eq!((ack.resource_errors[0].name.as_str(), ack.resource_errors[0].revision), ("a", 5));
+    assert!(ack.resource_errors[0].message.contains("action"));
+    assert_eq!(fake.in_force(), ["-", "a", "b", "c"]);
+
+    // An update for another base is refused; the stream goes on.
+    let ack = talk.update(update(Kind::Delta, 5, vec![], state(7, &[]))).await;
+    assert!(ack.error.contains("based on revision 5"), "{}", ack.error);
+    assert_eq!(ack.applied.as_ref(), Some(&now));
+    let now = state(8, &[("a", 8)]);
+    let ack = talk.update(update(Kind::Snapshot, 0, vec![good("a", 8)], now.clone())).await;
+    assert_eq!(ack.error, "");
+
+    // The core goes: policies stay. It comes back: a bookmark is enough.
+    let applied = fake.0.lock().unwrap().len();
+    let address = core.stop(talk).await;
+    assert_eq!(fake.in_force(), ["-", "a"]);
+    let mut core = Core::start(&authority, address).await;
+    let (mut talk, hello) = core.accept().await;
+    assert_eq!(hello.have[FIREWALL_POLICY], now);
+    talk.welcome(7).await;
+    let now = state(9, &[("a", 8)]);
+    let ack = talk.update(update(Kind::Bookmark, 0, vec![], now.clone())).await;
+    assert_eq!((ack.error.as_str(), ack.applied.as_ref()), ("", Some(&now)));
+    assert_eq!(fake.0.lock().unwrap().len(), applied, "nothing was applied anew");
+    agent.stop().await;
+    assert_eq!(fake.in_force(), ["-", "a"], "stopping takes nothing out");
+
+    // Boot without core and without token: the ledger rules before anything else.
+    core.stop(talk).await;
+    let fake = Fake::default();
+    let agent = Agent::start(&config(address, dir.path(), None), &fake);
+    let mut core = Core::start(&authority, address).await;
+    let (talk, hello) = core.accept().await;
+    assert_eq!(hello.have[FIREWALL_POLICY], now);
+    assert_eq!(fake.0.lock().unwrap().first().unwrap().rules.len(), 2);
+    assert_eq!(fake.in_force(), ["-", "a"]);
+    drop(talk);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_restored_store_starts_over_with_a_snapshot() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let agent = Agent::start(&config, &fake);
+    let (mut talk, _) = core.accept().await;
+    talk.welcome(7).await;
+    let then = state(9, &[("a", 9)]);
+    talk.update(update(Kind::Snapshot, 0, vec![good("a", 9)], then.clone())).await;
+    drop(talk);
+
+    let (mut talk, _) = core.accept().await;
+    talk.welcome(8).await;
+    let ack = talk.update(update(Kind::Bookmark, 0, vec![], then.clone())).await;
+    assert!(ack.error.contains("needs a snapshot"), "{}", ack.error);
+    assert_eq!(ack.applied, Some(then));
+    let now = state(2, &[("b", 2)]);
+    let ack = talk.update(update(Kind::Snapshot, 0, vec![good("b", 2)], now.clone())).await;
+    assert_eq!((ack.error.as_str(), ack.applied), ("", Some(now)));
+    assert_eq!(fake.in_force(), ["-", "b"]);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_data_path_that_crashes_is_opened_anew_and_the_stream_goes_on() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let agent = Agent::start(&config, &fake);
+    let (mut talk, _) = core.accept().await;
+    talk.welcome(7).await;
+    talk.update(update(Kind::Snapshot, 0, vec![good("a", 1)], state(1, &[("a", 1)]))).await;
+    fake.1.store(true, Ordering::SeqCst);
+    let now = state(2, &[("a", 1), ("b", 2)]);
+    let delta = update(Kind::Delta, 1, vec![good("b", 2)], now.clone());
+    let ack = talk.update(delta.clone()).await;
+    assert!(ack.error.ends_with("the data path crashed"), "{}", ack.error);
+    let ack = talk.update(delta).await;
+    assert_eq!((ack.error.as_str(), ack.applied), ("", Some(now)));
+    assert_eq!(fake.in_force(), ["-", "a", "b"]);
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_second_agent_of_one_state_directory_is_refused() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let agent = Agent::start(&config, &fake);
+    let _talk = core.accept().await;
+    let second = runtime::run(config, fake.open(), stop_pair().1).await.unwrap_err();
+    assert!(second.to_string().starts_with("--state-dir: another agent"), "{second}");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_that_can_never_join_ends_with_the_flag_to_change() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let core = Core::start(&authority, any_port()).await;
+    let run = |config: Config| {
+        let (stopper, stop) = stop_pair();
+        let (open, patience) = (fake.open(), PATIENCE);
+        async move {
+            let result = timeout(patience, runtime::run(config, open, stop)).await.unwrap();
+            drop(stopper);
+            format!("{:#}", result.unwrap_err())
+        }
+    };
+    let error = run(config(core.address, dir.path(), None)).await;
+    assert!(error.starts_with("--token-file: missing"), "{error}");
+
+    let other = Authority::new().token();
+    let error = run(config(core.address, dir.path(), Some(&other))).await;
+    assert!(error.starts_with("what answers is not our core"), "{error}");
+}
+
+#[tokio::test]
+async fn another_name_than_the_enrolled_one_is_refused() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let mut config = config(core.address, dir.path(), Some(&authority.token()));
+    let agent = Agent::start(&config, &fake);
+    let _talk = core.accept().await;
+    agent.stop().await;
+    config.node = cnsmo_proto::model::Name::new("db-1").ok();
+    let (_stopper, stop) = stop_pair();
+    let error = runtime::run(config, fake.open(), stop).await.unwrap_err().to_string();
+    assert!(error.contains("enrolled as `web-1`, not `db-1`"), "{error}");
+}
+
+#[tokio::test]
+async fn a_data_path_that_does_not_open_ends_the_agent() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(any_port_of_core(), dir.path(), None);
+    let open: OpenDatapath = Arc::new(|| anyhow::bail!("no BPF here"));
+    let (_stopper, stop) = stop_pair();
+    let error = runtime::run(config, open, stop).await.unwrap_err();
+    assert_eq!(error.to_string(), "no BPF here");
+}
+
+/// Never dialled.
+fn any_port_of_core() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 9))
+}
