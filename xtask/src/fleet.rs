@@ -33,7 +33,7 @@ const START_LIMIT: Duration = Duration::from_secs(30);
 /// From the last agent's start to the last node's READY, and from a restart to READY again.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 const CORE_PORT: u16 = 7443;
-/// Below every device's smallest: fragments are certain to be needed for what is larger.
+/// The router's address on every device, reachable without a subnet.
 const GATEWAY_V6: &str = "fe80::1";
 const GATEWAY_V4: &str = "169.254.77.1";
 
@@ -197,8 +197,8 @@ impl Fleet {
     /// Makes a join token that is good for the whole fleet, and starts an agent on each VM.
     pub(crate) fn start_agents(&mut self) -> anyhow::Result<()> {
         let uses = Self::vms().count().to_string();
-        let token = self.cli_ok(&["token", "create", "--max-uses", &uses, "--ttl", "1h"])?;
-        shell::write(&self.token_file(), token.trim())?;
+        let file = self.token_file().display().to_string();
+        self.cli_ok(&["token", "create", "--max-uses", &uses, "--ttl", "1h", "--output", &file])?;
         for vm in Self::vms() {
             self.start_agent(vm, PinDir::new(vm))?;
         }

@@ -64,7 +64,7 @@ enum Task {
         check: bool,
     },
     /// Everything a change must pass: formatting, lints, tidy, licences, then every test
-    Ci,
+    Ci(ci::Options),
 }
 
 /// Where results for programs go.
@@ -86,7 +86,7 @@ fn main() -> ExitCode {
         Task::Doctor => setup::doctor(),
         Task::Tidy { bless } => tidy::main(bless),
         Task::Codegen { check } => codegen::main(check),
-        Task::Ci => ci::main(),
+        Task::Ci(options) => ci::main(&options),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
