@@ -253,14 +253,11 @@ impl State {
             )));
         };
         check_mode("Node", name, mode, true)?;
-        if old.labels == labels && old.labels_by_operator {
+        if old.labels == labels {
             return Ok((Outcome::Unchanged, None));
         }
-        let unchanged = old.labels == labels;
         let node = Node { labels_by_operator: true, ..relabelled(old, labels, now) };
-        // Equal labels are still written once: from now on the agent's do not count.
-        let outcome = if unchanged { Outcome::Unchanged } else { Outcome::Updated };
-        Ok((outcome, Some(Write::Node(node))))
+        Ok((Outcome::Updated, Some(Write::Node(node))))
     }
 
     fn check_policy_limits(&self, plan: &Plan) -> Result<(), Error> {

@@ -219,7 +219,7 @@ impl Member {
     pub(super) fn end(&mut self, status: Status) {
         if let Some(session) = self.session.take() {
             // A full channel ends as well: its sender is dropped here.
-            let _ = session.down.try_send(Err(status));
+            let _ = session.down.messages.try_send(Err(status));
         }
     }
 
@@ -416,7 +416,7 @@ impl Member {
     /// Returns false if the agent takes nothing and was cut.
     fn send(&mut self, down: Down) -> bool {
         let Some(session) = &self.session else { return true };
-        if session.down.try_send(Ok(down)).is_ok() {
+        if session.down.messages.try_send(Ok(down)).is_ok() {
             return true;
         }
         self.session = None;
