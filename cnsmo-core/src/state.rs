@@ -30,8 +30,8 @@ use crate::{
     store::{Entry, Op, Revision, Txn},
 };
 
-/// Firewall policies. Matching one node against all of them must stay cheap.
-pub const POLICIES_MAX: usize = 10_000;
+/// Firewall policies: as many as one agent takes, since all of them may select one node.
+pub const POLICIES_MAX: usize = 4_096;
 /// Encoded specs of all policies together: a snapshot of every policy must fit into one message of 32 MiB.
 pub const POLICY_BYTES_MAX: usize = 30 << 20;
 /// Nodes: what one core is measured with, twice.

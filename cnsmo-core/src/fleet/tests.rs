@@ -120,6 +120,8 @@ struct Agent {
     set: Set,
     revision: Revision,
     rejects: BTreeSet<String>,
+    /// The set with rejected versions in it.
+    was_sent: Set,
     unanswered: VecDeque<Update>,
     sent: BTreeMap<(String, Revision), usize>,
 }
@@ -168,6 +170,20 @@ impl Agent {
         self.receive();
         let Some(update) = self.unanswered.pop_front() else { return false };
         let old = self.set.clone();
+        let before = self.was_sent.clone();
+        if update.kind() == Kind::Snapshot {
+            self.was_sent.clear();
+        }
+        self.was_sent.retain(|name, _| !update.removals.contains(name));
+        self.was_sent.extend(update.upserts.iter().map(|r| (r.name.clone(), r.revision)));
+        let digest: Digest =
+            self.was_sent.iter().map(|(name, rev)| (name.as_str(), *rev)).collect();
+        if update.digest != digest.as_bytes() {
+            assert_eq!(update.kind(), Kind::Delta, "a snapshot leaves nothing to doubt");
+            self.was_sent = before;
+            self.refuse(world, &update);
+            return true;
+        }
         if update.kind() == Kind::Snapshot {
             self.set.clear();
         } else {
@@ -198,6 +214,18 @@ impl Agent {
         };
         self.say(world, connect_request::Message::Ack(ack));
         true
+    }
+
+    /// The set after it would be another than the core means.
+    fn refuse(&mut self, world: &mut World, update: &Update) {
+        let ack = Ack {
+            nonce: update.nonce,
+            r#type: POLICY_TYPE.into(),
+            applied: Some(self.state()),
+            error: "another digest".into(),
+            ..Ack::default()
+        };
+        self.say(world, connect_request::Message::Ack(ack));
     }
 
     fn heartbeat(&mut self, world: &mut World) {
@@ -355,6 +383,7 @@ proptest! {
                 Step::Connect(n) => agents[n].connect(&mut world),
                 Step::Forget(n) => {
                     agents[n].set.clear();
+                    agents[n].was_sent.clear();
                     agents[n].revision = 0;
                     agents[n].connect(&mut world);
                 }
