@@ -23,7 +23,7 @@ use cnsmo_proto::{
         policy::FirewallPolicySpec,
     },
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
 use self::member::{Member, Session};
@@ -112,7 +112,13 @@ impl From<Push> for Update {
 }
 
 /// Where messages to one agent go.
-pub type DownSender = mpsc::Sender<Result<Down, Status>>;
+#[derive(Debug)]
+pub struct DownSender {
+    /// At most [`DOWN_MAX`] wait.
+    pub messages: mpsc::Sender<Result<Down, Status>>,
+    /// Dropped with the session: whoever reads from the agent stops.
+    pub alive: oneshot::Sender<()>,
+}
 
 /// All agents.
 #[derive(Debug)]

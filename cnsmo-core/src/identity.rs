@@ -14,7 +14,7 @@ use cnsmo_proto::model::Name;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
+    PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType,
 };
 use ring::digest::{SHA256, digest};
 use rustls::{

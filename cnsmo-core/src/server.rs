@@ -1,8 +1,9 @@
 //! A whole core: store, actor, CA and both fronts.
 
 use std::{
-    fs::{self, File},
+    fs::{self, DirBuilder, File},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::fs::DirBuilderExt as _,
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -54,7 +55,10 @@ impl Running {
     /// Starts a core. When it returns, both fronts take connections.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         let folder = &config.state_dir;
-        fs::create_dir_all(folder)
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)
             .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
         let lock = lock(&folder.join("lock"))?;
         let ca = Arc::new(Ca::open(folder)?);

@@ -30,8 +30,8 @@ use crate::{
     store::{Entry, Op, Revision, Txn},
 };
 
-/// Firewall policies. Matching one node against all of them must stay cheap.
-pub const POLICIES_MAX: usize = 10_000;
+/// Firewall policies: as many as one agent takes, since all of them may select one node.
+pub const POLICIES_MAX: usize = 4_096;
 /// Encoded specs of all policies together: a snapshot of every policy must fit into one message of 32 MiB.
 pub const POLICY_BYTES_MAX: usize = 30 << 20;
 /// Nodes: what one core is measured with, twice.
@@ -253,14 +253,11 @@ impl State {
             )));
         };
         check_mode("Node", name, mode, true)?;
-        if old.labels == labels && old.labels_by_operator {
+        if old.labels == labels {
             return Ok((Outcome::Unchanged, None));
         }
-        let unchanged = old.labels == labels;
         let node = Node { labels_by_operator: true, ..relabelled(old, labels, now) };
-        // Equal labels are still written once: from now on the agent's do not count.
-        let outcome = if unchanged { Outcome::Unchanged } else { Outcome::Updated };
-        Ok((outcome, Some(Write::Node(node))))
+        Ok((Outcome::Updated, Some(Write::Node(node))))
     }
 
     fn check_policy_limits(&self, plan: &Plan) -> Result<(), Error> {

@@ -281,8 +281,9 @@ impl Store {
     pub async fn close(self) {
         let Self { queue, readers, writer, compactor } = self;
         compactor.abort();
-        drop(queue);
+        // The last connection to close folds the log, and a read-only one cannot.
         readers.close().await;
+        drop(queue);
         if let Err(error) = writer.await {
             tracing::error!(%error, "the store's writer failed");
         }

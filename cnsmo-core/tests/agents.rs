@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use cnsmo_core::fleet::{POLICY_TYPE, Timing};
 use cnsmo_proto::pb::{
-    agent::{PolicyCounters, ResourceError, StatusReport, update::Kind as UpdateKind},
+    agent::{PolicyCounters, ResourceError, StatusReport, TypeState, update::Kind as UpdateKind},
     meta::condition::Status as Truth,
     node::{Node, NodeStatus, node_status::Phase},
     policy::RuleCounter,
@@ -117,7 +117,12 @@ async fn a_rejected_policy_is_shown_and_not_sent_again() {
     core.admin.apply(vec![policy("good", "", 2)]).await.unwrap();
     let update = agent.update().await;
     assert_eq!(update.upserts.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(), ["good"]);
-    agent.ack(&update).await;
+    assert_ne!(
+        update.digest,
+        agent.state().digest,
+        "the set as sent has the rejected version in it"
+    );
+    agent.answer(&update, "", Vec::new()).await;
 
     // The next version is sent.
     core.admin.apply(vec![policy("bad", "", 3)]).await.unwrap();
@@ -181,6 +186,22 @@ async fn an_equal_digest_is_enough_after_a_restart_of_the_core() {
     // A bookmark needs no answer.
     core.admin.apply(vec![policy("p", "", 2)]).await.unwrap();
     assert_eq!(agent.update().await.kind(), UpdateKind::Delta);
+    core.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_bookmark_is_followed_by_a_snapshot() {
+    let mut core = TestCore::start().await;
+    let joined = core.join("a", "").await;
+    let nothing = TypeState { revision: 0, digest: vec![0; 32] };
+    let mut agent = core.agent(&joined, Some(nothing)).await.unwrap();
+    let update = agent.update().await;
+    assert_eq!(update.kind(), UpdateKind::Bookmark);
+    agent.answer(&update, "no set", Vec::new()).await;
+    let update = agent.update().await;
+    assert_eq!(update.kind(), UpdateKind::Snapshot);
+    agent.ack(&update).await;
+    core.admin.until_node("a", |node| phase(node) == Phase::Ready).await;
     core.stop().await;
 }
 

@@ -2,10 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use cnsmo_proto::pb::resource::{
-    ApplyRequest, Kind, WaitAppliedRequest, WaitAppliedResponse, WatchRequest, WatchResponse,
-    apply_request::Mode, change::Outcome, resource_service_client::ResourceServiceClient,
-    watch_response::Event,
+use cnsmo_proto::pb::{
+    policy::PortRange,
+    resource::{
+        ApplyRequest, Kind, WaitAppliedRequest, WaitAppliedResponse, WatchRequest, WatchResponse,
+        apply_request::Mode, change::Outcome, resource,
+        resource_service_client::ResourceServiceClient, watch_response::Event,
+    },
 };
 use tonic::{Code, Streaming};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -123,6 +126,47 @@ async fn watch_gives_the_set_then_each_change() {
     });
     assert_eq!(end.await.unwrap().unwrap_err().code(), Code::Unavailable);
     stop.await.unwrap();
+}
+
+/// More changes than the ring holds pass while the watcher reads nothing; it still ends with the right set.
+#[tokio::test]
+async fn a_watcher_that_lagged_is_brought_up_to_date() {
+    let mut core = TestCore::start().await;
+    let request = WatchRequest { kind: Kind::FirewallPolicy.into(), name: String::new() };
+    let mut watch = core.admin.resources.watch(request).await.unwrap().into_inner();
+    assert_eq!(next(&mut watch).await.0, Event::Synced);
+    // Large, so that the connection's window does not hold all of them.
+    let large = |name: &str, port| {
+        let mut resource = policy(name, "", port);
+        let Some(resource::Resource::FirewallPolicy(policy)) = &mut resource.resource else {
+            panic!("a policy")
+        };
+        let rule = &mut policy.spec.as_mut().unwrap().rules[0];
+        rule.ports = vec![PortRange { first: port, last: 60_000 }; 256];
+        resource
+    };
+    let all = |port| (0..600).map(|n| large(&format!("p{n:03}"), port)).collect::<Vec<_>>();
+    for port in 1..=6 {
+        core.admin.apply(all(port)).await.unwrap();
+    }
+    core.admin.delete(Kind::FirewallPolicy, "p007").await.unwrap();
+    let last = core.admin.apply(vec![policy("p599", "", 99)]).await.unwrap().revision;
+    let mut known: BTreeMap<String, i64> = BTreeMap::new();
+    let mut messages = 0;
+    let right = |known: &BTreeMap<String, i64>| {
+        known.len() == 599 && !known.contains_key("p007") && known.get("p599") == Some(&last)
+    };
+    while !right(&known) {
+        let (event, revision, name) = next(&mut watch).await;
+        messages += 1;
+        match event {
+            Event::Upsert => known.insert(name, revision),
+            Event::Delete => known.remove(&name),
+            Event::Synced | Event::Unspecified => panic!("{event:?} a second time"),
+        };
+    }
+    assert!(messages < 6 * 600, "it did not lag: {messages} messages");
+    core.stop().await;
 }
 
 #[tokio::test]

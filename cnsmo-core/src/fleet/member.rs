@@ -63,6 +63,8 @@ pub(super) struct Member {
     digest: Digest,
     session: Option<Session>,
     in_flight: Option<InFlight>,
+    /// Nonce of this session's bookmark.
+    bookmarked: Option<u64>,
     /// Target of the last update that was answered; none: only a snapshot helps. What was rejected is in it, so it is not
     /// sent again.
     sent: Option<Arc<Set>>,
@@ -92,6 +94,7 @@ impl Member {
             digest: Digest::default(),
             session: None,
             in_flight: None,
+            bookmarked: None,
             sent: None,
             proven: None,
             running: None,
@@ -177,6 +180,7 @@ impl Member {
         self.heard(now);
         self.resynced = None;
         self.refused = None;
+        self.bookmarked = None;
         self.send(Down::Welcome(welcome));
         let have = have.and_then(|have| Some((have.revision, digest(&have.digest).ok()?)));
         let lost = self.in_flight.take();
@@ -200,10 +204,10 @@ impl Member {
         }
     }
 
-    /// Tells the agent that its set is the current one.
+    /// Tells the agent that it was sent the current set already. Needs no answer, but may be refused.
     fn bookmark(&mut self, revision: Revision) {
-        let digest = self.running.map_or(self.digest, |(_, digest)| digest);
         let nonce = self.next_nonce();
+        self.bookmarked = Some(nonce);
         self.send(Down::Update(Push {
             nonce,
             kind: Kind::Bookmark,
@@ -211,7 +215,7 @@ impl Member {
             revision,
             upserts: Vec::new(),
             removals: Vec::new(),
-            digest,
+            digest: self.digest,
         }));
     }
 
@@ -219,7 +223,7 @@ impl Member {
     pub(super) fn end(&mut self, status: Status) {
         if let Some(session) = self.session.take() {
             // A full channel ends as well: its sender is dropped here.
-            let _ = session.down.try_send(Err(status));
+            let _ = session.down.messages.try_send(Err(status));
         }
     }
 
@@ -267,11 +271,6 @@ impl Member {
             // A fresh start, perhaps of another version of the agent: what was rejected is tried once more.
             self.rejected.clear();
         }
-        let digest = if self.rejected.is_empty() {
-            self.digest
-        } else {
-            digest_of(&self.without_rejected(&self.desired))
-        };
         let nonce = self.next_nonce();
         self.in_flight =
             Some(InFlight { nonce, kind, target: self.desired.clone(), digest: self.digest });
@@ -282,7 +281,7 @@ impl Member {
             revision: state.revision(),
             upserts,
             removals,
-            digest,
+            digest: self.digest,
         }))
     }
 
@@ -308,6 +307,12 @@ impl Member {
             .map_err(|e| Status::invalid_argument(format!("ack.applied.digest: {e}")))?;
         self.running = Some((applied.revision, reported));
         let Some(flight) = self.in_flight.take_if(|flight| flight.nonce == ack.nonce) else {
+            if self.bookmarked.take_if(|nonce| *nonce == ack.nonce).is_some()
+                && !ack.error.is_empty()
+                && self.in_flight.is_none()
+            {
+                (self.sent, self.proven) = (None, None);
+            }
             return Ok(());
         };
         if !ack.error.is_empty() {
@@ -416,7 +421,7 @@ impl Member {
     /// Returns false if the agent takes nothing and was cut.
     fn send(&mut self, down: Down) -> bool {
         let Some(session) = &self.session else { return true };
-        if session.down.try_send(Ok(down)).is_ok() {
+        if session.down.messages.try_send(Ok(down)).is_ok() {
             return true;
         }
         self.session = None;

@@ -1,1 +1,445 @@
+use std::collections::VecDeque;
 
+use cnsmo_proto::pb::{
+    agent::{Ack, Heartbeat, ResourceError, TypeState},
+    meta::Metadata,
+    node::node_status::Phase,
+    policy::FirewallPolicy,
+    resource::{self as api, Kind as ResourceKind, apply_request::Mode},
+};
+use proptest::prelude::*;
+
+use super::*;
+use crate::state::{Enrolment, Plan, TokenRecord, parse_apply};
+
+/// State, fleet and a clock, without tasks and sockets.
+struct World {
+    state: State,
+    fleet: Fleet,
+    now: Instant,
+}
+
+const NODES: [&str; 3] = ["a", "b", "c"];
+const LEASE: Duration = Duration::from_secs(6);
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self {
+            state: State::default(),
+            fleet: Fleet::new(&State::default(), Timing::default(), Instant::now()),
+            now: Instant::now(),
+        };
+        let token = TokenRecord {
+            secret_sha256: [1; 32],
+            expire_time: wall_clock() + LEASE,
+            uses_max: 10,
+            used_by: Vec::new(),
+            labels: Labels::default(),
+        };
+        let plan = world.state.plan_token("t".into(), token, wall_clock()).unwrap();
+        world.commit(plan);
+        for (n, node) in (0..).zip(NODES) {
+            let enrolment = Enrolment {
+                token_id: "t".into(),
+                secret_sha256: [1; 32],
+                node: node.parse().unwrap(),
+                labels: format!("n={node}").parse().unwrap(),
+                spki_sha256: [n; 32],
+            };
+            let plan = world.state.plan_enrolment(&enrolment, wall_clock()).unwrap();
+            world.commit(plan);
+        }
+        world
+    }
+
+    fn commit(&mut self, plan: Plan) {
+        if plan.is_empty() {
+            return;
+        }
+        let before = self.state.revision();
+        for event in self.state.commit(plan, before + 1) {
+            self.fleet.on_event(&event, &self.state, before, self.now);
+        }
+        self.fleet.flush(&self.state);
+    }
+
+    fn apply(&mut self, name: &str, target: &str, priority: u32) {
+        let target = target.parse::<Labels>().unwrap().as_map().clone();
+        let spec = FirewallPolicySpec { target, priority, ..FirewallPolicySpec::default() };
+        let metadata = Metadata { name: name.into(), ..Metadata::default() };
+        let policy = FirewallPolicy { metadata: Some(metadata), spec: Some(spec), status: None };
+        let resource = Some(api::resource::Resource::FirewallPolicy(policy));
+        let wanted = parse_apply(vec![api::Resource { resource }]).unwrap();
+        let plan = self.state.plan_apply(wanted, Mode::Unspecified, wall_clock()).unwrap();
+        self.commit(plan);
+    }
+
+    fn delete(&mut self, name: &str) {
+        if let Ok(plan) = self.state.plan_delete(ResourceKind::FirewallPolicy, name) {
+            self.commit(plan);
+        }
+    }
+
+    fn label(&mut self, node: &str, labels: &str) {
+        let labels = labels.parse::<Labels>().unwrap().as_map().clone();
+        let metadata = Metadata { name: node.into(), labels, ..Metadata::default() };
+        let node = cnsmo_proto::pb::node::Node { metadata: Some(metadata), status: None };
+        let resource = Some(api::resource::Resource::Node(node));
+        let wanted = parse_apply(vec![api::Resource { resource }]).unwrap();
+        let plan = self.state.plan_apply(wanted, Mode::Unspecified, wall_clock()).unwrap();
+        self.commit(plan);
+    }
+
+    fn phase(&self, node: &str) -> Phase {
+        let node = self.fleet.node(&self.state.nodes()[node], self.state.revision());
+        node.status.unwrap().phase()
+    }
+
+    fn applied(&self, node: &str) -> Revision {
+        let node = self.fleet.node(&self.state.nodes()[node], self.state.revision());
+        node.status.unwrap().applied_revision
+    }
+
+    /// What a node shall run, by its labels alone.
+    fn desired(&self, node: &str) -> Set {
+        let labels = &self.state.nodes()[node].labels;
+        let policies = self.state.policies().iter();
+        policies
+            .filter(|(_, policy)| policy.target.selects(labels))
+            .map(|(name, policy)| (name.clone(), policy.metadata.revision))
+            .collect()
+    }
+}
+
+/// An agent that keeps its set between sessions and rejects what it is told to.
+#[derive(Default)]
+struct Agent {
+    name: &'static str,
+    session: u64,
+    down: Option<mpsc::Receiver<Result<Down, Status>>>,
+    set: Set,
+    revision: Revision,
+    rejects: BTreeSet<String>,
+    /// The set with rejected versions in it.
+    was_sent: Set,
+    unanswered: VecDeque<Update>,
+    sent: BTreeMap<(String, Revision), usize>,
+}
+
+impl Agent {
+    fn new(name: &'static str) -> Self {
+        Self { name, ..Self::default() }
+    }
+
+    fn state(&self) -> TypeState {
+        let digest: Digest = self.set.iter().map(|(name, rev)| (name.as_str(), *rev)).collect();
+        TypeState { revision: self.revision, digest: digest.to_vec() }
+    }
+
+    fn connect(&mut self, world: &mut World) {
+        let (messages, receiver) = mpsc::channel(DOWN_MAX);
+        let down = DownSender { messages, alive: oneshot::channel().0 };
+        let plan = world.state.plan_connect(self.name, &Labels::default(), wall_clock()).unwrap();
+        world.commit(plan);
+        let have = [(POLICY_TYPE.to_owned(), self.state())].into();
+        let hello = Hello { protocol_version: PROTOCOL_VERSION, have, ..Hello::default() };
+        self.session = world.fleet.connect(self.name, &hello, down, 1, world.now);
+        self.down = Some(receiver);
+        self.unanswered.clear();
+        world.fleet.flush(&world.state);
+    }
+
+    fn receive(&mut self) {
+        let Some(down) = &mut self.down else { return };
+        while let Ok(Ok(message)) = down.try_recv() {
+            let Down::Update(push) = message else { continue };
+            let update = Update::from(push);
+            for resource in &update.upserts {
+                let key = (resource.name.clone(), resource.revision);
+                *self.sent.entry(key).or_default() += 1;
+            }
+            if update.kind() != Kind::Bookmark {
+                self.unanswered.push_back(update);
+            }
+        }
+        assert!(self.unanswered.len() <= 1, "more than one unanswered update");
+    }
+
+    /// Applies and answers the update at hand. Returns false if there was none.
+    fn answer(&mut self, world: &mut World) -> bool {
+        self.receive();
+        let Some(update) = self.unanswered.pop_front() else { return false };
+        let old = self.set.clone();
+        let before = self.was_sent.clone();
+        if update.kind() == Kind::Snapshot {
+            self.was_sent.clear();
+        }
+        self.was_sent.retain(|name, _| !update.removals.contains(name));
+        self.was_sent.extend(update.upserts.iter().map(|r| (r.name.clone(), r.revision)));
+        let digest: Digest =
+            self.was_sent.iter().map(|(name, rev)| (name.as_str(), *rev)).collect();
+        if update.digest != digest.as_bytes() {
+            assert_eq!(update.kind(), Kind::Delta, "a snapshot leaves nothing to doubt");
+            self.was_sent = before;
+            self.refuse(world, &update);
+            return true;
+        }
+        if update.kind() == Kind::Snapshot {
+            self.set.clear();
+        } else {
+            assert_eq!(update.base_revision, self.revision);
+        }
+        let mut errors = Vec::new();
+        for name in &update.removals {
+            self.set.remove(name);
+        }
+        for Resource { name, revision, .. } in &update.upserts {
+            if self.rejects.contains(name) {
+                let message = "not today".to_owned();
+                errors.push(ResourceError { name: name.clone(), revision: *revision, message });
+                if let Some(last_good) = old.get(name) {
+                    self.set.insert(name.clone(), *last_good);
+                }
+            } else {
+                self.set.insert(name.clone(), *revision);
+            }
+        }
+        self.revision = update.revision;
+        let ack = Ack {
+            nonce: update.nonce,
+            r#type: POLICY_TYPE.into(),
+            applied: Some(self.state()),
+            resource_errors: errors,
+            ..Ack::default()
+        };
+        self.say(world, connect_request::Message::Ack(ack));
+        true
+    }
+
+    /// The set after it would be another than the core means.
+    fn refuse(&mut self, world: &mut World, update: &Update) {
+        let ack = Ack {
+            nonce: update.nonce,
+            r#type: POLICY_TYPE.into(),
+            applied: Some(self.state()),
+            error: "another digest".into(),
+            ..Ack::default()
+        };
+        self.say(world, connect_request::Message::Ack(ack));
+    }
+
+    fn heartbeat(&mut self, world: &mut World) {
+        let applied = [(POLICY_TYPE.to_owned(), self.state())].into();
+        let heartbeat = Heartbeat { sequence: 0, applied };
+        self.say(world, connect_request::Message::Heartbeat(heartbeat));
+    }
+
+    fn say(&mut self, world: &mut World, message: connect_request::Message) {
+        world.fleet.on_message(self.name, self.session, world.now, message);
+        world.fleet.flush(&world.state);
+    }
+}
+
+#[test]
+fn an_edit_moves_only_the_nodes_it_touches() {
+    let mut world = World::new();
+    let mut agents = NODES.map(Agent::new);
+    for agent in &mut agents {
+        agent.connect(&mut world);
+    }
+    world.label("b", "n=b");
+    world.apply("p", "n=b", 1);
+    assert_eq!(NODES.map(|node| world.phase(node)), [Phase::Ready, Phase::Degraded, Phase::Ready]);
+    let before = world.state.revision() - 1;
+    assert_eq!(NODES.map(|node| world.applied(node)), [before + 1, before, before + 1]);
+    let [a, b, c] = &mut agents;
+    assert!(!a.answer(&mut world) && b.answer(&mut world) && !c.answer(&mut world));
+    assert_eq!(world.applied("b"), world.state.revision());
+}
+
+#[test]
+fn a_lease_ends_by_silence_but_not_by_a_pause_of_the_core() {
+    let mut world = World::new();
+    let mut agent = Agent::new("a");
+    agent.connect(&mut world);
+    agent.answer(&mut world);
+    let tick = Duration::from_millis(100);
+    let pass = |world: &mut World, time: Duration| {
+        world.now += time;
+        world.fleet.tick(world.now, time.min(tick));
+    };
+    pass(&mut world, LEASE);
+    assert_eq!(world.phase("a"), Phase::Ready);
+    let pause = Duration::from_secs(3_600);
+    world.now += pause;
+    world.fleet.tick(world.now, pause);
+    assert_eq!(world.phase("a"), Phase::Ready, "the core stood still, not the agent");
+    pass(&mut world, tick);
+    assert_eq!(world.phase("a"), Phase::Unreachable);
+    agent.heartbeat(&mut world);
+    assert_eq!(world.phase("a"), Phase::Ready);
+}
+
+#[test]
+fn an_agent_that_answers_nothing_holds_one_update() {
+    let mut world = World::new();
+    let mut deaf = Agent::new("a");
+    deaf.connect(&mut world);
+    for n in 0..100 {
+        world.apply("p", "", n);
+    }
+    let down = deaf.down.as_mut().unwrap();
+    let waiting = std::iter::from_fn(|| down.try_recv().ok()).count();
+    assert_eq!(waiting, 3, "welcome, bookmark, one update");
+}
+
+/// It acknowledges what it does not read: something no sound agent does.
+#[test]
+fn an_agent_whose_channel_is_full_is_cut() {
+    let mut world = World::new();
+    let mut deaf = Agent::new("a");
+    deaf.connect(&mut world);
+    for n in 1..100 {
+        world.apply("p", "", n);
+        // The bookmark was the first.
+        let nonce = u64::from(n) + 1;
+        let applied = Some(deaf.state());
+        let ack = Ack { nonce, r#type: POLICY_TYPE.into(), applied, ..Ack::default() };
+        deaf.say(&mut world, connect_request::Message::Ack(ack));
+    }
+    let down = deaf.down.as_mut().unwrap();
+    let waiting = std::iter::from_fn(|| down.try_recv().ok()).count();
+    assert_eq!(waiting, DOWN_MAX);
+    assert!(down.is_closed());
+}
+
+#[test]
+fn malformed_messages_end_the_session_with_the_field() {
+    for (message, field) in [
+        (connect_request::Message::Hello(Hello::default()), "hello"),
+        (connect_request::Message::Ack(Ack::default()), "ack.type"),
+        (
+            connect_request::Message::Ack(Ack { r#type: POLICY_TYPE.into(), ..Ack::default() }),
+            "ack.applied",
+        ),
+    ] {
+        let mut world = World::new();
+        let mut agent = Agent::new("a");
+        agent.connect(&mut world);
+        agent.say(&mut world, message);
+        let down = agent.down.as_mut().unwrap();
+        let status = std::iter::from_fn(|| down.try_recv().ok()).find_map(Result::err).unwrap();
+        assert_eq!(status.code(), tonic::Code::InvalidArgument);
+        assert!(status.message().starts_with(field), "{}", status.message());
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Apply(usize, usize, u32),
+    Delete(usize),
+    Label(usize, usize),
+    Connect(usize),
+    Forget(usize),
+    Answer(usize),
+    Heartbeat(usize),
+    Reject(usize, usize),
+    Accept(usize),
+    Restart,
+}
+
+const POLICIES: [&str; 4] = ["p", "q", "r", "s"];
+const LABELS: [&str; 4] = ["", "x=1", "x=2", "x=1,y=1"];
+
+fn step() -> impl Strategy<Value = Step> {
+    let node = 0..NODES.len();
+    prop_oneof![
+        4 => (0..POLICIES.len(), 0..LABELS.len(), 0..5_u32).prop_map(|(p, l, n)| Step::Apply(p, l, n)),
+        1 => (0..POLICIES.len()).prop_map(Step::Delete),
+        1 => (node.clone(), 0..LABELS.len()).prop_map(|(n, l)| Step::Label(n, l)),
+        2 => node.clone().prop_map(Step::Connect),
+        1 => node.clone().prop_map(Step::Forget),
+        6 => node.clone().prop_map(Step::Answer),
+        1 => node.clone().prop_map(Step::Heartbeat),
+        1 => (node.clone(), 0..POLICIES.len()).prop_map(|(n, p)| Step::Reject(n, p)),
+        1 => node.prop_map(Step::Accept),
+        1 => Just(Step::Restart),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// Whatever happens in between, agents that answer end with exactly the set that selects them.
+    #[test]
+    fn all_agents_converge(steps in prop::collection::vec(step(), 0..80)) {
+        let mut world = World::new();
+        let mut agents = NODES.map(Agent::new);
+        for step in steps {
+            match step {
+                Step::Apply(p, l, n) => world.apply(POLICIES[p], LABELS[l], n),
+                Step::Delete(p) => world.delete(POLICIES[p]),
+                Step::Label(n, l) => world.label(NODES[n], LABELS[l]),
+                Step::Connect(n) => agents[n].connect(&mut world),
+                Step::Forget(n) => {
+                    agents[n].set.clear();
+                    agents[n].was_sent.clear();
+                    agents[n].revision = 0;
+                    agents[n].connect(&mut world);
+                }
+                Step::Answer(n) => {
+                    agents[n].answer(&mut world);
+                }
+                Step::Heartbeat(n) => agents[n].heartbeat(&mut world),
+                Step::Reject(n, p) => {
+                    agents[n].rejects.insert(POLICIES[p].into());
+                }
+                Step::Accept(n) => agents[n].rejects.clear(),
+                Step::Restart => {
+                    world.fleet = Fleet::new(&world.state, Timing::default(), world.now);
+                    for agent in &mut agents {
+                        agent.down = None;
+                        agent.unanswered.clear();
+                    }
+                }
+            }
+        }
+        for agent in &mut agents {
+            // A new version of each policy is sent even where the last one was rejected.
+            agent.rejects.clear();
+            agent.connect(&mut world);
+        }
+        for name in POLICIES {
+            world.apply(name, "", 100 + u32::try_from(world.state.revision()).unwrap());
+        }
+        for agent in &mut agents {
+            for _ in 0..10 {
+                agent.answer(&mut world);
+            }
+            prop_assert_eq!(&agent.set, &world.desired(agent.name));
+            prop_assert_eq!(world.phase(agent.name), Phase::Ready);
+            prop_assert_eq!(world.applied(agent.name), world.state.revision());
+        }
+    }
+
+    /// Within one session, and as long as the policy selects the node, a version that was rejected is sent once.
+    #[test]
+    fn a_rejected_version_is_not_sent_again(steps in prop::collection::vec(step(), 0..80)) {
+        let mut world = World::new();
+        let mut agent = Agent::new("a");
+        agent.rejects.insert("p".into());
+        agent.connect(&mut world);
+        for step in steps {
+            match step {
+                Step::Apply(p, l, n) => world.apply(POLICIES[p], LABELS[l], n),
+                Step::Heartbeat(_) => agent.heartbeat(&mut world),
+                _ => {
+                    agent.answer(&mut world);
+                }
+            }
+        }
+        while agent.answer(&mut world) {}
+        let again = agent.sent.iter().filter(|((name, _), times)| name == "p" && **times > 1);
+        prop_assert_eq!(again.count(), 0);
+    }
+}

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use cnsmo_proto::pb::agent::{
     ConnectRequest, ConnectResponse, Hello, agent_service_server, connect_request,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 
@@ -17,6 +17,8 @@ use crate::{
 
 /// How long an agent may take to introduce itself.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+
+type Messages = mpsc::Sender<Result<Down, Status>>;
 
 #[derive(Debug)]
 pub(super) struct Service {
@@ -57,27 +59,29 @@ async fn serve(
     core: Core,
     identity: AgentIdentity,
     mut up: Streaming<ConnectRequest>,
-    down: DownSender,
+    messages: Messages,
 ) {
     let node = identity.node.to_string();
     let hello = match tokio::time::timeout(HELLO_TIMEOUT, hello(&mut up)).await {
         Ok(Ok(hello)) => hello,
-        Ok(Err(status)) => return refuse(&down, status),
-        Err(_) => return refuse(&down, Status::deadline_exceeded("hello: did not come in time")),
+        Ok(Err(status)) => return refuse(&messages, status),
+        Err(_) => {
+            return refuse(&messages, Status::deadline_exceeded("hello: did not come in time"));
+        }
     };
-    let session = core.connect(node.clone(), identity.spki_sha256, hello, down.clone()).await;
-    let session = match session {
+    let (alive, mut ended) = oneshot::channel();
+    let down = DownSender { messages: messages.clone(), alive };
+    let session = match core.connect(node.clone(), identity.spki_sha256, hello, down).await {
         Ok(session) => session,
-        Err(error) => return refuse(&down, error.into()),
+        Err(error) => return refuse(&messages, error.into()),
     };
+    // From here on the core alone ends the stream.
+    drop(messages);
     tracing::info!(node, session, "agent connected");
-    let gone = down.downgrade();
-    drop(down);
     loop {
         let message = tokio::select! {
             message = up.next() => message,
-            // The core has ended the session.
-            () = closed(&gone) => break,
+            _ = &mut ended => break,
         };
         let Some(Ok(ConnectRequest { message: Some(message) })) = message else { break };
         let from = FromAgent {
@@ -108,14 +112,8 @@ async fn hello(up: &mut Streaming<ConnectRequest>) -> Result<Hello, Status> {
     Ok(hello)
 }
 
-fn refuse(down: &DownSender, status: Status) {
+fn refuse(messages: &Messages, status: Status) {
     tracing::info!(%status, "agent refused");
     // The client may be gone already.
-    let _ = down.try_send(Err(status));
-}
-
-async fn closed(down: &mpsc::WeakSender<Result<Down, Status>>) {
-    if let Some(down) = down.upgrade() {
-        down.closed().await;
-    }
+    let _ = messages.try_send(Err(status));
 }

@@ -23,10 +23,10 @@ use crate::{
 };
 
 const TOKEN_TTL_DEFAULT: Duration = Duration::from_secs(3_600);
-/// Attempts to enrol that may come at once: a whole rack that starts.
-const ENROLS_BURST: f64 = 200.0;
+/// Attempts to enrol that may come at once: a whole fleet that starts.
+const ENROLS_BURST: f64 = 1_000.0;
 /// Attempts to enrol per second in the long run. A secret of 256 bits is not guessed; this bounds the work.
-const ENROLS_PER_SECOND: f64 = 50.0;
+const ENROLS_PER_SECOND: f64 = 500.0;
 
 #[derive(Debug)]
 pub(super) struct Service {

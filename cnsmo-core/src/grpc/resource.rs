@@ -21,8 +21,8 @@ use crate::{
     state::parse_apply,
 };
 
-/// Watchers at a time.
-const WATCHERS_MAX: usize = 1_024;
+/// Watchers at a time. Each remembers the set as it was last sent.
+const WATCHERS_MAX: usize = 256;
 /// Messages that wait for one watcher; after that it lags, and is later sent the difference.
 const WATCH_QUEUE: usize = 16;
 const WAIT_DEFAULT: Duration = Duration::from_secs(60);
