@@ -24,7 +24,7 @@ use aya::{
 use cnsmo_common::{
     control::{Control, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS},
     flow::{Conn, FlowKey, state},
-    probe::Header,
+    probe::{Header, TRACE_LEN},
     stat,
 };
 use cnsmo_proto::{
@@ -187,6 +187,17 @@ impl Kernel {
         repeat: u32,
     ) -> Result<Duration, KernelError> {
         Ok(self.run(program, frame, &mut vec![0; frame.len()], repeat)?.duration)
+    }
+
+    /// Lets `bench_flows` and `bench_no_firewall` begin anew, with that many flows, a power of two.
+    pub fn set_bench_flows(&mut self, flows: u32) {
+        self.position.write(0, &[0, flows - 1]);
+    }
+
+    /// Fills the trace of program `probe` with headers for `policy`, and lets it classify with the live half.
+    pub fn set_trace(&mut self, policy: &Effective) {
+        self.store(std::mem::offset_of!(Control, probe), self.live.pack().0);
+        self.fill_trace(policy, TRACE_LEN as usize);
     }
 
     fn run(

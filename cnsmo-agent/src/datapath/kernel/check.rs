@@ -27,20 +27,16 @@ impl Kernel {
     pub(super) fn check(&self, policy: &Effective) -> Result<(), KernelError> {
         let affordable = COMPARISONS_MAX / policy.rules.len().max(1);
         let count = affordable.clamp(HEADERS_MIN, HEADERS);
-        let seed = u64::from(self.live.generation);
-        let headers = trace::headers(policy, count, seed);
-        let frames: Vec<Header> = headers.iter().map(in_words).collect();
-        self.trace.write(0, &frames);
-        self.position.write(0, &[0]);
-        self.results.write(0, &vec![NO_RULE - 1; frames.len()]);
+        let headers = self.fill_trace(policy, count);
+        self.results.write(0, &vec![NO_RULE - 1; headers.len()]);
 
         let probe = classifier(&self.ebpf, "probe")?;
         let frame = [0; 64];
-        let repeat = frames.len() as u32;
+        let repeat = headers.len() as u32;
         let options = TestRunOptions { data_in: Some(&frame), repeat, ..Default::default() };
         probe.test_run(options).map_err(KernelError::kernel("try the policy"))?;
 
-        let results = self.results.read(0, frames.len());
+        let results = self.results.read(0, headers.len());
         for (header, seen) in headers.iter().zip(results) {
             let expected = first_match(policy, header).unwrap_or(NO_RULE);
             if seen != expected {
@@ -50,6 +46,16 @@ impl Kernel {
             }
         }
         Ok(())
+    }
+
+    /// Writes headers for the probe program, and returns them.
+    pub(super) fn fill_trace(&self, policy: &Effective, count: usize) -> Vec<trace::Header> {
+        let seed = u64::from(self.live.generation);
+        let headers = trace::headers(policy, count, seed);
+        let words: Vec<Header> = headers.iter().map(in_words).collect();
+        self.trace.write(0, &words);
+        self.position.write(0, &[0]);
+        headers
     }
 }
 

@@ -129,7 +129,7 @@ impl Loaded {
             blobs: [self.map_pinned("BLOB_V4", words * 2)?, self.map_pinned("BLOB_V6", words * 2)?],
             rules: self.map_pinned("RULES", rules)?,
             trace: self.map_own("TRACE", TRACE_LEN as usize)?,
-            position: self.map_own("POSITION", 1)?,
+            position: self.map_own("POSITION", 2)?,
             rule_counts: self.per_cpu("RULE_COUNTS")?,
             stat_counts: self.per_cpu("STAT_COUNTS")?,
             flows_v4: self.flows("ESTABLISHED_V4")?,

@@ -3,11 +3,11 @@
 use core::ptr::read_volatile;
 
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, TC_ACT_OK, TC_ACT_SHOT, xdp_action},
+    bindings::{BPF_F_MMAPABLE, TC_ACT_OK, TC_ACT_SHOT},
     helpers::generated::bpf_jiffies64,
-    macros::{classifier, map, xdp},
+    macros::{classifier, map},
     maps::Array,
-    programs::{TcContext, XdpContext},
+    programs::TcContext,
 };
 use cnsmo_common::{
     Direction,
@@ -24,9 +24,9 @@ static TRACE: Array<[Header; TRACE_LEN as usize]> = Array::with_max_entries(1, B
 /// Their rule indexes.
 #[map]
 static RESULTS: Array<[u32; TRACE_LEN as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-/// The next header.
+/// The number of the next header or flow, and a mask for it.
 #[map]
-static POSITION: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+pub static POSITION: Array<[u32; 2]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// Classifies the next header of the trace by the half that `Control::probe` names: the same code that packets meet,
 /// before they do. A TC program, because each test run of an XDP program waits for an RCU grace period in the kernel.
@@ -47,8 +47,8 @@ fn next() -> Option<()> {
     let results = RESULTS.get_ptr_mut(0)?.cast::<u32>();
     // SAFETY: the values live as long as the program runs; indexes are masked.
     unsafe {
-        let at = *position & (TRACE_LEN - 1);
-        *position = at + 1;
+        let at = (*position)[0] & (TRACE_LEN - 1);
+        (*position)[0] = at + 1;
         let h = &*trace.add(at as usize);
         let direction = if h.direction == 0 { Direction::Ingress } else { Direction::Egress };
         let index = if h.family == 4 {
@@ -76,8 +76,24 @@ pub fn clock(_: TcContext) -> i32 {
     TC_ACT_OK as i32
 }
 
-/// Does nothing: what a test run costs by itself.
-#[xdp]
-pub fn empty(_: XdpContext) -> u32 {
-    xdp_action::XDP_DROP
+/// All that [`probe`] does but the classification.
+#[classifier]
+pub fn probe_nothing(_: TcContext) -> i32 {
+    let Some(position) = POSITION.get_ptr_mut(0) else {
+        return TC_ACT_SHOT;
+    };
+    let Some(trace) = TRACE.get_ptr(0) else {
+        return TC_ACT_SHOT;
+    };
+    let Some(results) = RESULTS.get_ptr_mut(0) else {
+        return TC_ACT_SHOT;
+    };
+    // SAFETY: as in `next`.
+    unsafe {
+        let at = (*position)[0] & (TRACE_LEN - 1);
+        (*position)[0] = at + 1;
+        let header = &*trace.cast::<Header>().add(at as usize);
+        *results.cast::<u32>().add(at as usize) = header.lanes as u32;
+    }
+    TC_ACT_OK as i32
 }
