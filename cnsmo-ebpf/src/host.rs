@@ -15,7 +15,7 @@ use cnsmo_common::{
 
 use crate::{
     parse::Datagram,
-    tables::{Case, FlowTables, Question, Tables, Visit},
+    tables::{Case, FlowTables, Question, Tables, Visit, Work},
 };
 
 /// The rules as a function: the index of the first that matches, [`NO_RULE`], or `None` if they are damaged.
@@ -141,8 +141,8 @@ fn add(counts: &RefCell<HashMap<u32, Count>>, at: u32, count: Count) {
 macro_rules! flow_tables {
     ($address:ty, $family:ident) => {
         impl FlowTables<$address> for HostTables {
-            fn with_case<R>(&self, f: impl FnOnce(&mut Case<$address>) -> R) -> Option<R> {
-                Some(f(&mut empty_case()))
+            fn with_case(&self, work: impl Work<$address>) -> Result<u32, Reason> {
+                work.judge(&mut empty_case())
             }
             fn touch_established(&self, key: &FlowKey<$address>, visit: &mut impl Visit) -> bool {
                 touch(&self.$family.established, key, visit)

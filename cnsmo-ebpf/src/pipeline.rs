@@ -16,7 +16,7 @@ use crate::{
     conntrack::{self, NO_STATE, Segment, Step},
     packet::Packet,
     parse::{Carried, Datagram, Family, ICMP, ICMPV6, Kind, UDP, frame},
-    tables::{Case, FlowTables, Question, Tables, Visit},
+    tables::{Case, FlowTables, Question, Tables, Visit, Work},
 };
 
 /// What happens to the packet. Only an entry point turns it into an action of its hook.
@@ -75,7 +75,27 @@ where
     A: Family,
 {
     let control = tables.control().ok_or(Reason::Classifier)?;
-    let judged = tables.with_case(|case: &mut Case<A>| {
+    FlowTables::<A>::with_case(tables, Judge::<P, T, L3> { packet, at, tables, control, direction })
+}
+
+struct Judge<'a, P: ?Sized, T, const L3: usize> {
+    packet: &'a P,
+    /// Offset of the IP header.
+    at: usize,
+    tables: &'a T,
+    control: &'a Control,
+    direction: Direction,
+}
+
+impl<P, T, A, const L3: usize> Work<A> for Judge<'_, P, T, L3>
+where
+    P: Packet + ?Sized,
+    T: Tables + FlowTables<A>,
+    A: Family,
+{
+    #[inline(always)]
+    fn judge(self, case: &mut Case<A>) -> Result<u32, Reason> {
+        let Self { packet, at, tables, control, direction } = self;
         case.live = tables.live(control);
         case.now = tables.now();
         case.count = Count { packets: 1, bytes: packet.length() as u64 };
@@ -113,8 +133,7 @@ where
             remember(case, tables);
         }
         case.outcome
-    });
-    judged.unwrap_or(Err(Reason::Classifier))
+    }
 }
 
 /// Neither IP nor ARP: the defaults decide.

@@ -171,6 +171,11 @@ impl Kernel {
         self.store(std::mem::offset_of!(Control, pickup_until), 0);
     }
 
+    /// Names of all programs in the object.
+    pub fn programs(&self) -> Vec<String> {
+        self.ebpf.programs().map(|(name, _)| name.to_owned()).collect()
+    }
+
     /// Has the kernel run `program` on one frame, against the live maps: its return value and the frame afterwards.
     pub fn test_run(&mut self, program: &str, frame: &[u8]) -> Result<(u32, Vec<u8>), KernelError> {
         let mut out = vec![0; frame.len()];

@@ -14,11 +14,11 @@ use cnsmo_common::{
     control::{Control, Live, RuleAction},
     flow::{Conn, FlowKey, Fragment, FragmentKey},
     probe::BROKEN,
-    stat::{Count, STAT_ESTABLISHED_FULL, STATS},
+    stat::{Count, Reason, STAT_ESTABLISHED_FULL, STATS},
 };
 use cnsmo_ebpf::{
     classify::{Key4, Key6, Memory, classify},
-    tables::{Case, FlowTables, Question, Tables, Visit},
+    tables::{Case, FlowTables, Question, Tables, Visit, Work},
 };
 
 /// One value of [`Control`].
@@ -147,10 +147,11 @@ macro_rules! flow_tables {
     ($address:ty, $case:ident, $established:ident, $half_open:ident, $walk:ident) => {
         impl FlowTables<$address> for Maps {
             #[inline(always)]
-            fn with_case<R>(&self, f: impl FnOnce(&mut Case<$address>) -> R) -> Option<R> {
+            fn with_case(&self, work: impl Work<$address>) -> Result<u32, Reason> {
+                let case = $case.get_ptr_mut(0).ok_or(Reason::Classifier)?;
                 // SAFETY: this CPU's own, and programs of these hooks do not interrupt each other on one CPU. All
                 // zeros are valid, and every field is written before it is read.
-                $case.get_ptr_mut(0).map(|case| f(unsafe { &mut *case }))
+                work.judge(unsafe { &mut *case })
             }
             #[inline(always)]
             fn touch_established(&self, key: &FlowKey<$address>, visit: &mut impl Visit) -> bool {
@@ -247,8 +248,10 @@ pub extern "C" fn classify_v6(
     let place = ports >> PLACE_AT;
     let ports = ports & ((1 << PLACE_AT) - 1);
     let key = Key6::new([src_high, src_low], [dst_high, dst_low], ports);
+    // Read from memory where it is needed: copies of its words would not fit on the stack beside it.
+    let key = core::hint::black_box(&key);
     half(BLOB_V6.get_ptr(0), place)
-        .and_then(|memory| classify(&key, &memory, header(place), place >> 2))
+        .and_then(|memory| classify(key, &memory, header(place), place >> 2))
         .map_or(BROKEN as u64, |index| index as u64)
 }
 
