@@ -329,7 +329,7 @@ fn original<A: Family>(key: &FlowKey<A>, flags: u8) -> Question<A> {
 /// What no policy may cut on a network card: without it the VM loses its neighbours or its address.
 #[inline(always)]
 fn is_essential<A: Family>(datagram: &Datagram<A>, direction: Direction) -> bool {
-    if A::ICMP == ICMPV6 && datagram.proto == ICMPV6 && datagram.kind == Kind::Icmp {
+    if datagram.proto == ICMPV6 && datagram.kind == Kind::Icmp {
         let [kind, code] = datagram.icmp;
         // Neighbour discovery comes from the link or not at all (RFC 4861), and whole (RFC 6980); so do reports of
         // multicast listeners.

@@ -362,6 +362,31 @@ fn fragments_that_attack_are_refused() {
     });
 }
 
+#[test]
+fn a_refused_first_fragment_speaks_for_no_other() {
+    each(|ip, peer| {
+        let path = Path::outward();
+        path.egress(ip, &ip.tcp((VM, 4000), (peer, 80), SYN));
+        let part = |at, payload: &[u8]| ip.fragment((VM, peer), TCP, at, payload);
+        let ack = part((0, true), &frames::tcp(4000, 80, ACK));
+        assert_eq!(path.egress(ip, &ack), Verdict::Drop(Reason::TcpState));
+        assert_eq!(path.egress(ip, &part((3, false), &[0; 8])), ORPHAN);
+    });
+}
+
+/// Else a flood of refused fragments would push others out.
+#[test]
+fn a_refused_first_fragment_takes_no_place() {
+    for (path, kept) in [(Path::closed(), false), (Path::outward(), true)] {
+        let first = Ip::V4.fragment((VM, PEERS[0]), UDP, (0, true), &frames::udp(5353, 53));
+        assert_eq!(path.egress(Ip::V4, &first) == PASS, kept);
+        let mut case = empty_case::<[u8; 4]>();
+        <[u8; 4]>::parse(&first[..], 0, &mut case.datagram).unwrap();
+        fragment_key(&mut case);
+        assert_eq!(path.tables.recall_fragment(&case.fragment_key, &mut case.fragment), kept);
+    }
+}
+
 /// A fragment header within a fragment: only its outer datagram could be remembered, so the rest has no first.
 #[test]
 fn nested_fragments_do_not_pass() {
@@ -500,6 +525,28 @@ fn an_echo_is_judged_again_as_a_request() {
 }
 
 #[test]
+fn rules_are_asked_the_same_about_a_flow_as_about_its_first_packet() {
+    each(|ip, peer| {
+        let foreign = if ip == Ip::V4 { ICMPV6 } else { ICMP };
+        for packet in [
+            ip.tcp((VM, 4000), (peer, 80), SYN),
+            ip.udp((VM, 5353), (peer, 53)),
+            ip.packet(VM, peer, 132, &[0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0]),
+            ip.packet(VM, peer, 47, &[0; 8]),
+            ip.echo_request(VM, peer, 9),
+            ip.packet(VM, peer, foreign, &[8; 8]),
+        ] {
+            let mut path = Path::outward();
+            assert_eq!(path.egress(ip, &packet), PASS);
+            let first = path.asked();
+            path.next_generation([false, true]);
+            assert_eq!(path.egress(ip, &packet), PASS);
+            assert_eq!((path.asked(), first.len()), (first, 1));
+        }
+    });
+}
+
+#[test]
 fn a_flow_that_is_over_is_none() {
     each(|ip, peer| {
         let path = Path::outward();
@@ -615,6 +662,8 @@ fn tunnel_and_network_card_know_each_others_flows_not() {
         let first = ip.fragment((VM, peer), UDP, (0, true), &frames::udp(5353, 53));
         let rest = ip.fragment((VM, peer), UDP, (2, false), &[0; 8]);
         assert_eq!(path.egress(ip, &first), PASS);
+        let whole = ip.udp((VM, 5353), (peer, 53));
+        assert_eq!(run::<_, _, TUNNEL, true>(&whole[..], &path.tables), PASS);
         assert_eq!(run::<_, _, TUNNEL, true>(&rest[..], &path.tables), ORPHAN);
         assert_eq!(path.egress(ip, &rest), PASS);
     });
@@ -638,19 +687,23 @@ fn what_is_not_ip_is_up_to_the_defaults() {
     }
 }
 
+/// The offset of the error is masked for the verifier: what lies at the masked one must not be taken for it.
 #[test]
 fn an_error_behind_headers_too_long_to_follow_is_unrelated() {
     let path = Path::outward();
     let ip = Ip::V6;
     connect(&path, ip, PEERS[0]);
-    let error = icmp(ip.unreachable(), 0, &ip.tcp((VM, 4000), (PEERS[0], 80), ACK));
-    let mut options = Vec::new();
+    let known = ip.tcp((VM, 4000), (PEERS[0], 80), ACK);
+    let mut payload = Vec::new();
     for next in [60, 60, ICMPV6] {
-        options.extend([next, 255]);
-        options.extend(vec![0; 2046]);
+        payload.extend([next, 255]);
+        payload.extend(vec![0; 2046]);
     }
-    options.extend(error);
-    let packet = ipv6(PEERS[0], VM, 60, 64, &options);
+    let in_frame = ETHERNET + 40 + payload.len();
+    payload.extend(icmp(ip.unreachable(), 0, &ip.tcp((VM, 4001), (PEERS[0], 80), ACK)));
+    let masked = (in_frame & 0xfff) + 8 - ETHERNET - 40;
+    payload[masked..masked + known.len()].copy_from_slice(&known);
+    let packet = ipv6(PEERS[0], VM, 60, 64, &payload);
     assert_eq!(path.ingress(ip, &packet), UNRELATED);
 }
 
