@@ -93,7 +93,7 @@ pub mod state {
     pub const TIME_WAIT: u8 = 4;
     /// TCP: a RST was seen.
     pub const CLOSED: u8 = 5;
-    /// Other protocols: packets from the originator only.
+    /// Packets from the originator only; TCP: of a connection that is older than the firewall.
     pub const UNREPLIED: u8 = 6;
     /// UDP and others: packets from both ends.
     pub const REPLIED: u8 = 7;

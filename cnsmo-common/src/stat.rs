@@ -25,7 +25,7 @@ pub enum Reason {
     FragmentOrphan = 3,
     /// More IPv6 extension headers than are followed, or a type 0 routing header (RFC 5095).
     ExtensionHeaders = 4,
-    /// A TCP segment other than SYN that belongs to no flow.
+    /// A TCP segment other than SYN, or an echo reply, that belongs to no flow.
     NoFlow = 5,
     /// A rule denies it.
     Denied = 6,

@@ -44,7 +44,7 @@ pub fn advance(
     generation: u32,
     control: &Control,
 ) -> Step {
-    if now.wrapping_sub(conn.seen) > control.timeouts[conn.state as usize & (TIMEOUTS - 1)] {
+    if is_over(conn, now, control) {
         return Step::Over;
     }
     let before = conn.state;
@@ -64,16 +64,20 @@ pub fn advance(
     if next.state != before {
         conn.state = next.state;
     }
-    if now.wrapping_sub(conn.seen) >= control.refresh || next.state != before {
+    if age(now, conn.seen) >= control.refresh || next.state != before {
         conn.seen = now;
     }
-    if is_half_open(before) && !is_half_open(next.state) { Step::Promote } else { Step::Pass }
+    if is_half_open(before) && is_known_from_both_ends(next.state) {
+        Step::Promote
+    } else {
+        Step::Pass
+    }
 }
 
 /// A packet that belongs to the flow but says nothing about its state: a later fragment, an ICMP error.
 #[inline(always)]
 pub fn observe(conn: &Conn, now: u32, generation: u32, control: &Control) -> Step {
-    if now.wrapping_sub(conn.seen) > control.timeouts[conn.state as usize & (TIMEOUTS - 1)] {
+    if is_over(conn, now, control) {
         Step::Over
     } else if conn.generation != generation {
         Step::Rejudge
@@ -82,13 +86,27 @@ pub fn observe(conn: &Conn, now: u32, generation: u32, control: &Control) -> Ste
     }
 }
 
+/// Jiffies from `seen` to `now`. Another CPU may have stored a later time than the one this packet was given: no age.
+#[inline(always)]
+pub fn age(now: u32, seen: u32) -> u32 {
+    const AHEAD_MAX: u32 = 64;
+    let age = now.wrapping_sub(seen);
+    if age > u32::MAX - AHEAD_MAX { 0 } else { age }
+}
+
+#[inline(always)]
+fn is_over(conn: &Conn, now: u32, control: &Control) -> bool {
+    age(now, conn.seen) > control.timeouts[conn.state as usize & (TIMEOUTS - 1)]
+}
+
 /// State of a flow after its first packet, or [`NO_STATE`] if such a packet begins no flow. `pickup`: connections that
 /// are older than the firewall are taken over.
 #[inline(always)]
 pub fn first(kind: Kind, tcp_flags: u8, pickup: bool) -> u8 {
     match kind {
         Kind::Tcp if tcp_flags & (tcp::SYN | tcp::ACK) == tcp::SYN => state::SYN_SENT,
-        Kind::Tcp if pickup && tcp_flags & tcp::RST == 0 => state::ESTABLISHED,
+        // Anyone can send such a segment: it earns no place among the established flows before it is answered.
+        Kind::Tcp if pickup && tcp_flags & tcp::RST == 0 => state::UNREPLIED,
         Kind::Datagram | Kind::EchoRequest => state::UNREPLIED,
         _ => NO_STATE,
     }
@@ -101,6 +119,12 @@ pub const NO_STATE: u8 = u8::MAX;
 #[inline(always)]
 pub fn is_half_open(state: u8) -> bool {
     matches!(state, state::SYN_SENT | state::SYN_RECV | state::UNREPLIED)
+}
+
+/// Worth a place that no flood can take. A refused connection is not: its RST costs the flooder nothing.
+#[inline(always)]
+fn is_known_from_both_ends(state: u8) -> bool {
+    !is_half_open(state) && state != state::CLOSED
 }
 
 /// What becomes of the flow if the step is to pass.
@@ -135,8 +159,8 @@ fn tcp_step(conn: &Conn, segment: Segment) -> Next {
         return if over { no(Step::Over) } else { to(old) };
     }
     if segment.flags & tcp::RST != 0 {
-        // Only shortens the timeout: if the ends did not believe it, their next segment revives the flow, so a forged
-        // RST cuts nobody off.
+        // Only shortens the timeout: if the ends did not believe it, their next segment revives the flow. Sequence
+        // numbers are not followed, so a forged RST does cut off a connection that is then idle for that long.
         return to(state::CLOSED);
     }
     if syn {
@@ -146,20 +170,26 @@ fn tcp_step(conn: &Conn, segment: Segment) -> Next {
             _ => to(old),
         };
     }
+    if old == state::UNREPLIED && segment.from_origin {
+        return to(old);
+    }
     if segment.flags & tcp::FIN != 0 && !matches!(old, state::SYN_SENT | state::CLOSED) {
         return finished(conn.flags, segment.from_origin);
     }
     match old {
         // The handshake was not answered yet; only a challenge ACK of the responder makes sense.
         state::SYN_SENT if segment.from_origin => no(Step::Contradict),
-        state::SYN_RECV if segment.from_origin => {
-            let flags = conn.flags | flag::ASSURED;
-            Next { step: Step::Pass, state: state::ESTABLISHED, flags }
-        }
+        state::SYN_RECV if segment.from_origin => assured(conn.flags),
+        state::UNREPLIED => assured(conn.flags),
         state::CLOSED if conn.flags & flag::ASSURED != 0 => to(state::ESTABLISHED),
         state::CLOSED => no(Step::Contradict),
         _ => to(old),
     }
+}
+
+#[inline(always)]
+fn assured(flags: u8) -> Next {
+    Next { step: Step::Pass, state: state::ESTABLISHED, flags: flags | flag::ASSURED }
 }
 
 #[inline(always)]
@@ -169,3 +199,6 @@ fn finished(flags: u8, from_origin: bool) -> Next {
     let state = if flags & BOTH == BOTH { state::TIME_WAIT } else { state::FIN_WAIT };
     Next { step: Step::Pass, state, flags }
 }
+
+#[cfg(test)]
+mod tests;

@@ -184,7 +184,7 @@ fn touch<A: Eq + std::hash::Hash>(
     }
 }
 
-fn empty_case<A: Copy + Default>() -> Case<A> {
+pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
     let a = A::default();
     let conn = Conn { seen: 0, generation: 0, slot: 0, state: 0, flags: 0, pad: [0; 2] };
     let key = FlowKey {

@@ -6,6 +6,8 @@
 
 pub mod classify;
 pub mod conntrack;
+#[cfg(test)]
+mod frames;
 #[cfg(any(test, feature = "host"))]
 pub mod host;
 pub mod packet;

@@ -18,8 +18,10 @@ use crate::packet::Packet;
 
 /// 802.1ad outer and 802.1Q inner tag.
 const TAGS_MAX: usize = 2;
-/// RFC 8200 names six extension headers, each at most once but the destination options.
-const EXTENSIONS_MAX: usize = 7;
+/// Links of a chain: RFC 8200 orders six extension headers (destination options twice), then comes what they carry.
+const CHAIN_MAX: usize = 7;
+/// In units of 8 bytes: no first fragment's headers reach further into the datagram.
+const CHAIN_END: u16 = 32;
 
 const ETH_IPV4: [u8; 2] = [0x08, 0x00];
 const ETH_ARP: [u8; 2] = [0x08, 0x06];
@@ -150,6 +152,9 @@ pub fn frame<P: Packet + ?Sized, const L3: usize>(packet: &P) -> Result<Carried,
 
 /// What differs between the address families in parsing.
 pub trait Family: Address + Default {
+    /// Protocol number of the family's ICMP. The other one's is no ICMP here: no stack takes it for that.
+    const ICMP: u8;
+
     /// Reads the packet at offset `l3` into `into`.
     fn parse<P: Packet + ?Sized>(
         packet: &P,
@@ -162,6 +167,8 @@ pub trait Family: Address + Default {
 }
 
 impl Family for [u8; 4] {
+    const ICMP: u8 = ICMP;
+
     #[inline(always)]
     fn parse<P: Packet + ?Sized>(
         packet: &P,
@@ -177,6 +184,8 @@ impl Family for [u8; 4] {
 }
 
 impl Family for [u8; 16] {
+    const ICMP: u8 = ICMPV6;
+
     #[inline(always)]
     fn parse<P: Packet + ?Sized>(
         packet: &P,
@@ -241,7 +250,7 @@ fn ipv6<P: Packet + ?Sized>(
     into.hop_limit = h[7];
     into.fragmented = false;
     let (mut proto, mut at, mut left) = (h[6], l3 + Ipv6Hdr::LEN, payload);
-    for _ in 0..EXTENSIONS_MAX {
+    for _ in 0..CHAIN_MAX {
         if !is_extension(proto) {
             into.proto = proto;
             return transport(packet, at, into, left);
@@ -283,8 +292,12 @@ fn is_extension(proto: u8) -> bool {
 /// A fragment other than the first; `offset` in units of 8 bytes.
 #[inline(always)]
 fn later<A: Address>(into: &mut Datagram<A>, offset: u16) -> Result<(), Reason> {
-    // Would overwrite the flags that the first fragment was judged by.
-    if into.proto == TCP && offset == 1 {
+    // Would overwrite the flags that the first fragment was judged by. Behind extension headers they lie further in.
+    let overwrites = match into.proto {
+        TCP => offset == 1,
+        proto => is_extension(proto) && offset < CHAIN_END,
+    };
+    if overwrites {
         return Err(Reason::FragmentTiny);
     }
     into.kind = Kind::Later;
@@ -293,7 +306,7 @@ fn later<A: Address>(into: &mut Datagram<A>, offset: u16) -> Result<(), Reason> 
 
 /// `left`: bytes of the IP payload from the L4 header at `l4` on.
 #[inline(always)]
-fn transport<P: Packet + ?Sized, A: Address>(
+fn transport<P: Packet + ?Sized, A: Family>(
     packet: &P,
     l4: usize,
     into: &mut Datagram<A>,
@@ -310,7 +323,7 @@ fn transport<P: Packet + ?Sized, A: Address>(
         TCP => TcpHdr::LEN,
         UDP => UdpHdr::LEN,
         SCTP => SctpHdr::LEN,
-        ICMP | ICMPV6 => Icmpv4Hdr::LEN,
+        proto if proto == A::ICMP => Icmpv4Hdr::LEN,
         _ => return Ok(()),
     };
     if left < needed {
@@ -332,7 +345,7 @@ fn transport<P: Packet + ?Sized, A: Address>(
             into.sport = [h[0], h[1]];
             into.dport = [h[2], h[3]];
         }
-        ICMP | ICMPV6 => {
+        proto if proto == A::ICMP => {
             const { assert!(Icmpv4Hdr::LEN == 8 && Icmpv6Hdr::LEN == 8) };
             into.icmp = [h[0], h[1]];
             into.kind = icmp_kind(into.proto, h[0]);
@@ -411,7 +424,7 @@ fn quoted_v6<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Quoted<[u8; 16
 }
 
 #[inline(always)]
-fn quoted<P: Packet + ?Sized, A: Address>(
+fn quoted<P: Packet + ?Sized, A: Family>(
     packet: &P,
     l4: usize,
     src: A,
@@ -428,7 +441,7 @@ fn quoted<P: Packet + ?Sized, A: Address>(
                 kind = Kind::Tcp;
             }
         }
-        ICMP | ICMPV6 => {
+        proto if proto == A::ICMP => {
             let h = packet.load::<8>(l4)?;
             kind = icmp_kind(proto, h[0]);
             if !matches!(kind, Kind::EchoRequest | Kind::EchoReply) {
@@ -441,3 +454,6 @@ fn quoted<P: Packet + ?Sized, A: Address>(
     }
     Some(Quoted { src, dst, proto, kind, sport, dport })
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,9 +8,11 @@ use cnsmo_common::{
     Direction,
     blob::{NO_RULE, lanes},
     control::{Control, SLOT_DEFAULT_EGRESS, SLOT_DEFAULT_INGRESS},
-    flow::{Conn, FlowKey, Fragment, FragmentKey, ZONE_OVERLAY, ZONE_UNDERLAY, flag, state},
+    flow::{Conn, FlowKey, Fragment, FragmentKey, ZONE_OVERLAY, ZONE_UNDERLAY, flag},
     stat::{Count, Reason},
 };
+
+use network_types::icmp::Icmpv4Hdr;
 
 use crate::{
     conntrack::{self, NO_STATE, Segment, Step},
@@ -222,7 +224,7 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
     stale: bool,
 ) -> Result<u32, Reason> {
     let datagram = &case.datagram;
-    if is_essential(datagram, case.direction) {
+    if case.zone == ZONE_UNDERLAY && is_essential(datagram, case.direction) {
         return Ok(default_slot(case.direction));
     }
     let state = match datagram.kind {
@@ -252,14 +254,10 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
             generation: case.live.generation(),
             slot,
             state,
-            flags: origin | way | if state == state::ESTABLISHED { flag::ASSURED } else { 0 },
+            flags: origin | way,
             pad: [0; 2],
         };
-        if conntrack::is_half_open(state) {
-            tables.insert_half_open(&case.key, &case.conn);
-        } else {
-            tables.promote(&case.key, &case.conn);
-        }
+        tables.insert_half_open(&case.key, &case.conn);
     }
     Ok(slot)
 }
@@ -322,7 +320,7 @@ fn default_slot(direction: Direction) -> u32 {
 
 #[inline(always)]
 fn question<A: Family>(d: &Datagram<A>, direction: Direction) -> Question<A> {
-    let lanes = if d.proto == ICMP || d.proto == ICMPV6 {
+    let lanes = if d.proto == A::ICMP {
         lanes(0, u16::from_be_bytes(d.icmp), d.proto)
     } else {
         lanes(u16::from_be_bytes(d.sport), u16::from_be_bytes(d.dport), d.proto)
@@ -338,8 +336,8 @@ fn original<A: Family>(key: &FlowKey<A>, flags: u8) -> Question<A> {
     let (sport, dport) =
         if from_high { (key.high_port, key.low_port) } else { (key.low_port, key.high_port) };
     let lanes = match key.proto {
-        ICMP => lanes(0, 8 << 8, ICMP),
-        ICMPV6 => lanes(0, 128 << 8, ICMPV6),
+        ICMP if A::ICMP == ICMP => lanes(0, 8 << 8, ICMP),
+        ICMPV6 if A::ICMP == ICMPV6 => lanes(0, 128 << 8, ICMPV6),
         proto => lanes(u16::from_be_bytes(sport), u16::from_be_bytes(dport), proto),
     };
     let egress = flags & flag::EGRESS != 0;
@@ -347,15 +345,16 @@ fn original<A: Family>(key: &FlowKey<A>, flags: u8) -> Question<A> {
     Question { src, dst, lanes, direction }
 }
 
-/// What no policy may cut: without it the VM loses its neighbours or its address.
+/// What no policy may cut on a network card: without it the VM loses its neighbours or its address.
 #[inline(always)]
 fn is_essential<A: Family>(datagram: &Datagram<A>, direction: Direction) -> bool {
     if datagram.proto == ICMPV6 && datagram.kind == Kind::Icmp {
         let [kind, code] = datagram.icmp;
-        // Neighbour discovery comes from the link or not at all (RFC 4861); so do reports of multicast listeners.
+        // Neighbour discovery comes from the link or not at all (RFC 4861), and whole (RFC 6980); so do reports of
+        // multicast listeners.
         let discovery = matches!(kind, 133..=137) && code == 0 && datagram.hop_limit == 255;
         let listeners = matches!(kind, 130..=132 | 143) && datagram.hop_limit == 1;
-        return discovery || listeners;
+        return (discovery || listeners) && !datagram.fragmented;
     }
     if datagram.proto == UDP && datagram.kind == Kind::Datagram {
         let (server, client) = match direction {
@@ -380,8 +379,11 @@ fn place<A: Family>(case: &mut Case<A>) {
 fn place_quoted<P: Packet + ?Sized, A: Family>(packet: &P, case: &mut Case<A>) {
     case.outcome = Err(Reason::IcmpUnrelated);
     // The mask tells the verifier what it forgot while the offset was in memory.
-    let at = (case.datagram.l4 & 0xfff) + 8;
-    let Some(q) = A::quoted(packet, at) else {
+    let l4 = case.datagram.l4 & 0xfff;
+    if l4 != case.datagram.l4 {
+        return;
+    }
+    let Some(q) = A::quoted(packet, l4 + Icmpv4Hdr::LEN) else {
         return;
     };
     if q.src == case.datagram.dst {
@@ -399,7 +401,7 @@ fn place_later<A: Family, T: Tables>(case: &mut Case<A>, tables: &T, control: &C
         return;
     }
     let f = case.fragment;
-    if (case.now as u32).wrapping_sub(f.seen) > control.fragment_timeout {
+    if conntrack::age(case.now as u32, f.seen) > control.fragment_timeout {
         return;
     }
     let kind = match f.echo {
@@ -473,3 +475,6 @@ fn set_key<A: Family>(
     key.pad = [0; 2];
     case.from_high = from_high;
 }
+
+#[cfg(test)]
+mod tests;

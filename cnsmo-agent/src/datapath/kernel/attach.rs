@@ -243,7 +243,7 @@ fn is_ethernet(interface: &str) -> Result<bool, KernelError> {
     let all = nix::ifaddrs::getifaddrs().map_err(KernelError::kernel("list network devices"))?;
     let kind = all
         .filter(|entry| entry.interface_name == interface)
-        .find_map(|entry| entry.address?.as_link_addr().map(|link| link.hatype()));
+        .find_map(|entry| entry.address?.as_link_addr().map(nix::sys::socket::LinkAddr::hatype));
     let kind = kind
         .ok_or_else(|| KernelError::Refused(format!("there is no network device {interface}")))?;
     Ok(kind == ARPHRD_ETHER)

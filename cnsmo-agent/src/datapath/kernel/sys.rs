@@ -198,7 +198,10 @@ impl<T: Pod> Mapped<T> {
 
     /// The word at byte `offset`, for stores that programs see whole and in order.
     pub(super) fn store_word(&self, offset: usize, value: u64) {
-        assert!(offset % 8 == 0 && offset + 8 <= self.length * size_of::<T>(), "no such word");
+        assert!(
+            offset.is_multiple_of(8) && offset + 8 <= self.length * size_of::<T>(),
+            "no such word"
+        );
         // SAFETY: inside the mapping and aligned; the kernel reads it by one load.
         unsafe { AtomicU64::from_ptr(self.at.byte_add(offset).cast()) }
             .store(value, Ordering::Release);
