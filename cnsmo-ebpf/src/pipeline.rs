@@ -127,7 +127,12 @@ where
                 tables.promote(&case.key, &case.conn);
             }
             Some(Step::Contradict) => return Err(Reason::TcpState),
-            Some(Step::Rejudge) => decide_again(case, tables, control),
+            Some(Step::Rejudge) => {
+                decide_again(case, tables);
+                if case.outcome.is_ok() {
+                    resume(case, tables, control);
+                }
+            }
             Some(Step::Over) => decide(case, tables, control, true),
             None => decide(case, tables, control, false),
         }
@@ -265,11 +270,7 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
 /// Asks the rules in force about a flow that other rules admitted, as its originator began it. If they refuse, it is
 /// forgotten: that is how a revoked rule cuts live flows, without a walk over the table.
 #[inline(never)]
-fn decide_again<A: Family, T: Tables + FlowTables<A>>(
-    case: &mut Case<A>,
-    tables: &T,
-    control: &Control,
-) {
+fn decide_again<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T) {
     case.question = original(&case.key, case.conn.flags);
     let Ok(slot) = ask(case, tables) else {
         tables.remove(&case.key);
@@ -280,15 +281,18 @@ fn decide_again<A: Family, T: Tables + FlowTables<A>>(
     if !tables.touch_established(&case.key, &mut stamp) {
         tables.touch_half_open(&case.key, &mut stamp);
     }
+    case.outcome = Ok(slot);
+}
+
+/// Goes on with a packet whose flow was judged again. Not part of that: the stack holds one of the two at a time.
+#[inline(never)]
+fn resume<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T, control: &Control) {
     find(case, tables, control);
-    case.outcome = match case.step {
-        Some(Step::Contradict) => Err(Reason::TcpState),
-        Some(Step::Promote) => {
-            tables.promote(&case.key, &case.conn);
-            Ok(slot)
-        }
-        Some(Step::Pass | Step::Rejudge | Step::Over) | None => Ok(slot),
-    };
+    match case.step {
+        Some(Step::Contradict) => case.outcome = Err(Reason::TcpState),
+        Some(Step::Promote) => tables.promote(&case.key, &case.conn),
+        Some(Step::Pass | Step::Rejudge | Step::Over) | None => {}
+    }
 }
 
 /// The rules' answer to `case.question`. A refusal is counted with its rule here.
