@@ -71,7 +71,7 @@ fn packets() -> anyhow::Result<Vec<String>> {
     let bench = Bench::open(RULES as u32 + 16, 1 << 20)?;
     let mut bench = bench;
     bench.kernel.apply(&policy()?)?;
-    bench.kernel.end_pickup();
+    bench.kernel.change_control(|control| control.pickup_until = 0);
     bench.establish()?;
 
     let cases = [

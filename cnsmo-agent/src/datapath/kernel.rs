@@ -46,6 +46,8 @@ pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), 
 /// Seconds after the first attachment in which TCP segments without a flow may make one, where rules allow it:
 /// connections that are older than the firewall live on.
 const PICKUP: Duration = Duration::from_secs(60);
+/// Seconds in which the fragments of a datagram must arrive; short, because identifiers come again soon (RFC 4963).
+const FRAGMENT_SECONDS: u32 = 2;
 /// Flows looked at per [`Datapath::sweep`]: some milliseconds.
 const SWEEP_MAX: usize = 16_384;
 /// Flows per system call of a sweep.
@@ -166,9 +168,12 @@ impl Kernel {
         Ok(kernel)
     }
 
-    /// From now on a TCP segment without a flow makes none: connections older than the data path are not taken over.
-    pub fn end_pickup(&mut self) {
-        self.store(std::mem::offset_of!(Control, pickup_until), 0);
+    /// Changes timeouts and switches. The policy in force stays.
+    pub fn change_control(&mut self, change: impl FnOnce(&mut Control)) {
+        let mut control = self.control.read(0, 1)[0];
+        change(&mut control);
+        control.live = self.live.pack().0;
+        self.control.write(0, &[control]);
     }
 
     /// Names of all programs in the object.
@@ -247,18 +252,15 @@ impl Kernel {
     }
 
     fn set_times(&mut self, fresh: bool) {
-        let mut control = self.control.read(0, 1)[0];
-        let clock = &self.clock;
-        let seconds = |s: u32| s * clock.hz;
-        control.timeouts = timeouts().map(seconds);
-        control.fragment_timeout = seconds(2);
-        control.refresh = seconds(1);
-        if fresh {
-            control.pickup_until = clock.now() + PICKUP.as_secs() * u64::from(clock.hz);
-        }
-        // The live word lies at the start and is left alone.
-        control.live = self.live.pack().0;
-        self.control.write(0, &[control]);
+        let (now, hz) = (self.clock.now(), self.clock.hz);
+        self.change_control(|control| {
+            control.timeouts = timeouts().map(|seconds| seconds * hz);
+            control.fragment_timeout = FRAGMENT_SECONDS * hz;
+            control.refresh = hz;
+            if fresh {
+                control.pickup_until = now + PICKUP.as_secs() * u64::from(hz);
+            }
+        });
     }
 
     /// Whether the live half already is `compiled`.
