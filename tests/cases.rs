@@ -1,3 +1,8 @@
 //! One module per subject.
 
+mod adoption;
+mod attach;
+mod firewall;
 mod kernel;
+mod lab;
+mod swap;

@@ -43,8 +43,8 @@ use crate::{
 /// The compiled programs.
 pub static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/cnsmo"));
 
-/// Seconds after the first attachment in which TCP segments without a flow may make one, where rules allow it:
-/// connections that are older than the firewall live on.
+/// Time after the first start in which TCP segments without a flow may make one, where rules allow it: connections that
+/// are older than the firewall live on. Ends early when the first policy that enforces is replaced.
 const PICKUP: Duration = Duration::from_secs(60);
 /// Seconds in which the fragments of a datagram must arrive; short, because identifiers come again soon (RFC 4963).
 const FRAGMENT_SECONDS: u32 = 2;
@@ -155,6 +155,8 @@ pub struct Kernel {
     /// What rules had counted when their half was retired.
     retired: BTreeMap<(Name, Name), Count>,
     attachments: Vec<Attachment>,
+    /// Kernel indexes of the devices attached to; another one under the same name is another device.
+    devices: Vec<u32>,
 }
 
 impl Kernel {
@@ -234,7 +236,7 @@ impl Kernel {
 
     /// Removes programs, links and maps under `pins` from the kernel.
     pub fn detach(pins: &Path) -> Result<(), KernelError> {
-        attach::detach_all(pins)?;
+        attach::detach_all(pins);
         match fs::remove_dir_all(pins) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(KernelError::file(pins)(error))
@@ -315,6 +317,10 @@ impl Kernel {
                 .map_err(KernelError::kernel("clear a counter"))?;
         }
 
+        if self.live.generation != 0 && !self.live.open {
+            // What this policy cuts must not come back as a connection older than the firewall.
+            self.store(std::mem::offset_of!(Control, pickup_until), 0);
+        }
         self.store(std::mem::offset_of!(Control, live), next.pack().0);
         self.grace.wait_for_readers().map_err(KernelError::kernel("wait for running programs"))?;
         self.retire(policy);
@@ -322,6 +328,32 @@ impl Kernel {
         self.names = names(policy);
         write_retired(&self.retired_path(), &self.retired);
         Ok(())
+    }
+
+    /// A hook goes with its device: attaches to devices that were made anew under their names.
+    fn follow_devices(&mut self) {
+        for n in 0..self.attachments.len() {
+            let interface = &self.options.interfaces[n];
+            let index = device_index(interface);
+            if index == 0 || index == self.devices[n] {
+                continue;
+            }
+            match attach::attach_to(&mut self.ebpf, &self.options, interface) {
+                Ok(attachment) => {
+                    tracing::info!(interface, "attached to a device that was made anew");
+                    self.attachments[n] = attachment;
+                    self.devices[n] = index;
+                }
+                Err(error) => {
+                    let error: &dyn std::error::Error = &error;
+                    tracing::error!(
+                        interface,
+                        error,
+                        "a new device is not guarded; will try again"
+                    );
+                }
+            }
+        }
     }
 
     fn store(&self, offset: usize, word: u64) {
@@ -376,6 +408,7 @@ impl Datapath for Kernel {
             self.switch(policy, &compiled, next)?;
         }
         if self.attachments.is_empty() {
+            self.devices = self.options.interfaces.iter().map(|name| device_index(name)).collect();
             self.attachments = attach::attach(&mut self.ebpf, &self.options)?;
         }
         Ok(())
@@ -412,6 +445,7 @@ impl Datapath for Kernel {
     }
 
     fn sweep(&mut self) {
+        self.follow_devices();
         let control = self.control.read(0, 1)[0];
         let now = self.clock.now() as u32;
         for result in [self.flows_v4.sweep(now, &control), self.flows_v6.sweep(now, &control)] {
@@ -440,6 +474,11 @@ fn timeouts() -> [u32; TIMEOUTS] {
         seconds[usize::from(state)] = timeout;
     }
     seconds
+}
+
+/// 0: there is no such device.
+fn device_index(interface: &str) -> u32 {
+    nix::net::if_::if_nametoindex(interface).unwrap_or(0)
 }
 
 fn names(policy: &Effective) -> Vec<Option<(Name, Name)>> {

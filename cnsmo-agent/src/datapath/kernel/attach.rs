@@ -1,6 +1,7 @@
 //! Hooks: choosing them by trying, pinning them, replacing the program in them.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
 };
@@ -15,47 +16,74 @@ use aya::{
     },
 };
 
-use super::{Attachment, KernelError, Options, XdpChoice, load::ensure_loaded};
+use super::{Attachment, KernelError, Options, XdpChoice, load::ensure_loaded, sys};
 
 /// Priority and handle of our filters where tcx is missing: fixed, so that a restarted agent finds them.
 const CLSACT_PRIORITY: u16 = 1;
 const CLSACT_HANDLE: (u16, u16) = (0, 0xc5);
 
-/// Attaches to every device, or replaces the programs attached there. Egress first: what a VM sends is known before
-/// the answers come.
+/// Attaches to every device, or replaces the programs attached there. On an error the hooks that were not there before
+/// are removed again.
 pub(super) fn attach(ebpf: &mut Ebpf, options: &Options) -> Result<Vec<Attachment>, KernelError> {
     let links = options.pins.join("links");
-    fs::create_dir_all(&links).map_err(KernelError::file(&links))?;
-    let mut attached = Vec::new();
-    for interface in &options.interfaces {
-        let device = Device { links: &links, interface, ethernet: is_ethernet(interface)? };
-        let egress = device.tc(ebpf, TcAttachType::Egress)?;
-        let ingress = device.ingress(ebpf, options.xdp)?;
-        attached.push(Attachment { interface: interface.clone(), ingress, egress });
+    let before = pinned(&links);
+    let attached: Result<_, _> =
+        options.interfaces.iter().map(|name| attach_to(ebpf, options, name)).collect();
+    if attached.is_err() {
+        for name in pinned(&links).difference(&before) {
+            detach(&links, name);
+        }
     }
-    Ok(attached)
+    attached
+}
+
+/// As [`attach`], to one device. Egress first: what a VM sends is known before the answers come.
+pub(super) fn attach_to(
+    ebpf: &mut Ebpf,
+    options: &Options,
+    interface: &str,
+) -> Result<Attachment, KernelError> {
+    let links = options.pins.join("links");
+    let device = Device { links: &links, interface, ethernet: is_ethernet(interface)? };
+    fs::create_dir_all(&links).map_err(KernelError::file(&links))?;
+    let egress = device.tc(ebpf, TcAttachType::Egress)?;
+    let ingress = device.ingress(ebpf, options.xdp)?;
+    Ok(Attachment { interface: interface.to_owned(), ingress, egress })
 }
 
 /// Unpins every link, which detaches it, and removes filters from the devices named in the pins.
-pub(super) fn detach_all(pins: &Path) -> Result<(), KernelError> {
+pub(super) fn detach_all(pins: &Path) {
     let links = pins.join("links");
-    let Ok(entries) = fs::read_dir(&links) else { return Ok(()) };
-    for entry in entries.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if let Some((pinned, _)) = name.split_once(CLSACT_MARK) {
-            let interface = &pinned.replace(DOT, ".");
-            for (hook, program) in [
-                (TcAttachType::Ingress, "nic_ingress"),
-                (TcAttachType::Ingress, "tunnel_ingress"),
-                (TcAttachType::Egress, "nic_egress"),
-                (TcAttachType::Egress, "tunnel_egress"),
-            ] {
-                // Not there, or the device is gone: as wanted.
-                let _ = tc::qdisc_detach_program(interface, hook, program);
-            }
-        }
+    for name in pinned(&links) {
+        detach(&links, &name);
     }
-    Ok(())
+}
+
+/// Names of the pins; none without the folder.
+fn pinned(links: &Path) -> BTreeSet<String> {
+    let Ok(entries) = fs::read_dir(links) else { return BTreeSet::new() };
+    entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+fn detach(links: &Path, name: &str) {
+    let path = links.join(name);
+    let Some((device, _)) = name.split_once(CLSACT_MARK) else {
+        // Its device is gone: as wanted. What cannot be detached goes with its pin, a moment later.
+        let _ = sys::detach_link(&path);
+        let _ = fs::remove_file(path);
+        return;
+    };
+    let interface = &device.replace(DOT, ".");
+    for (hook, program) in [
+        (TcAttachType::Ingress, "nic_ingress"),
+        (TcAttachType::Ingress, "tunnel_ingress"),
+        (TcAttachType::Egress, "nic_egress"),
+        (TcAttachType::Egress, "tunnel_egress"),
+    ] {
+        // Not there, or the device is gone: as wanted.
+        let _ = tc::qdisc_detach_program(interface, hook, program);
+    }
+    let _ = fs::remove_dir(path);
 }
 
 /// Separates device and hook in the name of a pin that stands for filters, which the kernel cannot pin.
@@ -118,8 +146,8 @@ impl Device<'_> {
                 .and_then(|link| program.attach_to_link(link));
             match replaced {
                 Ok(id) => {
-                    // The pin holds the link; ours is one reference more, kept until the process ends.
-                    std::mem::forget(program.take_link(id)?);
+                    // The pin holds the link.
+                    drop(program.take_link(id)?);
                     return Ok(());
                 }
                 // A link of a device that is gone: attach anew.
@@ -128,8 +156,7 @@ impl Device<'_> {
         }
         let id = program.attach(self.interface, mode)?;
         let link = FdLink::try_from(program.take_link(id)?).map_err(|error| failed(&error))?;
-        std::mem::forget(link.pin(&pin).map_err(|error| failed(&error))?);
-        Ok(())
+        link.pin(&pin).map(drop).map_err(|error| failed(&error))
     }
 
     /// tcx where the kernel has it, else a filter of clsact.
@@ -171,7 +198,7 @@ impl Device<'_> {
                 .and_then(|link| program.attach_to_link(link));
             match replaced {
                 Ok(id) => {
-                    std::mem::forget(program.take_link(id)?);
+                    drop(program.take_link(id)?);
                     return Ok(());
                 }
                 Err(_) => drop(fs::remove_file(&pin)),
@@ -180,8 +207,7 @@ impl Device<'_> {
         let order = TcAttachOptions::TcxOrder(LinkOrder::first());
         let id = program.attach_with_options(self.interface, hook, order)?;
         let link = FdLink::try_from(program.take_link(id)?).map_err(|error| failed(&error))?;
-        std::mem::forget(link.pin(&pin).map_err(|error| failed(&error))?);
-        Ok(())
+        link.pin(&pin).map(drop).map_err(|error| failed(&error))
     }
 
     fn clsact(
@@ -215,6 +241,7 @@ impl Device<'_> {
         for name in ["xdp-native", "xdp-generic", "tcx-ingress"] {
             let pin = self.pin(name);
             if !name.starts_with(kept) && pin.exists() {
+                let _ = sys::detach_link(&pin);
                 fs::remove_file(&pin).map_err(KernelError::file(&pin))?;
             }
         }
@@ -239,12 +266,11 @@ where
 
 /// Whether frames of the device begin with an Ethernet header; tunnels begin with the IP header.
 fn is_ethernet(interface: &str) -> Result<bool, KernelError> {
-    const ARPHRD_ETHER: u16 = 1;
-    let all = nix::ifaddrs::getifaddrs().map_err(KernelError::kernel("list network devices"))?;
-    let kind = all
-        .filter(|entry| entry.interface_name == interface)
-        .find_map(|entry| entry.address?.as_link_addr().map(nix::sys::socket::LinkAddr::hatype));
-    let kind = kind
-        .ok_or_else(|| KernelError::Refused(format!("there is no network device {interface}")))?;
-    Ok(kind == ARPHRD_ETHER)
+    match sys::link_layer(interface) {
+        Ok(kind) => Ok(kind == libc::ARPHRD_ETHER),
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {
+            Err(KernelError::Refused(format!("there is no network device {interface}")))
+        }
+        Err(error) => Err(KernelError::kernel(format!("ask for the type of {interface}"))(error)),
+    }
 }

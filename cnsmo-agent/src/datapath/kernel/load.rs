@@ -143,6 +143,7 @@ impl Loaded {
             names: Vec::new(),
             retired: std::collections::BTreeMap::new(),
             attachments: Vec::new(),
+            devices: Vec::new(),
             options,
         })
     }

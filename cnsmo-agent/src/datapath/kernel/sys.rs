@@ -4,6 +4,7 @@ use std::{
     ffi::CString,
     io,
     mem::MaybeUninit,
+    net::{Ipv4Addr, UdpSocket},
     os::{
         fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
         unix::ffi::OsStrExt as _,
@@ -20,6 +21,7 @@ const MAP_UPDATE: libc::c_long = 2;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
+const LINK_DETACH: libc::c_long = 34;
 const MAP_TYPE_ARRAY: u32 = 2;
 const MAP_TYPE_ARRAY_OF_MAPS: u32 = 12;
 const F_MMAPABLE: u32 = 1 << 10;
@@ -101,6 +103,33 @@ pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     let mut attr = Attr::new(&[]);
     attr.set_pointer(0, path.as_ptr());
     attr.call_for_fd(OBJ_GET)
+}
+
+/// Takes the link that is pinned at `path` off its hook, at once: without its pin it would go some time later.
+pub(super) fn detach_link(path: &Path) -> io::Result<()> {
+    let link = open_pinned(path)?;
+    Attr::new(&[link.as_raw_fd() as u32]).call(LINK_DETACH).map(drop)
+}
+
+/// The link-layer type of a device (`ARPHRD_*`). Not by getifaddrs(3), which knows devices with a link-layer address
+/// only: a tunnel has none.
+pub(super) fn link_layer(interface: &str) -> io::Result<u16> {
+    // SAFETY: zeros are a valid `ifreq`.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if interface.len() >= request.ifr_name.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENODEV));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+        *to = from as libc::c_char;
+    }
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    // SAFETY: the call reads and writes a `struct ifreq`, which outlives it.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFHWADDR, &raw mut request) };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has written this member; any bytes are valid.
+    Ok(unsafe { request.ifr_ifru.ifru_hwaddr.sa_family })
 }
 
 /// Walks a hash map by batches of buckets.
