@@ -256,8 +256,8 @@ fn host(policy: &Effective) -> HostTables {
     let (v4, v6) = (compiled.clone(), compiled);
     host.set_rules(
         rules,
-        Box::new(move |question, _| classify(&v4, question, |a| IpAddr::from(a))),
-        Box::new(move |question, _| classify(&v6, question, |a| IpAddr::from(a))),
+        Box::new(move |question, _| classify(&v4, question, IpAddr::from)),
+        Box::new(move |question, _| classify(&v6, question, IpAddr::from)),
     );
     host
 }
