@@ -150,7 +150,7 @@ mod tests {
             (format!("{good}\n"), TokenError::Length(TOKEN_BYTES + 1)),
             (good.replacen('.', "A", 3).replacen("cnsmo1A", "cnsmo1.", 1), TokenError::Parts),
             (format!("{}=", &good[..good.len() - 1]), TokenError::Damaged("pin of the CA")),
-            (good.replacen(&good[7..8], "!", 1), TokenError::Damaged("id")),
+            (format!("{}!{}", &good[..7], &good[8..]), TokenError::Damaged("id")),
         ];
         for (text, error) in cases {
             assert_eq!(text.parse::<Token>().unwrap_err(), error, "{text}");
