@@ -322,7 +322,12 @@ impl Kernel {
             self.store(std::mem::offset_of!(Control, pickup_until), 0);
         }
         self.store(std::mem::offset_of!(Control, live), next.pack().0);
-        self.grace.wait_for_readers().map_err(KernelError::kernel("wait for running programs"))?;
+        if let Err(error) = self.grace.wait_for_readers() {
+            // The policy is live all the same. A program runs for microseconds: none is left after this.
+            tracing::warn!(%error, "failed to wait for running programs; waiting a second instead");
+            #[expect(clippy::disallowed_methods, reason = "on the data path's own thread")]
+            std::thread::sleep(Duration::from_secs(1));
+        }
         self.retire(policy);
         self.live = next;
         self.names = names(policy);
