@@ -2,4 +2,5 @@
 //! VMs with other kernels.
 
 mod agree;
+mod log;
 mod verifier;
