@@ -3,4 +3,5 @@
 
 mod agree;
 mod hooks;
+mod log;
 mod verifier;

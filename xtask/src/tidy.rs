@@ -43,6 +43,8 @@ const ARROWS: &[(&str, &[&str])] = &[
 const OUTSIDERS: &[(&str, &[&str])] = &[
     ("aya", &["cnsmo-agent", "cnsmo-common", "cnsmo-tests"]),
     ("aya-ebpf", &["cnsmo-ebpf"]),
+    ("aya-log", &["cnsmo-agent"]),
+    ("aya-log-ebpf", &["cnsmo-ebpf"]),
     ("tokio", &["cnsmo-agent", "cnsmo-cli", "cnsmo-core", "cnsmo-service", "cnsmo-tests"]),
     ("sqlx", &["cnsmo-core"]),
 ];

@@ -6,6 +6,7 @@
 mod attach;
 mod check;
 mod load;
+mod log;
 mod sys;
 
 use std::{
@@ -31,6 +32,7 @@ use cnsmo_proto::{
     model::{Action, Direction, Name},
     pb::{agent as pb, policy::RuleCounter},
 };
+use log::ProgramLog;
 use prost::Message as _;
 use sys::{Batches, GracePeriod, Mapped};
 
@@ -136,6 +138,7 @@ impl From<KernelError> for ApplyError {
 pub struct Kernel {
     options: Options,
     ebpf: Ebpf,
+    log: ProgramLog,
     control: Mapped<Control>,
     /// IPv4, IPv6.
     blobs: [Mapped<u64>; 2],
@@ -451,6 +454,7 @@ impl Datapath for Kernel {
 
     fn sweep(&mut self) {
         self.follow_devices();
+        self.log.poll();
         let control = self.control.read(0, 1)[0];
         let now = self.clock.now() as u32;
         for result in [self.flows_v4.sweep(now, &control), self.flows_v6.sweep(now, &control)] {

@@ -19,6 +19,7 @@ use cnsmo_common::{
 
 use super::{
     Clock, Flows, GracePeriod, Kernel, KernelError, Mapped, OBJECT, Options,
+    log::{ProgramLog, RING_BYTES},
     sys::{create_large_array, open_pinned, pin},
 };
 
@@ -77,7 +78,8 @@ pub(super) fn load(options: &Options) -> Result<Loaded, KernelError> {
         .override_global("HALF_WORDS", &words, true)
         .override_global("RULES_MAX", &options.rules_max, true)
         .map_max_entries("RULES", options.rules_max * 2)
-        .map_max_entries("RULE_COUNTS", slots);
+        .map_max_entries("RULE_COUNTS", slots)
+        .map_max_entries("AYA_LOGS", RING_BYTES);
     for name in ["ESTABLISHED_V4", "ESTABLISHED_V6", "HALF_OPEN_V4", "HALF_OPEN_V6"] {
         loader.map_max_entries(name, options.flows);
     }
@@ -125,6 +127,8 @@ impl Loaded {
         let live = LiveParts::unpack(Live(read_control(&control).live));
         let results = self.map_own("RESULTS", TRACE_LEN as usize)?;
         let clock = Clock::learn(&self.ebpf, &results)?;
+        let reports_left = self.map_own("REPORTS_LEFT", 1)?;
+        let log = ProgramLog::open(&mut self.ebpf, reports_left)?;
         Ok(Kernel {
             blobs: [self.map_pinned("BLOB_V4", words * 2)?, self.map_pinned("BLOB_V6", words * 2)?],
             rules: self.map_pinned("RULES", rules)?,
@@ -136,6 +140,7 @@ impl Loaded {
             flows_v6: self.flows("ESTABLISHED_V6")?,
             grace: GracePeriod::new().map_err(KernelError::kernel("create a map of maps"))?,
             ebpf: self.ebpf,
+            log,
             control,
             results,
             clock,

@@ -10,6 +10,8 @@ mod maps;
 mod probe;
 #[cfg(target_arch = "bpf")]
 mod programs;
+#[cfg(target_arch = "bpf")]
+mod report;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]
