@@ -15,6 +15,9 @@ fn main() -> anyhow::Result<()> {
         // SAFETY: no other thread exists yet.
         unsafe { env::set_var("RUSTC_BOOTSTRAP", "1") };
     }
+    // aya-build shows each line of this cargo as a warning: only real ones shall be seen.
+    // SAFETY: no other thread exists yet.
+    unsafe { env::set_var("CARGO_TERM_QUIET", "true") };
     let root = format!("{}/../cnsmo-ebpf", env!("CARGO_MANIFEST_DIR"));
     let package = Package { name: "cnsmo-ebpf", root_dir: &root, ..Default::default() };
     build_ebpf([package], Toolchain::Custom(&toolchain))

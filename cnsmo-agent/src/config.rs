@@ -91,7 +91,7 @@ struct RunArgs {
     /// Bytes for compiled policies, per half and address family
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 20, env = "CNSMO_POLICY_MEMORY")]
     policy_memory: u32,
-    /// How log lines look
+    /// How log lines look; the variable CNSMO_LOG sets what they tell, for example debug
     #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "CNSMO_LOG_FORMAT")]
     log_format: LogFormat,
 }

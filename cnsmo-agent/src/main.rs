@@ -12,7 +12,7 @@ use cnsmo_agent::{
     },
     runtime,
 };
-use cnsmo_service::supervise::{Stopper, stop_pair};
+use cnsmo_service::supervise::{Chain, Stopper, stop_pair};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -99,5 +99,5 @@ fn log_to_stderr(format: LogFormat) {
 /// One line with all causes.
 #[expect(clippy::print_stderr, reason = "the log may not be set up yet")]
 fn report(error: &anyhow::Error) {
-    eprintln!("cnsmo-agent: {error:#}");
+    eprintln!("cnsmo-agent: {}", Chain(error.as_ref()));
 }

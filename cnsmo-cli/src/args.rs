@@ -213,18 +213,18 @@ impl From<KindArg> for Kind {
 }
 
 fn wait_time(text: &str) -> Result<Duration, String> {
-    at_most(text, duration("1h")?)
+    at_most(text, "1h")
 }
 
 fn token_time(text: &str) -> Result<Duration, String> {
-    at_most(text, duration("30d")?)
+    at_most(text, "30d")
 }
 
 /// Zero would ask the core for its default, and more than its limit be refused there.
-fn at_most(text: &str, max: Duration) -> Result<Duration, String> {
+fn at_most(text: &str, max: &str) -> Result<Duration, String> {
     let time = duration(text)?;
-    if time.is_zero() || time > max {
-        return Err(format!("give more than 0s and at most {}s", max.as_secs()));
+    if time.is_zero() || time > duration(max)? {
+        return Err(format!("give more than 0s and at most {max}"));
     }
     Ok(time)
 }

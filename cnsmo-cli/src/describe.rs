@@ -89,7 +89,7 @@ fn describe_node(node: &Node) -> Result<()> {
     field("Reason", &or_none(&status.reason))?;
     field("Message", &or_none(&status.message))?;
     field("Applied revision", &status.applied_revision.to_string())?;
-    field("Seen before", &age(status.last_seen_time))?;
+    field("Last seen", &ago(status.last_seen_time))?;
     field("Addresses", &or_none(status.addresses.join(", ")))?;
     field("Kernel", &or_none(&status.kernel))?;
     field("Agent", &or_none(&status.agent_version))?;
@@ -129,6 +129,10 @@ fn section(name: &str, header: &[&str], rows: Vec<Vec<String>>) -> Result<()> {
     }
     writeln!(io::stdout(), "{name}:\n{}", table(header, rows, "  "))?;
     Ok(())
+}
+
+fn ago(time: Option<prost_types::Timestamp>) -> String {
+    if time.is_none() { "never".to_owned() } else { format!("{} ago", age(time)) }
 }
 
 fn yes(is: bool) -> String {

@@ -37,7 +37,9 @@ pub(crate) async fn create(client: &Client, args: TokenArgs) -> Result<()> {
         None => writeln!(io::stdout(), "{}", response.token)?,
     }
     if let Some(time) = response.expire_time {
-        writeln!(io::stderr(), "expires {time}, after {} uses at the latest", args.max_uses)?;
+        let (time, uses) = (prost_types::Timestamp { nanos: 0, ..time }, args.max_uses);
+        let word = if uses == 1 { "use" } else { "uses" };
+        writeln!(io::stderr(), "expires {time}, or after {uses} {word}")?;
     }
     Ok(())
 }

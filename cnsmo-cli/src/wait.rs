@@ -71,7 +71,8 @@ pub(crate) async fn applied(
     if last.done && last.applied {
         return Ok(ExitCode::SUCCESS);
     }
-    writeln!(io::stderr(), "timed out; not applied by {} VMs:", last.pending.len())?;
+    let all = last.nodes_applied as usize + last.pending.len();
+    writeln!(io::stderr(), "timed out; not applied by {} of {all} VMs:", last.pending.len())?;
     print_pending(&last.pending)
 }
 
@@ -110,7 +111,8 @@ async fn ready(core: &mut Resources, selector: &Labels, timeout: Duration) -> Re
             if waiting.nodes.is_empty() {
                 writeln!(io::stderr(), "timed out; no VM has these labels")?;
             } else {
-                writeln!(io::stderr(), "timed out; {} VMs are not ready:", pending.len())?;
+                let (late, all) = (pending.len(), waiting.nodes.len());
+                writeln!(io::stderr(), "timed out; {late} of {all} VMs not ready:")?;
             }
             print_pending(&pending)
         }

@@ -1,6 +1,12 @@
 //! The core's program: arguments, log, signals.
 
-use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    io::{self, IsTerminal as _},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::{Parser, ValueEnum};
@@ -16,22 +22,27 @@ use tracing_subscriber::EnvFilter;
 #[command(name = "cnsmo-core", version, args_override_self = true)]
 struct Arguments {
     /// Folder of state and keys.
-    #[arg(long, env = "CNSMO_STATE_DIR", default_value = "/var/lib/cnsmo/core")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        env = "CNSMO_STATE_DIR",
+        default_value = "/var/lib/cnsmo/core"
+    )]
     state_dir: PathBuf,
     /// Address and port for agents (TLS).
-    #[arg(long, default_value = "0.0.0.0:7443")]
+    #[arg(long, value_name = "ADDRESS:PORT", env = "CNSMO_LISTEN", default_value = "0.0.0.0:7443")]
     listen: SocketAddr,
     /// Unix socket for the operators of this machine.
-    #[arg(long, default_value = "/run/cnsmo/core.sock")]
+    #[arg(long, value_name = "PATH", env = "CNSMO_SOCKET", default_value = "/run/cnsmo/core.sock")]
     socket: PathBuf,
     /// How often agents call, for example 2s or 500ms.
-    #[arg(long, value_parser = duration, default_value = "2s")]
+    #[arg(long, value_name = "TIME", env = "CNSMO_HEARTBEAT", value_parser = duration, default_value = "2s")]
     heartbeat: Duration,
     /// Silence after which an agent is unreachable; more than the heartbeat.
-    #[arg(long, value_parser = duration, default_value = "6s")]
+    #[arg(long, value_name = "TIME", env = "CNSMO_LEASE", value_parser = duration, default_value = "6s")]
     lease: Duration,
-    /// Form of the log on standard error; RUST_LOG sets what it tells.
-    #[arg(long, value_enum, default_value = "text")]
+    /// Form of the log on standard error; CNSMO_LOG sets what it tells, for example debug.
+    #[arg(long, value_enum, env = "CNSMO_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
 }
 
@@ -54,10 +65,13 @@ fn main() -> ExitCode {
 }
 
 fn log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::builder()
+        .with_default_directive(tracing::Level::INFO.into())
+        .with_env_var("CNSMO_LOG")
+        .from_env_lossy();
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     match format {
-        LogFormat::Text => log.init(),
+        LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).init(),
         LogFormat::Json => log.json().init(),
     }
 }

@@ -27,7 +27,7 @@ impl Program {
             .arg(folder.join("state"))
             .arg("--socket")
             .arg(folder.join("core.sock"))
-            .env_remove("RUST_LOG")
+            .env_remove("CNSMO_LOG")
             .stderr(Stdio::piped());
         command
     }

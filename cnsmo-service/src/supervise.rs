@@ -194,19 +194,32 @@ impl Drop for Running {
     }
 }
 
-/// An error with its causes on one line.
+/// An error with its causes on one line, each said once: some errors repeat what caused them.
 #[derive(Clone, Copy, Debug)]
 pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.0)?;
+        let mut last = text(self.0);
+        f.write_str(&last)?;
         let mut cause = self.0.source();
         while let Some(error) = cause {
-            write!(f, ": {error}")?;
+            let text = text(error);
+            if !last.ends_with(&text) {
+                write!(f, ": {text}")?;
+                last = text;
+            }
             cause = error.source();
         }
         Ok(())
+    }
+}
+
+/// The message alone where there is one: gRPC adds the explanation of its code, and the cause in its debug form.
+fn text(error: &(dyn Error + 'static)) -> String {
+    match error.downcast_ref::<tonic::Status>().map(tonic::Status::message) {
+        Some(message) if !message.is_empty() => message.to_owned(),
+        _ => error.to_string(),
     }
 }
 
@@ -218,6 +231,25 @@ mod tests {
     };
 
     use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("{text}")]
+    struct Link {
+        text: &'static str,
+        source: Option<Box<dyn Error + Send + Sync>>,
+    }
+
+    #[test]
+    fn a_chain_says_each_cause_once_and_of_grpc_only_the_message() {
+        let refused = Link { text: "tcp: refused", source: None };
+        let repeated = Link { text: "tcp: refused", source: Some(refused.into()) };
+        let outer = Link { text: "unreachable", source: Some(repeated.into()) };
+        assert_eq!(Chain(&outer).to_string(), "unreachable: tcp: refused");
+
+        let status = tonic::Status::permission_denied("Node n1: was deleted");
+        let outer = Link { text: "not enrolled", source: Some(status.into()) };
+        assert_eq!(Chain(&outer).to_string(), "not enrolled: Node n1: was deleted");
+    }
 
     const LIMITS: Limits = Limits {
         first_delay: Duration::from_millis(10),

@@ -56,9 +56,20 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
 
 /// Builds a program and becomes it.
 fn replace_by(package: &str, arguments: &[String]) -> anyhow::Result<()> {
-    let built = cargo::build(cargo().args(["build", "--package", package]))?;
+    let built = build()?;
     let error = Command::new(built.executable(package)?).args(arguments).exec();
     Err(error).with_context(|| format!("starting {package}"))
+}
+
+/// All programs at once also for one of them: with other packages cargo would choose other features, and build
+/// everything again.
+fn build() -> anyhow::Result<cargo::Built> {
+    cargo::build(cargo().args([
+        "build",
+        "--package=cnsmo-core",
+        "--package=cnsmo-agent",
+        "--package=cnsmo-cli",
+    ]))
 }
 
 fn fleet(options: &Options) -> anyhow::Result<()> {
@@ -67,12 +78,7 @@ fn fleet(options: &Options) -> anyhow::Result<()> {
         progress::say(&format!("  ok    removed {swept} leftovers of runs that were killed"));
     }
     progress::heading("Building core, agent and command line");
-    let built = cargo::build(cargo().args([
-        "build",
-        "--package=cnsmo-core",
-        "--package=cnsmo-agent",
-        "--package=cnsmo-cli",
-    ]))?;
+    let built = build()?;
     progress::heading("Starting the fleet");
     let programs = Programs::of(&built)?;
     let mut fleet = progress::step("router, two sites, 4 VMs, servers", || Fleet::new(programs))?;
@@ -119,6 +125,7 @@ fn prove(fleet: &mut Fleet, report: &mut Report, detach: bool) -> anyhow::Result
     scenarios::agent_crash(fleet, report)?;
     progress::heading("SIGKILL to the core under traffic");
     scenarios::core_crash(fleet, report)?;
+    scenarios::tidy(fleet)?;
     if detach {
         progress::heading("Taking the data path away");
         scenarios::detach(fleet, report)?;

@@ -218,6 +218,12 @@ pub(crate) fn core_crash(fleet: &mut Fleet, report: &mut Report) -> anyhow::Resu
     apply(fleet, &manifest(fleet, "probe.yaml", &probe_policy(false))?)
 }
 
+/// Leaves the policies of the example alone in force.
+pub(crate) fn tidy(fleet: &Fleet) -> anyhow::Result<()> {
+    fleet.cli_ok(&["delete", "fw", "probe"])?;
+    fleet.cli_ok(&["wait", "--timeout", "60s"]).map(drop)
+}
+
 /// Taking the data path away opens what it closed: it was the data path that closed it.
 pub(crate) fn detach(fleet: &mut Fleet, report: &mut Report) -> anyhow::Result<()> {
     fleet.detach("web1")?;

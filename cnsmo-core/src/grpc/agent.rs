@@ -113,7 +113,7 @@ async fn hello(up: &mut Streaming<ConnectRequest>) -> Result<Hello, Status> {
 }
 
 fn refuse(messages: &Messages, status: Status) {
-    tracing::info!(%status, "agent refused");
+    tracing::info!(reason = status.message(), "agent refused");
     // The client may be gone already.
     let _ = messages.try_send(Err(status));
 }
