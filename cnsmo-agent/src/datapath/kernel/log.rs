@@ -49,7 +49,7 @@ impl log::Log for ToTracing {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        tracing::warn!(program = record.target(), "{}", record.args());
+        tracing::warn!(stage = record.target(), "{}", record.args());
     }
 
     fn flush(&self) {}

@@ -21,6 +21,8 @@ use cnsmo_ebpf::{
     tables::{Case, FlowTables, Question, Tables, Visit, Work},
 };
 
+use crate::report::damaged_policy;
+
 /// One value of [`Control`].
 #[map]
 static CONTROL: Array<Control> = Array::with_max_entries(1, BPF_F_MMAPABLE);
@@ -189,7 +191,11 @@ macro_rules! flow_tables {
             #[inline(always)]
             fn classify(&self, question: &Question<$address>, live: Live) -> Option<u32> {
                 let index = $walk(question, live);
-                if index == BROKEN as u64 { None } else { Some(index as u32) }
+                if index == BROKEN as u64 {
+                    damaged_policy();
+                    return None;
+                }
+                Some(index as u32)
             }
         }
     };

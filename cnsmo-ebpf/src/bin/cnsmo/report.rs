@@ -8,27 +8,15 @@ use aya_log_ebpf::warn;
 #[map]
 static REPORTS_LEFT: Array<u32> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
-/// One function per program, because a name handed in would need a table of pointers. Global, so that the verifier
-/// proves it once. Not `cold`: such functions get a section of their own, where the loader resolves calls wrongly.
-macro_rules! damaged {
-    ($($function:ident: $program:literal,)*) => {$(
-        /// A packet met a damaged policy.
-        #[unsafe(no_mangle)]
-        #[inline(never)]
-        pub fn $function() -> u64 {
-            if may_report() {
-                warn!(&(), target: $program, "the policy in the kernel is damaged: packets are dropped");
-            }
-            0
-        }
-    )*};
-}
-damaged! {
-    damaged_nic_xdp: "nic_xdp",
-    damaged_nic_ingress: "nic_ingress",
-    damaged_nic_egress: "nic_egress",
-    damaged_tunnel_ingress: "tunnel_ingress",
-    damaged_tunnel_egress: "tunnel_egress",
+/// A packet met a damaged policy. Global, so that the verifier proves it once. Not `cold`: such functions get a section
+/// of their own, where the loader resolves calls wrongly.
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn damaged_policy() -> u64 {
+    if may_report() {
+        warn!(&(), target: "classifier", "the policy in the kernel is damaged: new flows are dropped");
+    }
+    0
 }
 
 #[inline(always)]
