@@ -148,8 +148,8 @@ mod tests {
 
     #[test]
     fn package_ids_of_both_forms_give_the_name() {
-        assert_eq!(package_name("path+file:///work/cnsmo-agent#0.1.0"), "cnsmo-agent");
-        assert_eq!(package_name("path+file:///work/tests#cnsmo-tests@0.1.0"), "cnsmo-tests");
+        assert_eq!(package_name("path+file:///src/cnsmo-agent#0.1.0"), "cnsmo-agent");
+        assert_eq!(package_name("path+file:///src/tests#cnsmo-tests@0.1.0"), "cnsmo-tests");
         assert_eq!(package_name("registry+https://index#libc@0.2.1"), "libc");
     }
 

@@ -54,8 +54,8 @@ struct Pin {
     package: &'static str,
     version: &'static str,
     sha256: &'static str,
-    /// Lines of a sources.list that have it.
-    sources: &'static str,
+    /// Code name of the release that has it.
+    release: &'static str,
 }
 
 impl Kernel {
@@ -65,8 +65,7 @@ impl Kernel {
                 package: "linux-image-6.1.0-56-cloud-amd64",
                 version: "6.1.192-2",
                 sha256: "e7d02b943971edcb8790e256c02cfab3bca6c3d37c1bf25392a57c71300615ee",
-                sources: "deb http://deb.debian.org/debian bookworm main\n\
-                          deb http://deb.debian.org/debian-security bookworm-security main\n",
+                release: "bookworm",
             },
         }
     }
@@ -180,11 +179,34 @@ fn unpacked(kernel: Kernel) -> anyhow::Result<PathBuf> {
     Ok(tree)
 }
 
+/// Lines of a sources.list for `release`, from the mirrors that this machine uses: whichever release it takes from them.
+fn sources(release: &str) -> anyhow::Result<String> {
+    let mut apt = Command::new("apt-get");
+    apt.args(["indextargets", "--format", "$(LABEL) $(REPO_URI)", "Created-By: Packages"]);
+    let mirrors = shell::read(&mut apt)?;
+    let lines: BTreeSet<String> =
+        mirrors.lines().filter_map(|line| source(line, release)).collect();
+    ensure!(
+        !lines.is_empty(),
+        "apt knows no mirror of Debian here: the kernel is a package of Debian"
+    );
+    Ok(lines.into_iter().collect())
+}
+
+/// `mirror`: label and address.
+fn source(mirror: &str, release: &str) -> Option<String> {
+    match mirror.split_once(' ')? {
+        ("Debian", uri) => Some(format!("deb {uri} {release} main\n")),
+        ("Debian-Security", uri) => Some(format!("deb {uri} {release}-security main\n")),
+        _ => None,
+    }
+}
+
 /// Asks apt with sources and state of its own: the machine's are not touched, and need not have this release.
 fn download(pin: &Pin, folder: &Path) -> anyhow::Result<PathBuf> {
     let lists = folder.join("lists");
     fs::create_dir_all(lists.join("partial")).context("making apt's folder")?;
-    shell::write(&folder.join("sources.list"), pin.sources)?;
+    shell::write(&folder.join("sources.list"), sources(pin.release)?)?;
     let apt = || {
         let mut apt = Command::new("apt-get");
         apt.current_dir(folder)
@@ -354,6 +376,20 @@ impl Archive {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn mirrors_of_debian_have_the_release_and_others_do_not() {
+        let of = |mirror| source(mirror, "bookworm");
+        assert_eq!(
+            of("Debian http://mirror/debian/").unwrap(),
+            "deb http://mirror/debian/ bookworm main\n"
+        );
+        assert_eq!(
+            of("Debian-Security http://mirror/sec/").unwrap(),
+            "deb http://mirror/sec/ bookworm-security main\n"
+        );
+        assert_eq!(of("Docker CE http://mirror/docker"), None);
+    }
 
     #[test]
     fn only_a_complete_run_is_good() {
