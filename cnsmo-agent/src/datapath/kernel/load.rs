@@ -51,7 +51,7 @@ pub(super) fn half_words(options: &Options) -> usize {
     (options.policy_bytes / 8).max(WORDS_MIN).next_power_of_two()
 }
 
-/// Creates or reuses the maps, and loads what no hook runs. The verifier takes a third of a second per program: the
+/// Creates or reuses the maps, and loads what no hook runs. The verifier takes about half a second per program: the
 /// others are loaded when a hook needs them.
 pub(super) fn load(options: &Options) -> Result<Loaded, KernelError> {
     ensure_bpffs(&options.pins)?;
