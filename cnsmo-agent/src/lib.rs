@@ -12,3 +12,4 @@ pub mod policy_set;
 pub mod report;
 pub mod runtime;
 pub mod session;
+pub mod tunnel;

@@ -152,7 +152,7 @@ impl PolicySet {
     pub fn rejections(&self) -> Vec<ResourceError> {
         let wire = |(name, r): (&String, &Rejected)| ResourceError {
             name: name.clone(),
-            revision: r.revision,
+            version: r.revision,
             message: r.message.clone(),
         };
         self.rejected.iter().map(wire).collect()
@@ -193,7 +193,7 @@ impl PolicySet {
     pub fn to_record(&self, core_addresses: Vec<String>) -> Record {
         let resource = |(name, r): (&Name, &Running)| Resource {
             name: name.to_string(),
-            revision: r.revision,
+            version: r.revision,
             spec: Some(Spec::FirewallPolicy((&*r.policy).into())),
         };
         Record {
@@ -209,11 +209,11 @@ impl PolicySet {
     pub fn from_record(record: Record) -> Self {
         let mut set =
             Self { store_epoch: record.store_epoch, revision: record.revision, ..Self::default() };
-        for ResourceError { name, revision, message } in record.rejected {
+        for ResourceError { name, version: revision, message } in record.rejected {
             set.reject(name, revision, message);
         }
         for resource in record.resources {
-            let (name, revision) = (resource.name.clone(), resource.revision);
+            let (name, revision) = (resource.name.clone(), resource.version);
             match convert(resource) {
                 Ok((name, policy)) => {
                     set.running.insert(name, Running { revision, policy: Arc::new(policy) });
@@ -327,7 +327,7 @@ impl Staged {
     }
 
     fn upsert(&mut self, before: &PolicySet, resource: Resource) {
-        let (name, revision) = (resource.name.clone(), resource.revision);
+        let (name, revision) = (resource.name.clone(), resource.version);
         self.set.rejected.remove(&name);
         match convert(resource) {
             Ok((name, policy)) => {
@@ -354,7 +354,7 @@ fn convert(resource: Resource) -> Result<(Name, FirewallPolicy), Invalid> {
         Some(Spec::FirewallPolicy(spec)) => {
             Ok((name, FirewallPolicy::try_from(spec).map_err(|e| e.at("spec"))?))
         }
-        None => Err(Invalid::new("missing, or of a kind this agent does not know").at("spec")),
+        _ => Err(Invalid::new("missing, or of a kind this agent does not know").at("spec")),
     }
 }
 

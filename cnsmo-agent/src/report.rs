@@ -35,7 +35,7 @@ pub fn status_report(status: Status, trouble: Option<(&'static str, String)>) ->
         ..NodeStatus::default()
     };
     let policies = status.counters.into_iter().map(policy_counters).collect();
-    StatusReport { node: Some(node), policies }
+    StatusReport { node: Some(node), policies, load_balancers: Vec::new() }
 }
 
 fn interface(attachment: Attachment) -> Interface {

@@ -89,7 +89,13 @@ impl Session {
     ) -> ConnectRequest {
         *self = Self::default();
         let labels = labels.as_map().clone();
-        up(Up::Hello(Hello { boot_id, protocol_version: PROTOCOL_VERSION, have, labels }))
+        up(Up::Hello(Hello {
+            boot_id,
+            protocol_version: PROTOCOL_VERSION,
+            have,
+            labels,
+            announcement: None,
+        }))
     }
 
     /// Takes a message of the core.
@@ -129,7 +135,7 @@ impl Session {
 
     /// The latest state of the VM.
     pub fn status(report: StatusReport) -> ConnectRequest {
-        up(Up::Status(report))
+        up(Up::Status(Box::new(report)))
     }
 }
 

@@ -96,7 +96,7 @@ impl From<Push> for Update {
     fn from(push: Push) -> Self {
         let resource = |(name, revision, spec): (String, Revision, Arc<FirewallPolicySpec>)| {
             let spec = FirewallPolicySpec::clone(&spec);
-            Resource { name, revision, spec: Some(resource::Spec::FirewallPolicy(spec)) }
+            Resource { name, version: revision, spec: Some(resource::Spec::FirewallPolicy(spec)) }
         };
         Self {
             nonce: push.nonce,

@@ -39,7 +39,7 @@ use sys::{Batches, GracePeriod, Mapped};
 use super::{ApplyError, Attachment, Count, Datapath, Status};
 use crate::{
     compile::{Compiled, Limits, compile},
-    effective::Effective,
+    effective::{Balancer, Effective},
 };
 
 /// The compiled programs.
@@ -422,6 +422,12 @@ impl Datapath for Kernel {
         Ok(())
     }
 
+    fn steer(&mut self, balancers: &[Balancer]) -> Result<(), ApplyError> {
+        let refused = |b: &Balancer| (b.name.clone(), "not supported by this data path".to_owned());
+        let refused: BTreeMap<_, _> = balancers.iter().map(refused).collect();
+        if refused.is_empty() { Ok(()) } else { Err(ApplyError::BalancersRefused(refused)) }
+    }
+
     fn status(&mut self) -> Status {
         let mut counters: BTreeMap<Name, BTreeMap<Name, Count>> = BTreeMap::new();
         for ((policy, rule), mut count) in self.live_counts() {
@@ -449,6 +455,7 @@ impl Datapath for Kernel {
             rules: self.names.len() as u64,
             counters,
             drops,
+            backend_flows: BTreeMap::new(),
         }
     }
 
@@ -611,7 +618,7 @@ fn write_retired(path: &Path, counts: &BTreeMap<(Name, Name), Count>) {
         .into_iter()
         .map(|(policy, rules)| pb::PolicyCounters { policy: policy.to_string(), rules })
         .collect();
-    let report = pb::StatusReport { node: None, policies };
+    let report = pb::StatusReport { policies, ..Default::default() };
     let new = path.with_extension("new");
     let written = fs::write(&new, report.encode_to_vec()).and_then(|()| fs::rename(&new, path));
     if let Err(error) = written {

@@ -325,11 +325,11 @@ impl Member {
         }
         self.refused = None;
         for error in ack.resource_errors {
-            if flight.target.get(&error.name) == Some(&error.revision)
-                && self.desired.get(&error.name) == Some(&error.revision)
+            if flight.target.get(&error.name) == Some(&error.version)
+                && self.desired.get(&error.name) == Some(&error.version)
             {
                 let message = cut(error.message);
-                self.rejected.insert(error.name, Rejection { revision: error.revision, message });
+                self.rejected.insert(error.name, Rejection { revision: error.version, message });
             }
         }
         self.prove(&flight, reported);

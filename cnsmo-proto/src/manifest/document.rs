@@ -41,7 +41,7 @@ fn resource(d: &mut Decoder, node: &Node) -> Option<Resource> {
                 let reason = "a Node has none: only its labels can be written";
                 d.field("spec", |d| d.refuse(spec, reason));
             }
-            Kind::Node(PbNode { metadata, status: None })
+            Kind::Node(PbNode { metadata, status: None, spec: None })
         }
         kind => {
             let reason = if LATER.contains(&kind) {
@@ -105,6 +105,7 @@ impl Manifest {
                 spec: None,
                 status: node.status.as_ref().map(StatusDocument::of_node),
             },
+            Kind::Network(_) | Kind::LoadBalancer(_) => return None,
         };
         Some(manifest)
     }
