@@ -46,7 +46,7 @@ pub struct StaticAddresses {
     pub ipv6: ::prost::alloc::string::String,
 }
 /// A VM of a network, as its peers need to know it.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Member {
     #[prost(string, tag = "1")]
     pub network: ::prost::alloc::string::String,
@@ -62,6 +62,12 @@ pub struct Member {
     /// Where its tunnel may be reached, "192.0.2.1:51820" or "\[2001:db8::1\]:51820", the likeliest first. At most 16.
     #[prost(string, repeated, tag = "6")]
     pub endpoints: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the node. A VM tells by its own record whether it is one of a balancer's gateways.
+    #[prost(btree_map = "string, string", tag = "7")]
+    pub labels: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
 }
 /// Written by the system.
 #[derive(Clone, PartialEq, ::prost::Message)]

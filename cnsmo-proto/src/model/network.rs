@@ -107,6 +107,8 @@ pub struct Member {
     pub public_key: Option<PublicKey>,
     /// The likeliest first.
     pub endpoints: Vec<SocketAddr>,
+    /// Of the node.
+    pub labels: Labels,
 }
 
 impl TryFrom<pb::NetworkSpec> for Network {
@@ -240,6 +242,7 @@ impl TryFrom<pb::Member> for Member {
             addresses,
             public_key,
             endpoints: wire.endpoints.iter().enumerate().map(endpoint).collect::<Result<_, _>>()?,
+            labels: Labels::new(wire.labels).map_err(|e| e.at("labels"))?,
         })
     }
 }
@@ -253,6 +256,7 @@ impl From<&Member> for pb::Member {
             ipv6: text(member.addresses.v6),
             public_key: member.public_key.map(|key| key.0.to_vec()).unwrap_or_default(),
             endpoints: member.endpoints.iter().map(ToString::to_string).collect(),
+            labels: member.labels.as_map().clone(),
         }
     }
 }
