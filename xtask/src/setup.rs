@@ -58,10 +58,10 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Run, "nmap", "nmap", "port scanner of the checks"),
     tool(Scope::Run, "ping", "iputils-ping", "ICMP client of the checks"),
     tool(Scope::Run, "python3", "python3", "HTTP server of the checks"),
+    tool(Scope::Run, "tcpdump", "tcpdump", "witness of the checks"),
     tool(Scope::Test, "nft", "nftables", "peer of the benchmarks"),
     tool(Scope::Test, "iperf3", "iperf3", "load of the tests"),
     tool(Scope::Test, "nc", "netcat-openbsd", "client of the tests"),
-    tool(Scope::Test, "tcpdump", "tcpdump", "witness of the tests"),
     tool(Scope::All, "qemu-system-x86_64", "qemu-system-x86", "other kernels"),
     tool(Scope::All, "dpkg-deb", "dpkg", "unpacking kernels"),
 ];
