@@ -43,7 +43,9 @@ fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
         let (stopper, stop) = stop_pair();
         stop_at_signals(stopper)?;
         let settings = config.clone();
-        runtime::run(config, Arc::new(move || open_datapath(&settings)), stop).await
+        let datapath = Arc::new(move || open_datapath(&settings));
+        let tunnel = Arc::new(|| anyhow::bail!("this build of the agent has no tunnel"));
+        runtime::run(config, datapath, tunnel, stop).await
     })
 }
 

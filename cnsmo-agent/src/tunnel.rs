@@ -1,5 +1,9 @@
 //! The tunnel of this VM into its network: WireGuard, in the kernel or in an engine of our own.
 
+pub mod control;
+pub mod engine;
+pub mod key;
+
 use std::{collections::BTreeMap, net::SocketAddr, time::SystemTime};
 
 use cnsmo_proto::model::{Addresses, Name, PublicKey};

@@ -1,26 +1,55 @@
-use std::sync::Mutex as SyncMutex;
+use std::{path::Path, sync::Mutex as SyncMutex};
 
-use cnsmo_proto::pb::{
-    agent::{Resource, resource::Spec},
-    policy::FirewallPolicySpec,
+use cnsmo_proto::{
+    digest::Digest,
+    model::{Action, Direction, Protocol},
+    pb::{
+        agent::{Resource, resource::Spec, update::Kind},
+        balancer as balancer_pb, network as network_pb,
+        policy::FirewallPolicySpec,
+    },
 };
 use cnsmo_service::supervise::{Stopper, stop_pair};
 
-use super::*;
+use super::{
+    worker::{NO_SET_DIGEST, SWEEPS_PER_RETRY},
+    *,
+};
+use crate::{
+    datapath::ApplyError,
+    desired::RESOURCE_TYPE,
+    effective::{Balancer, Effective},
+    health::{Subject, Verdict},
+    tunnel::{Backend, Device, PeerStatus, TunnelConfig, TunnelError},
+};
 
-/// Enforces what it is given, except what it is told to refuse.
+/// The VM under test.
+const NODE: &str = "vm-1";
+
+/// Tunnel and data path of one VM: enforce what they are given, except what they are told to refuse, and outlive the
+/// enforcer as the kernel does.
 #[derive(Clone, Default)]
 struct Fake(Arc<SyncMutex<Inner>>);
 
 #[derive(Default)]
 struct Inner {
     applied: Vec<Effective>,
+    /// Every call that changes something, in order.
+    calls: Vec<String>,
     /// Policies to refuse, by priority: the version is in it.
     refuse: Vec<u32>,
+    /// Balancers to refuse that have more backends than this.
+    backends_max: Option<usize>,
     blame: Option<Name>,
     fail: bool,
     crash: bool,
     sweeps: u32,
+    no_tunnel: bool,
+    tunnel_fails: bool,
+    complete_fails: bool,
+    tend_fails: bool,
+    tunnel: Option<TunnelConfig>,
+    handshakes: BTreeMap<Name, PeerStatus>,
 }
 
 impl Fake {
@@ -37,9 +66,30 @@ impl Fake {
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).applied.len()
     }
 
-    fn open(&self) -> OpenDatapath {
+    /// The calls since this was asked last.
+    fn calls(&self) -> Vec<String> {
+        let mut calls = Vec::new();
+        self.set(|inner| calls = std::mem::take(&mut inner.calls));
+        calls
+    }
+
+    fn datapath(&self) -> OpenDatapath {
         let this = self.clone();
         Arc::new(move || Ok(Box::new(this.clone())))
+    }
+
+    fn tunnel(&self) -> OpenTunnel {
+        let this = self.clone();
+        Arc::new(move || {
+            let mut none = false;
+            this.set(|inner| none = inner.no_tunnel);
+            anyhow::ensure!(!none, "no tunnel in this build");
+            Ok(Box::new(this.clone()))
+        })
+    }
+
+    fn seat(&self, dir: &Path) -> (Seat, EnforcerHandle) {
+        Seat::new(self.datapath(), self.tunnel(), dir, Name::new(NODE).ok())
     }
 }
 
@@ -55,7 +105,7 @@ impl Datapath for Fake {
         }
         let at_fault = |rule: &&crate::effective::OwnedRule| {
             let port = match &rule.rule.protocol {
-                Protocol::Ports { destination, .. } => destination[0].first(),
+                Protocol::Ports { destination, .. } => destination.first().map_or(0, |p| p.first()),
                 _ => 0,
             };
             rule.policy.is_some() && inner.refuse.contains(&u32::from(port))
@@ -66,7 +116,28 @@ impl Datapath for Fake {
         if !names.is_empty() {
             return Err(ApplyError::Refused(names));
         }
+        let too_many = |b: &&Balancer| inner.backends_max.is_some_and(|max| b.backends.len() > max);
+        let names =
+            policy.balancers.iter().filter(too_many).map(|b| (b.name.clone(), "many".into()));
+        let names: BTreeMap<_, _> = names.collect();
+        if !names.is_empty() {
+            return Err(ApplyError::BalancersRefused(names));
+        }
+        let device = policy.tunnel.as_ref().map_or("-", |t| t.device.as_str());
+        inner.calls.push(format!("apply {device} {}", shown(&policy.balancers)));
         inner.applied.push(policy.clone());
+        Ok(())
+    }
+
+    fn steer(&mut self, balancers: &[Balancer]) -> Result<(), ApplyError> {
+        let mut inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if inner.fail {
+            return Err(ApplyError::Failed("no memory".into()));
+        }
+        inner.calls.push(format!("steer {}", shown(balancers)));
+        let mut now = inner.applied.last().unwrap().clone();
+        now.balancers = balancers.to_vec();
+        inner.applied.push(now);
         Ok(())
     }
 
@@ -77,6 +148,73 @@ impl Datapath for Fake {
     fn sweep(&mut self) {
         self.set(|inner| inner.sweeps += 1);
     }
+}
+
+/// `front:web-1,web-2`
+fn shown(balancers: &[Balancer]) -> String {
+    let nodes = |b: &Balancer| b.backends.iter().map(|t| t.node.to_string()).collect::<Vec<_>>();
+    let shown = balancers.iter().map(|b| format!("{}:{}", b.name, nodes(b).join(",")));
+    shown.collect::<Vec<_>>().join(" ")
+}
+
+fn failure(what: &str) -> TunnelError {
+    TunnelError { what: what.into(), source: "port in use".into() }
+}
+
+impl Tunnel for Fake {
+    fn public_key(&self) -> PublicKey {
+        PublicKey([1; 32])
+    }
+
+    fn prepare(&mut self, config: &TunnelConfig) -> Result<Device, TunnelError> {
+        let mut inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if inner.tunnel_fails {
+            return Err(failure("listen"));
+        }
+        inner.calls.push(format!("prepare {}", peers(config)));
+        let mut with_old = config.clone();
+        let old = inner.tunnel.take().map(|old| old.peers).unwrap_or_default();
+        with_old.peers.extend(old);
+        inner.tunnel = Some(with_old);
+        Ok(Device { name: "cnsmo0".into(), mtu: config.mtu.unwrap_or(1420) })
+    }
+
+    fn complete(&mut self, config: Option<&TunnelConfig>) -> Result<(), TunnelError> {
+        let mut inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if inner.complete_fails {
+            return Err(failure("finish"));
+        }
+        inner.calls.push(format!("complete {}", config.map_or("-".into(), peers)));
+        inner.tunnel = config.cloned();
+        Ok(())
+    }
+
+    fn tend(&mut self) -> Result<(), TunnelError> {
+        let mut fails = false;
+        self.set(|inner| fails = inner.tend_fails);
+        if fails { Err(failure("start the engine")) } else { Ok(()) }
+    }
+
+    fn status(&mut self) -> Option<TunnelStatus> {
+        let inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        inner.tunnel.as_ref().map(|config| TunnelStatus {
+            network: config.network.clone(),
+            backend: Backend::Engine,
+            reason: "no module".into(),
+            device: Device { name: "cnsmo0".into(), mtu: 1420 },
+            peers: inner.handshakes.clone(),
+        })
+    }
+}
+
+fn peers(config: &TunnelConfig) -> String {
+    let nodes: Vec<_> = config.peers.values().map(|peer| peer.node.to_string()).collect();
+    nodes.join(",")
+}
+
+/// Names without a kind are of policies.
+fn full(name: &str) -> String {
+    if name.contains('/') { name.to_owned() } else { format!("firewall-policy/{name}") }
 }
 
 fn resource(name: &str, revision: i64) -> Resource {
@@ -91,17 +229,19 @@ fn resource(name: &str, revision: i64) -> Resource {
         ..Default::default()
     };
     let spec = FirewallPolicySpec { rules: vec![rule], ..Default::default() };
-    Resource { name: name.into(), revision, spec: Some(Spec::FirewallPolicy(spec)) }
+    Resource { name: full(name), version: revision, spec: Some(Spec::FirewallPolicy(spec)) }
 }
 
 fn digest(set: &[(&str, i64)]) -> Vec<u8> {
-    set.iter().copied().collect::<Digest>().to_vec()
+    let mut digest = Digest::default();
+    set.iter().for_each(|(name, version)| digest.add(&full(name), *version));
+    digest.to_vec()
 }
 
 fn update(kind: Kind, base: i64, upserts: Vec<Resource>, sent: &[(&str, i64)]) -> Update {
     Update {
         nonce: 1,
-        r#type: FIREWALL_POLICY.into(),
+        r#type: RESOURCE_TYPE.into(),
         kind: kind.into(),
         base_revision: base,
         revision: sent.iter().map(|s| s.1).max().unwrap_or(base),
@@ -116,7 +256,7 @@ fn snapshot_of_a() -> Update {
 }
 
 fn start(fake: &Fake, dir: &Path) -> (Enforcer, watch::Receiver<InForce>) {
-    let (seat, handle) = Seat::new(fake.open(), dir);
+    let (seat, handle) = fake.seat(dir);
     (seat.start().unwrap().0, handle.in_force())
 }
 
@@ -129,7 +269,7 @@ fn ports(effective: &Effective) -> Vec<u16> {
 }
 
 fn have(watch: &watch::Receiver<InForce>) -> TypeState {
-    watch.borrow().types[FIREWALL_POLICY].clone()
+    watch.borrow().types[RESOURCE_TYPE].clone()
 }
 
 #[test]
@@ -160,7 +300,7 @@ fn what_does_not_change_the_rules_is_not_applied_again() {
     bookmark.revision = 5;
     assert_eq!(enforcer.update(7, bookmark).error, "");
     assert_eq!((fake.times(), have(&watch).revision), (times, 5));
-    assert_eq!(start(&Fake::default(), dir.path()).1.borrow().types[FIREWALL_POLICY].revision, 5);
+    assert_eq!(start(&Fake::default(), dir.path()).1.borrow().types[RESOURCE_TYPE].revision, 5);
 }
 
 #[test]
@@ -172,8 +312,8 @@ fn a_policy_that_the_data_path_refuses_keeps_its_last_version_and_the_rest_appli
     let upserts = vec![resource("a", 2), resource("b", 3), resource("c", 4)];
     let ack = enforcer.update(7, update(Kind::Delta, 1, upserts, &[("a", 2), ("b", 3), ("c", 4)]));
     assert_eq!(ack.error, "");
-    let errors: Vec<_> = ack.resource_errors.iter().map(|e| (&*e.name, e.revision)).collect();
-    assert_eq!(errors, [("a", 2), ("c", 4)]);
+    let errors: Vec<_> = ack.resource_errors.iter().map(|e| (&*e.name, e.version)).collect();
+    assert_eq!(errors, [("firewall-policy/a", 2), ("firewall-policy/c", 4)]);
     assert_eq!(ports(&fake.last()), [1, 3]);
     assert_eq!(have(&watch).digest, digest(&[("a", 1), ("b", 3)]));
     let fake = Fake::default();
@@ -264,14 +404,14 @@ fn policies_of_the_ledger_that_are_refused_now_are_left_out() {
     enforcer.update(7, update(Kind::Snapshot, 0, both, &[("a", 1), ("b", 2)]));
     let fake = Fake::default();
     fake.set(|inner| inner.refuse = vec![1]);
-    let (enforcer, _) = start(&fake, dir.path());
+    let (mut enforcer, _) = start(&fake, dir.path());
     assert_eq!(ports(&fake.last()), [2]);
-    assert_eq!(enforcer.set.unwrap().rejections()[0].name, "a");
-    fake.set(|inner| inner.blame = Name::new("x").ok());
-    assert!(
-        Seat::new(fake.open(), dir.path()).0.start().is_err(),
-        "no way out, and no endless try"
+    assert_eq!(
+        enforcer.update(7, update(Kind::Bookmark, 0, vec![], &[])).resource_errors[0].name,
+        "firewall-policy/a"
     );
+    fake.set(|inner| inner.blame = Name::new("x").ok());
+    assert!(fake.seat(dir.path()).0.start().is_err(), "no way out, and no endless try");
 }
 
 #[test]
@@ -292,14 +432,9 @@ fn the_way_to_the_core_is_open_and_survives_a_restart() {
     assert_eq!(fake.times(), times, "nothing new");
 
     let fake = Fake::default();
-    let (_, found) = Seat::new(fake.open(), dir.path()).0.start().unwrap();
+    let (_, found) = fake.seat(dir.path()).0.start().unwrap();
     assert_eq!(found, core);
     assert_eq!(fake.last().rules[0].rule.name.as_str(), "core");
-}
-
-#[test]
-fn no_address_of_the_core_is_no_rule() {
-    assert_eq!(core_rule(&[]), None);
 }
 
 fn serve(seat: &Seat) -> (Stopper, tokio::task::JoinHandle<Result<(), Crashed>>) {
@@ -311,7 +446,7 @@ fn serve(seat: &Seat) -> (Stopper, tokio::task::JoinHandle<Result<(), Crashed>>)
 #[tokio::test]
 async fn the_mailbox_outlives_a_crash() {
     let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
-    let (seat, handle) = Seat::new(fake.open(), dir.path());
+    let (seat, handle) = fake.seat(dir.path());
     let (_stopper, serving) = serve(&seat);
     handle.update(7, snapshot_of_a()).await.unwrap();
     fake.set(|inner| inner.crash = true);
@@ -325,7 +460,7 @@ async fn the_mailbox_outlives_a_crash() {
     assert_eq!(have(&handle.in_force()).digest, digest(&[("a", 1)]), "the ledger is clean");
     assert_eq!(handle.update(7, delta()).await.unwrap().error, "");
     handle.sweep();
-    assert_eq!(handle.status().await.unwrap().rules, 2);
+    assert_eq!(handle.status().await.unwrap().datapath.rules, 2);
     fake.set(|inner| assert_eq!(inner.sweeps, 1));
     stopper.stop();
     serving.await.unwrap().unwrap();

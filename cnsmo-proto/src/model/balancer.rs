@@ -4,7 +4,7 @@ use super::{
     Addresses, Invalid, Labels, Name,
     error::shorten,
     firewall::protocol,
-    network::{optional, text},
+    network::{is_for_hosts, optional, text},
 };
 use crate::pb::balancer as pb;
 
@@ -131,7 +131,7 @@ fn addresses(wire: &[String]) -> Result<Vec<IpAddr>, Invalid> {
         let address: IpAddr = text.parse().map_err(|_| {
             Invalid::new(format!("`{}` is not an IP address", shorten(text))).at_index(n)
         })?;
-        if address.is_unspecified() || address.is_multicast() || address.is_loopback() {
+        if !is_for_hosts(address) {
             return Err(Invalid::new(format!("{address} cannot be a virtual address")).at_index(n));
         }
         if !seen.insert(address) {
@@ -200,14 +200,17 @@ fn health(wire: pb::HealthCheck, ports: &[ServicePort]) -> Result<HealthCheck, I
     })
 }
 
-/// In milliseconds; absent or 0: 500.
+/// In whole milliseconds, the rest is dropped; absent or 0: 500.
 fn duration(wire: Option<prost_types::Duration>, min: u64, max: u64) -> Result<Duration, Invalid> {
     let wire = wire.unwrap_or_default();
     if wire.seconds == 0 && wire.nanos == 0 {
         return Ok(Duration::from_millis(500));
     }
     let range = Duration::from_millis(min)..=Duration::from_millis(max);
-    let duration = Duration::try_from(wire).ok().filter(|duration| range.contains(duration));
+    let whole = |time: Duration| {
+        Duration::from_secs(time.as_secs()) + Duration::from_millis(time.subsec_millis().into())
+    };
+    let duration = Duration::try_from(wire).ok().map(whole).filter(|time| range.contains(time));
     duration.ok_or_else(|| Invalid::new(format!("is not from {min} to {max} ms")))
 }
 
@@ -275,5 +278,119 @@ impl From<&Backend> for pb::Backend {
             ipv6: text(backend.addresses.v6),
             draining: backend.draining,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> pb::LoadBalancerSpec {
+        pb::LoadBalancerSpec {
+            network: "shop".into(),
+            addresses: vec!["10.70.0.80".into(), "fd70::80".into()],
+            ports: vec![
+                pb::ServicePort { protocol: 17, port: 53, target_port: 5353 },
+                pb::ServicePort { protocol: 6, port: 80, target_port: 8080 },
+                pb::ServicePort { protocol: 6, port: 443, target_port: 0 },
+            ],
+            backends: [("role".to_owned(), "web".to_owned())].into(),
+            ..pb::LoadBalancerSpec::default()
+        }
+    }
+
+    fn of(nanos: i32) -> Option<prost_types::Duration> {
+        Some(prost_types::Duration { seconds: 0, nanos })
+    }
+
+    #[test]
+    fn what_is_left_out_has_the_value_that_the_contract_gives() {
+        let health = Some(pb::HealthCheck::default());
+        let balancer = LoadBalancer::try_from(pb::LoadBalancerSpec { health, ..spec() }).unwrap();
+        assert_eq!((balancer.algorithm, balancer.mode), (Algorithm::Maglev, Mode::Nat));
+        assert_eq!(balancer.ports[2].target_port, 443);
+        assert_eq!(balancer.gateways, None);
+        let half = Duration::from_millis(500);
+        let check = HealthCheck { port: 8080, interval: half, timeout: half, fall: 2, rise: 2 };
+        assert_eq!(balancer.health, Some(check));
+        let wire = pb::LoadBalancerSpec::from(&balancer);
+        assert_eq!(LoadBalancer::try_from(wire).unwrap(), balancer);
+    }
+
+    #[test]
+    fn a_bad_field_is_refused_with_its_path() {
+        type Damage = fn(&mut pb::LoadBalancerSpec);
+        let damages: [(Damage, &str); 19] = [
+            (|s| s.network.clear(), "network"),
+            (|s| s.addresses.clear(), "addresses"),
+            (|s| s.addresses = (1..10).map(|n| format!("10.0.0.{n}")).collect(), "addresses"),
+            (|s| s.addresses[1] = "10.70.0.80".into(), "addresses[1]"),
+            (|s| s.addresses[1] = "fd70::/64".into(), "addresses[1]"),
+            (|s| s.addresses[0] = "224.0.0.1".into(), "addresses[0]"),
+            (|s| s.addresses[0] = "::ffff:10.0.0.1".into(), "addresses[0]"),
+            (|s| s.ports.clear(), "ports"),
+            (|s| s.ports = vec![s.ports[0]; 17], "ports"),
+            (|s| s.ports[1].protocol = 17 + 256, "ports[1].protocol"),
+            (|s| s.ports[1].port = 0, "ports[1].port"),
+            (|s| s.ports[2].port = 80, "ports[2].port"),
+            (|s| s.ports[0].target_port = 65_536, "ports[0].targetPort"),
+            (|s| s.algorithm = 9, "algorithm"),
+            (|s| s.mode = 9, "mode"),
+            (
+                |s| s.health = Some(pb::HealthCheck { fall: 11, ..Default::default() }),
+                "health.fall",
+            ),
+            (
+                |s| {
+                    let interval = of(99_999_999);
+                    s.health = Some(pb::HealthCheck { interval, ..Default::default() });
+                },
+                "health.interval",
+            ),
+            (
+                |s| {
+                    let timeout = of(-1);
+                    s.health = Some(pb::HealthCheck { timeout, ..Default::default() });
+                },
+                "health.timeout",
+            ),
+            (
+                |s| {
+                    s.ports.truncate(1);
+                    s.health = Some(pb::HealthCheck::default());
+                },
+                "health.port",
+            ),
+        ];
+        for (damage, field) in damages {
+            let mut damaged = spec();
+            damage(&mut damaged);
+            let invalid = LoadBalancer::try_from(damaged).expect_err(field);
+            assert_eq!(invalid.field(), field, "{invalid}");
+        }
+        assert!(LoadBalancer::try_from(spec()).is_ok());
+    }
+
+    #[test]
+    fn a_time_is_of_whole_milliseconds() {
+        let interval = of(250_900_000);
+        let health = Some(pb::HealthCheck { interval, ..Default::default() });
+        let balancer = LoadBalancer::try_from(pb::LoadBalancerSpec { health, ..spec() }).unwrap();
+        assert_eq!(balancer.health.unwrap().interval, Duration::from_millis(250));
+    }
+
+    #[test]
+    fn a_backend_survives_the_wire_and_needs_an_address() {
+        let backend = pb::Backend {
+            load_balancer: "front".into(),
+            node: "web1".into(),
+            ipv4: "10.70.0.11".into(),
+            ipv6: String::new(),
+            draining: true,
+        };
+        let read = Backend::try_from(backend.clone()).unwrap();
+        assert_eq!(pb::Backend::from(&read), backend);
+        let nowhere = pb::Backend { ipv4: String::new(), ..backend };
+        assert_eq!(Backend::try_from(nowhere).unwrap_err().field(), "ipv4");
     }
 }

@@ -4,6 +4,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{Invalid, Labels, Name, error::shorten};
@@ -87,6 +88,13 @@ impl TryFrom<&[u8]> for PublicKey {
     }
 }
 
+/// Base64 (RFC 4648, section 4), as WireGuard's tools show keys.
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&STANDARD.encode(self.0))
+    }
+}
+
 impl fmt::Debug for PublicKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0[..4].iter().try_for_each(|byte| write!(f, "{byte:02x}"))?;
@@ -129,6 +137,12 @@ impl TryFrom<pb::NetworkSpec> for Network {
         }
         if let Some(net) = ipv6.filter(|net| !(16..=126).contains(&net.prefix_len())) {
             return Err(Invalid::new(format!("{net} is not from /16 to /126")).at("ipv6Prefix"));
+        }
+        if let Some(net) = ipv4.filter(|net| !is_for_hosts(net.network().into())) {
+            return Err(Invalid::new(format!("{net} has no addresses for VMs")).at("ipv4Prefix"));
+        }
+        if let Some(net) = ipv6.filter(|net| !is_for_hosts(net.network().into())) {
+            return Err(Invalid::new(format!("{net} has no addresses for VMs")).at("ipv6Prefix"));
         }
         if let Some(net) = ipv4.filter(|net| net.network() != net.addr()) {
             let hint = format!("{net} has host bits; did you mean {}?", net.trunc());
@@ -186,7 +200,9 @@ impl Network {
                     ))));
                 }
             }
-            all.insert(name, addresses);
+            if addresses != Addresses::default() {
+                all.insert(name, addresses);
+            }
         }
         Ok(all)
     }
@@ -261,6 +277,17 @@ impl From<&Member> for pb::Member {
     }
 }
 
+/// Whether an address can be one of several hosts': not so the unspecified one, those of the loopback, of one link, of
+/// multicast and of limited broadcast, nor IPv4 written as IPv6 (RFC 4291, section 2.5.5.2).
+pub(super) fn is_for_hosts(address: IpAddr) -> bool {
+    let special = address.is_unspecified() || address.is_loopback() || address.is_multicast();
+    !special
+        && match address {
+            IpAddr::V4(v4) => !v4.is_link_local() && !v4.is_broadcast(),
+            IpAddr::V6(v6) => !v6.is_unicast_link_local() && v6.to_ipv4_mapped().is_none(),
+        }
+}
+
 /// The value of an optional text; an empty one is none.
 pub(super) fn optional<T: std::str::FromStr>(text: &str, what: &str) -> Result<Option<T>, Invalid> {
     if text.is_empty() {
@@ -273,4 +300,114 @@ pub(super) fn optional<T: std::str::FromStr>(text: &str, what: &str) -> Result<O
 /// The reverse of [`optional`].
 pub(super) fn text(value: Option<impl fmt::Display>) -> String {
     value.map(|value| value.to_string()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(ipv4: &str, ipv6: &str) -> pb::NetworkSpec {
+        pb::NetworkSpec {
+            ipv4_prefix: ipv4.into(),
+            ipv6_prefix: ipv6.into(),
+            ..pb::NetworkSpec::default()
+        }
+    }
+
+    fn with_addresses(of: &[(&str, &str, &str)]) -> Result<Network, Invalid> {
+        let one = |(node, ipv4, ipv6): &(&str, &str, &str)| {
+            let addresses = pb::StaticAddresses { ipv4: (*ipv4).into(), ipv6: (*ipv6).into() };
+            ((*node).to_owned(), addresses)
+        };
+        let addresses = of.iter().map(one).collect();
+        pb::NetworkSpec { addresses, ..spec("10.70.0.0/24", "fd70::/64") }.try_into()
+    }
+
+    #[test]
+    fn prefixes_are_checked_by_length_host_bits_and_use() {
+        let cases = [
+            ("", "", "ipv4Prefix", "missing"),
+            ("10.70.0.0", "", "ipv4Prefix", "not an IPv4 CIDR"),
+            ("fd70::/64", "", "ipv4Prefix", "not an IPv4 CIDR"),
+            ("10.0.0.0/7", "", "ipv4Prefix", "from /8 to /30"),
+            ("10.70.0.0/31", "", "ipv4Prefix", "from /8 to /30"),
+            ("10.70.0.1/24", "", "ipv4Prefix", "did you mean 10.70.0.0/24"),
+            ("224.0.0.0/8", "", "ipv4Prefix", "no addresses for VMs"),
+            ("127.0.0.0/8", "", "ipv4Prefix", "no addresses for VMs"),
+            ("", "fd70::/15", "ipv6Prefix", "from /16 to /126"),
+            ("", "fd70::/127", "ipv6Prefix", "from /16 to /126"),
+            ("", "fd70::1/64", "ipv6Prefix", "did you mean fd70::/64"),
+            ("", "fe80::/64", "ipv6Prefix", "no addresses for VMs"),
+            ("", "::ffff:0:0/104", "ipv6Prefix", "no addresses for VMs"),
+        ];
+        for (ipv4, ipv6, field, reason) in cases {
+            let invalid = Network::try_from(spec(ipv4, ipv6)).expect_err(&format!("{ipv4} {ipv6}"));
+            assert_eq!(invalid.field(), field, "{invalid}");
+            assert!(invalid.reason().contains(reason), "{invalid}");
+        }
+        for (ipv4, ipv6) in [("10.0.0.0/8", ""), ("", "fd70::/126"), ("10.0.0.0/30", "fd70::/16")] {
+            assert!(Network::try_from(spec(ipv4, ipv6)).is_ok(), "{ipv4} {ipv6}");
+        }
+    }
+
+    #[test]
+    fn a_static_address_is_one_vms_and_inside() {
+        for (of, field) in [
+            (&[("db1", "10.71.0.1", "")][..], "addresses.db1"),
+            (&[("db1", "10.70.0.0", "")], "addresses.db1"),
+            (&[("db1", "10.70.0.255", "")], "addresses.db1"),
+            (&[("db1", "", "fd70::")], "addresses.db1"),
+            (&[("db1", "fd70::1", "")], "addresses.db1.ipv4"),
+            (&[("DB", "10.70.0.1", "")], "addresses.DB"),
+            (&[("db1", "10.70.0.1", ""), ("db2", "10.70.0.1", "")], "addresses.db2"),
+        ] {
+            assert_eq!(with_addresses(of).unwrap_err().field(), field, "{of:?}");
+        }
+        let network = with_addresses(&[("db1", "10.70.0.1", "fd70::1"), ("db2", "", "")]).unwrap();
+        assert_eq!(network.addresses.len(), 1, "no address is no entry");
+    }
+
+    #[test]
+    fn what_is_left_out_has_its_value_and_what_is_there_its_bounds() {
+        let network = Network::try_from(spec("10.70.0.0/24", "")).unwrap();
+        assert_eq!((network.listen_port, network.mtu), (51_820, None));
+        let with = |listen_port, mtu| {
+            let spec = pb::NetworkSpec { listen_port, mtu, ..spec("10.70.0.0/24", "") };
+            Network::try_from(spec).map(|n| (n.listen_port, n.mtu))
+        };
+        assert_eq!(with(65_535, 1280), Ok((65_535, Some(1280))));
+        assert_eq!(with(65_536, 0).unwrap_err().field(), "listenPort");
+        assert_eq!(with(0, 1279).unwrap_err().field(), "mtu");
+        assert_eq!(with(0, 8921).unwrap_err().field(), "mtu");
+    }
+
+    #[test]
+    fn a_member_survives_the_wire_and_a_damaged_one_is_refused() {
+        let member = pb::Member {
+            network: "shop".into(),
+            node: "db1".into(),
+            ipv4: "10.70.0.21".into(),
+            ipv6: "fd70::21".into(),
+            public_key: vec![7; 32],
+            endpoints: vec!["192.0.2.1:51820".into(), "[2001:db8::1]:51820".into()],
+            labels: [("role".to_owned(), "db".to_owned())].into(),
+        };
+        let read = Member::try_from(member.clone()).unwrap();
+        assert_eq!(pb::Member::from(&read), member);
+        let key = read.public_key.unwrap();
+        assert_eq!(key.to_string(), "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=");
+        type Damage = fn(&mut pb::Member);
+        let damages: [(Damage, &str); 5] = [
+            (|m| m.public_key.truncate(31), "publicKey"),
+            (|m| m.endpoints[1] = "2001:db8::1:51820".into(), "endpoints[1]"),
+            (|m| m.endpoints = vec!["192.0.2.1:1".into(); ENDPOINTS_MAX + 1], "endpoints"),
+            (|m| (m.ipv4, m.ipv6) = Default::default(), "ipv4"),
+            (|m| m.node.clear(), "node"),
+        ];
+        for (damage, field) in damages {
+            let mut damaged = member.clone();
+            damage(&mut damaged);
+            assert_eq!(Member::try_from(damaged).unwrap_err().field(), field);
+        }
+    }
 }

@@ -1,0 +1,141 @@
+//! The key pair of this VM's tunnel. Its private half never leaves the VM.
+
+use std::{
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use cnsmo_proto::model::PublicKey;
+use cnsmo_service::durable;
+use ring::rand::{SecureRandom as _, SystemRandom};
+use x25519_dalek::StaticSecret;
+use zeroize::Zeroizing;
+
+/// An X25519 private key (RFC 7748). Its memory is cleared on drop.
+#[derive(Clone)]
+pub struct PrivateKey(Zeroizing<[u8; 32]>);
+
+/// The key cannot be read or made.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// Of the file system.
+    #[error("cannot use {}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The content is not 32 bytes. It is not replaced: peers know the public half of another key.
+    #[error("{} is not a key of 32 bytes; remove it to have a new one made", path.display())]
+    NotAKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The operating system has no random numbers.
+    #[error("no random numbers")]
+    NoRandomness,
+}
+
+impl PrivateKey {
+    /// Reads the key in `path`, or makes one there.
+    ///
+    /// # Errors
+    /// See [`KeyError`].
+    pub fn open(path: &Path) -> Result<Self, KeyError> {
+        match Self::load(path) {
+            Err(KeyError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                let key = Self::generate()?;
+                durable::write(path, &*key.0, 0o600)
+                    .map_err(|source| KeyError::File { path: path.to_owned(), source })?;
+                Ok(key)
+            }
+            other => other,
+        }
+    }
+
+    /// Reads the key in `path`.
+    ///
+    /// # Errors
+    /// See [`KeyError`].
+    pub fn load(path: &Path) -> Result<Self, KeyError> {
+        let content = fs::read(path)
+            .map(Zeroizing::new)
+            .map_err(|source| KeyError::File { path: path.to_owned(), source })?;
+        let bytes = content.as_slice().try_into();
+        let bytes = bytes.map_err(|_| KeyError::NotAKey { path: path.to_owned() })?;
+        Ok(Self(Zeroizing::new(bytes)))
+    }
+
+    fn generate() -> Result<Self, KeyError> {
+        let mut bytes = Zeroizing::new([0; 32]);
+        SystemRandom::new().fill(&mut *bytes).map_err(|_| KeyError::NoRandomness)?;
+        Ok(Self(bytes))
+    }
+
+    /// The half that peers know.
+    pub fn public(&self) -> PublicKey {
+        PublicKey(x25519_dalek::PublicKey::from(&self.secret()).to_bytes())
+    }
+
+    pub(super) fn secret(&self) -> StaticSecret {
+        StaticSecret::from(*self.0)
+    }
+
+    pub(super) fn bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for PrivateKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PrivateKey(redacted)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_key_is_made_once_and_for_its_owner_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        let made = PrivateKey::open(&path).unwrap();
+        assert_eq!(PrivateKey::open(&path).unwrap().public(), made.public());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let other = PrivateKey::open(&dir.path().join("other")).unwrap();
+        assert_ne!(other.public(), made.public());
+    }
+
+    #[test]
+    fn a_damaged_key_is_not_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        fs::write(&path, [7; 31]).unwrap();
+        assert!(matches!(PrivateKey::open(&path), Err(KeyError::NotAKey { .. })));
+        assert_eq!(fs::read(&path).unwrap(), [7; 31]);
+    }
+
+    /// Key pair of RFC 7748, section 6.1.
+    #[test]
+    fn the_public_half_is_that_of_the_standard() {
+        let private = "77076d0a7318a57d3c16c17251b26645df4c2f92ebc0992ac177fba51db92c2a";
+        let public = "8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a";
+        let bytes = |hex: &str| -> Vec<u8> {
+            (0..hex.len())
+                .step_by(2)
+                .map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap())
+                .collect()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("key");
+        fs::write(&path, bytes(private)).unwrap();
+        let key = PrivateKey::load(&path).unwrap();
+        assert_eq!(key.public().0.as_slice(), bytes(public));
+        assert!(!format!("{key:?}").contains("119"), "not even as numbers");
+    }
+}
