@@ -55,7 +55,7 @@ impl Capture {
         self.tcpdump.terminate(STOP_LIMIT)?;
         let said = self.tcpdump.output()?;
         let complete = said.lines().any(|line| line.trim() == "0 packets dropped by kernel");
-        ensure!(complete, "the capture is not complete, tcpdump said\n{said}");
+        ensure!(complete, "{} is not complete, tcpdump said\n{said}", self.file.display());
         Ok(Recording { file: self.file.clone() })
     }
 }
