@@ -93,7 +93,8 @@ pub(crate) fn send_datagrams(
     .with_context(|| format!("sending datagrams to {to}"))
 }
 
-/// Asks `count` times, each time over a new connection or from a new port, and counts who answers.
+/// Asks `count` times, each time over a new connection or from a new port, and counts who answers. Ends early where nobody
+/// does.
 pub(crate) fn answers(
     from: &Netns,
     to: SocketAddr,
@@ -102,6 +103,7 @@ pub(crate) fn answers(
 ) -> anyhow::Result<BTreeMap<String, u32>> {
     /// Nothing is expected to be lost.
     const LIMIT: Duration = Duration::from_secs(5);
+    const FAILURES_MAX: u32 = 3;
     from.run(|| {
         let mut answers = BTreeMap::new();
         for _ in 0..count {
@@ -112,7 +114,12 @@ pub(crate) fn answers(
                     .and_then(|mut client| client.text("/"))
                     .unwrap_or_else(|error| outcome(&error)),
             };
-            *answers.entry(answer).or_default() += 1;
+            let failed = matches!(answer.as_str(), "timeout" | "silence");
+            let times = answers.entry(answer).or_default();
+            *times += 1;
+            if failed && *times >= FAILURES_MAX {
+                break;
+            }
         }
         Ok(answers)
     })?
@@ -223,7 +230,8 @@ fn read_scan(text: &str) -> anyhow::Result<String> {
     let mut others = Vec::new();
     for field in line.split('\t') {
         if let Some(ports) = field.strip_prefix("Ports: ") {
-            for port in ports.split(", ") {
+            // With every port in one state, the list is there and empty.
+            for port in ports.split(", ").filter(|port| !port.trim().is_empty()) {
                 let mut parts = port.split('/');
                 match (parts.next(), parts.next()) {
                     (Some(number), Some("open")) => open.push(number.to_owned()),
@@ -296,7 +304,7 @@ mod tests {
         let text =
             "Host: h ()\tPorts: 22/open/tcp//ssh///, 80/open/tcp//http///, 81/closed/tcp/////\n";
         assert_eq!(read_scan(text).unwrap(), "open: 22 80; others: 81 closed");
-        let text = "Host: h ()\tStatus: Up\tIgnored State: filtered (1026)\n";
+        let text = "Host: h ()\tPorts: \tIgnored State: filtered (1026)\n";
         assert_eq!(read_scan(text).unwrap(), "open: none; others: 1026 filtered");
         assert!(read_scan("# Nmap done: 0 hosts up").is_err());
     }

@@ -1,6 +1,6 @@
 //! The private keys of the tunnels stay on their VMs.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use anyhow::{Context as _, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
@@ -72,33 +72,26 @@ fn forms(key: &[u8]) -> Vec<Vec<u8>> {
     ]
 }
 
-/// Reads the key of a VM's tunnel, written raw, in Base64 or in hexadecimal digits.
+/// Reads the key of a VM's tunnel: its name says what moves the packets.
 fn private_key(fleet: &Fleet, vm: &str) -> anyhow::Result<Vec<u8>> {
-    let path = fleet.agent_state(vm).join("tunnel.key");
-    let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-    if bytes.len() == KEY_BYTES {
-        return Ok(bytes);
-    }
-    let text = String::from_utf8(bytes).ok().context("a key that is neither raw nor text")?;
-    decode(&text).with_context(|| format!("{} has no key of {KEY_BYTES} bytes", path.display()))
+    let files = shell::files(&fleet.agent_state(vm))?;
+    let is_key = |path: &Path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name.starts_with("tunnel") && name.ends_with(".key")
+    };
+    let path = files.into_iter().find(|path| is_key(path));
+    let path = path.with_context(|| format!("{vm} has no key for its tunnel"))?;
+    let key = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    ensure!(key.len() == KEY_BYTES, "{} has {} bytes", path.display(), key.len());
+    Ok(key)
 }
 
 fn public_key(fleet: &Fleet, vm: &str) -> anyhow::Result<Vec<u8>> {
     let node = get(fleet, &["node", vm])?;
     let text = node["status"]["overlay"]["publicKey"].as_str();
     let text = text.with_context(|| format!("{vm} shows no public key"))?;
-    decode(text).with_context(|| format!("the public key `{text}` is not understood"))
-}
-
-fn decode(text: &str) -> Option<Vec<u8>> {
-    let text = text.trim();
-    let key = if text.len() == 2 * KEY_BYTES {
-        let digits = |at| text.get(at..at + 2).and_then(|two| u8::from_str_radix(two, 16).ok());
-        (0..KEY_BYTES).map(|n| digits(2 * n)).collect::<Option<Vec<_>>>()
-    } else {
-        STANDARD.decode(text).ok()
-    };
-    key.filter(|key| key.len() == KEY_BYTES)
+    let key = STANDARD.decode(text);
+    key.with_context(|| format!("the public key `{text}` is not understood"))
 }
 
 /// Arguments and environment of each process of the fleet.
@@ -126,8 +119,5 @@ mod tests {
             assert_eq!(count(&[text], &forms(&key)), 1);
         }
         assert_eq!(count(&[vec![0xa7; KEY_BYTES - 1]], &forms(&key)), 0);
-        assert_eq!(decode(&STANDARD.encode(key)).unwrap(), key);
-        assert_eq!(decode(&"a7".repeat(KEY_BYTES)).unwrap(), key);
-        assert_eq!(decode("a7"), None);
     }
 }
