@@ -5,7 +5,7 @@ use cnsmo_proto::pb::{
     meta::Metadata,
     node::node_status::Phase,
     policy::FirewallPolicy,
-    resource::{self as api, Kind as ResourceKind, apply_request::Mode},
+    resource::{self as api, apply_request::Mode},
 };
 use proptest::prelude::*;
 
@@ -57,9 +57,8 @@ impl World {
             return;
         }
         let before = self.state.revision();
-        for event in self.state.commit(plan, before + 1) {
-            self.fleet.on_event(&event, &self.state, before, self.now);
-        }
+        let events = self.state.commit(plan, before + 1);
+        self.fleet.on_commit(&events, &self.state, before, self.now);
         self.fleet.flush(&self.state);
     }
 
@@ -75,7 +74,7 @@ impl World {
     }
 
     fn delete(&mut self, name: &str) {
-        if let Ok(plan) = self.state.plan_delete(ResourceKind::FirewallPolicy, name) {
+        if let Ok(plan) = self.state.plan_delete(Kind::FirewallPolicy, name) {
             self.commit(plan);
         }
     }
@@ -83,7 +82,7 @@ impl World {
     fn label(&mut self, node: &str, labels: &str) {
         let labels = labels.parse::<Labels>().unwrap().as_map().clone();
         let metadata = Metadata { name: node.into(), labels, ..Metadata::default() };
-        let node = cnsmo_proto::pb::node::Node { metadata: Some(metadata), status: None };
+        let node = cnsmo_proto::pb::node::Node { metadata: Some(metadata), ..Default::default() };
         let resource = Some(api::resource::Resource::Node(node));
         let wanted = parse_apply(vec![api::Resource { resource }]).unwrap();
         let plan = self.state.plan_apply(wanted, Mode::Unspecified, wall_clock()).unwrap();
@@ -105,15 +104,18 @@ impl World {
         let labels = &self.state.nodes()[node].labels;
         let policies = self.state.policies().iter();
         policies
-            .filter(|(_, policy)| policy.target.selects(labels))
-            .map(|(name, policy)| (name.clone(), policy.metadata.revision))
+            .filter(|(_, policy)| policy.model.selects(labels))
+            .map(|(name, policy)| (format!("{POLICY}{name}"), policy.metadata.revision))
             .collect()
     }
 }
 
+/// Names and versions.
+type Set = BTreeMap<String, Revision>;
+
 /// An agent that keeps its set between sessions and rejects what it is told to.
 #[derive(Default)]
-struct Agent {
+struct TestAgent {
     name: &'static str,
     session: u64,
     down: Option<mpsc::Receiver<Result<Down, Status>>>,
@@ -126,7 +128,7 @@ struct Agent {
     sent: BTreeMap<(String, Revision), usize>,
 }
 
-impl Agent {
+impl TestAgent {
     fn new(name: &'static str) -> Self {
         Self { name, ..Self::default() }
     }
@@ -139,9 +141,10 @@ impl Agent {
     fn connect(&mut self, world: &mut World) {
         let (messages, receiver) = mpsc::channel(DOWN_MAX);
         let down = DownSender { messages, alive: oneshot::channel().0 };
-        let plan = world.state.plan_connect(self.name, &Labels::default(), wall_clock()).unwrap();
+        let plan =
+            world.state.plan_connect(self.name, &Labels::default(), None, wall_clock()).unwrap();
         world.commit(plan);
-        let have = [(POLICY_TYPE.to_owned(), self.state())].into();
+        let have = [(SET_TYPE.to_owned(), self.state())].into();
         let hello = Hello { protocol_version: PROTOCOL_VERSION, have, ..Hello::default() };
         self.session = world.fleet.connect(self.name, &hello, down, 1, world.now);
         self.down = Some(receiver);
@@ -155,10 +158,10 @@ impl Agent {
             let Down::Update(push) = message else { continue };
             let update = Update::from(push);
             for resource in &update.upserts {
-                let key = (resource.name.clone(), resource.revision);
+                let key = (resource.name.clone(), resource.version);
                 *self.sent.entry(key).or_default() += 1;
             }
-            if update.kind() != Kind::Bookmark {
+            if update.kind() != UpdateKind::Bookmark {
                 self.unanswered.push_back(update);
             }
         }
@@ -171,20 +174,20 @@ impl Agent {
         let Some(update) = self.unanswered.pop_front() else { return false };
         let old = self.set.clone();
         let before = self.was_sent.clone();
-        if update.kind() == Kind::Snapshot {
+        if update.kind() == UpdateKind::Snapshot {
             self.was_sent.clear();
         }
         self.was_sent.retain(|name, _| !update.removals.contains(name));
-        self.was_sent.extend(update.upserts.iter().map(|r| (r.name.clone(), r.revision)));
+        self.was_sent.extend(update.upserts.iter().map(|r| (r.name.clone(), r.version)));
         let digest: Digest =
             self.was_sent.iter().map(|(name, rev)| (name.as_str(), *rev)).collect();
         if update.digest != digest.as_bytes() {
-            assert_eq!(update.kind(), Kind::Delta, "a snapshot leaves nothing to doubt");
+            assert_eq!(update.kind(), UpdateKind::Delta, "a snapshot leaves nothing to doubt");
             self.was_sent = before;
             self.refuse(world, &update);
             return true;
         }
-        if update.kind() == Kind::Snapshot {
+        if update.kind() == UpdateKind::Snapshot {
             self.set.clear();
         } else {
             assert_eq!(update.base_revision, self.revision);
@@ -193,21 +196,21 @@ impl Agent {
         for name in &update.removals {
             self.set.remove(name);
         }
-        for Resource { name, revision, .. } in &update.upserts {
+        for Resource { name, version, .. } in &update.upserts {
             if self.rejects.contains(name) {
                 let message = "not today".to_owned();
-                errors.push(ResourceError { name: name.clone(), revision: *revision, message });
+                errors.push(ResourceError { name: name.clone(), version: *version, message });
                 if let Some(last_good) = old.get(name) {
                     self.set.insert(name.clone(), *last_good);
                 }
             } else {
-                self.set.insert(name.clone(), *revision);
+                self.set.insert(name.clone(), *version);
             }
         }
         self.revision = update.revision;
         let ack = Ack {
             nonce: update.nonce,
-            r#type: POLICY_TYPE.into(),
+            r#type: SET_TYPE.into(),
             applied: Some(self.state()),
             resource_errors: errors,
             ..Ack::default()
@@ -220,7 +223,7 @@ impl Agent {
     fn refuse(&mut self, world: &mut World, update: &Update) {
         let ack = Ack {
             nonce: update.nonce,
-            r#type: POLICY_TYPE.into(),
+            r#type: SET_TYPE.into(),
             applied: Some(self.state()),
             error: "another digest".into(),
             ..Ack::default()
@@ -229,7 +232,7 @@ impl Agent {
     }
 
     fn heartbeat(&mut self, world: &mut World) {
-        let applied = [(POLICY_TYPE.to_owned(), self.state())].into();
+        let applied = [(SET_TYPE.to_owned(), self.state())].into();
         let heartbeat = Heartbeat { sequence: 0, applied };
         self.say(world, connect_request::Message::Heartbeat(heartbeat));
     }
@@ -243,7 +246,7 @@ impl Agent {
 #[test]
 fn an_edit_moves_only_the_nodes_it_touches() {
     let mut world = World::new();
-    let mut agents = NODES.map(Agent::new);
+    let mut agents = NODES.map(TestAgent::new);
     for agent in &mut agents {
         agent.connect(&mut world);
     }
@@ -260,7 +263,7 @@ fn an_edit_moves_only_the_nodes_it_touches() {
 #[test]
 fn a_lease_ends_by_silence_but_not_by_a_pause_of_the_core() {
     let mut world = World::new();
-    let mut agent = Agent::new("a");
+    let mut agent = TestAgent::new("a");
     agent.connect(&mut world);
     agent.answer(&mut world);
     let tick = Duration::from_millis(100);
@@ -283,7 +286,7 @@ fn a_lease_ends_by_silence_but_not_by_a_pause_of_the_core() {
 #[test]
 fn an_agent_that_answers_nothing_holds_one_update() {
     let mut world = World::new();
-    let mut deaf = Agent::new("a");
+    let mut deaf = TestAgent::new("a");
     deaf.connect(&mut world);
     for n in 0..100 {
         world.apply("p", "", n);
@@ -297,14 +300,14 @@ fn an_agent_that_answers_nothing_holds_one_update() {
 #[test]
 fn an_agent_whose_channel_is_full_is_cut() {
     let mut world = World::new();
-    let mut deaf = Agent::new("a");
+    let mut deaf = TestAgent::new("a");
     deaf.connect(&mut world);
     for n in 1..100 {
         world.apply("p", "", n);
         // The bookmark was the first.
         let nonce = u64::from(n) + 1;
         let applied = Some(deaf.state());
-        let ack = Ack { nonce, r#type: POLICY_TYPE.into(), applied, ..Ack::default() };
+        let ack = Ack { nonce, r#type: SET_TYPE.into(), applied, ..Ack::default() };
         deaf.say(&mut world, connect_request::Message::Ack(ack));
     }
     let down = deaf.down.as_mut().unwrap();
@@ -319,12 +322,12 @@ fn malformed_messages_end_the_session_with_the_field() {
         (connect_request::Message::Hello(Hello::default()), "hello"),
         (connect_request::Message::Ack(Ack::default()), "ack.type"),
         (
-            connect_request::Message::Ack(Ack { r#type: POLICY_TYPE.into(), ..Ack::default() }),
+            connect_request::Message::Ack(Ack { r#type: SET_TYPE.into(), ..Ack::default() }),
             "ack.applied",
         ),
     ] {
         let mut world = World::new();
-        let mut agent = Agent::new("a");
+        let mut agent = TestAgent::new("a");
         agent.connect(&mut world);
         agent.say(&mut world, message);
         let down = agent.down.as_mut().unwrap();
@@ -374,7 +377,7 @@ proptest! {
     #[test]
     fn all_agents_converge(steps in prop::collection::vec(step(), 0..80)) {
         let mut world = World::new();
-        let mut agents = NODES.map(Agent::new);
+        let mut agents = NODES.map(TestAgent::new);
         for step in steps {
             match step {
                 Step::Apply(p, l, n) => world.apply(POLICIES[p], LABELS[l], n),
@@ -392,7 +395,7 @@ proptest! {
                 }
                 Step::Heartbeat(n) => agents[n].heartbeat(&mut world),
                 Step::Reject(n, p) => {
-                    agents[n].rejects.insert(POLICIES[p].into());
+                    agents[n].rejects.insert(format!("{POLICY}{}", POLICIES[p]));
                 }
                 Step::Accept(n) => agents[n].rejects.clear(),
                 Step::Restart => {
@@ -426,8 +429,8 @@ proptest! {
     #[test]
     fn a_rejected_version_is_not_sent_again(steps in prop::collection::vec(step(), 0..80)) {
         let mut world = World::new();
-        let mut agent = Agent::new("a");
-        agent.rejects.insert("p".into());
+        let mut agent = TestAgent::new("a");
+        agent.rejects.insert(format!("{POLICY}p"));
         agent.connect(&mut world);
         for step in steps {
             match step {
@@ -439,7 +442,7 @@ proptest! {
             }
         }
         while agent.answer(&mut world) {}
-        let again = agent.sent.iter().filter(|((name, _), times)| name == "p" && **times > 1);
+        let again = agent.sent.iter().filter(|((name, _), times)| name == "firewall-policy/p" && **times > 1);
         prop_assert_eq!(again.count(), 0);
     }
 }
