@@ -1,9 +1,11 @@
 use std::collections::VecDeque;
 
 use cnsmo_proto::pb::{
+    self,
     agent::{Ack, Heartbeat, ResourceError, TypeState},
+    balancer::{LoadBalancer, Selector, ServicePort},
     meta::Metadata,
-    node::node_status::Phase,
+    node::{NodeSpec, node_status::Phase},
     policy::FirewallPolicy,
     resource::{self as api, apply_request::Mode},
 };
@@ -67,14 +69,36 @@ impl World {
         let spec = FirewallPolicySpec { target, priority, ..FirewallPolicySpec::default() };
         let metadata = Metadata { name: name.into(), ..Metadata::default() };
         let policy = FirewallPolicy { metadata: Some(metadata), spec: Some(spec), status: None };
-        let resource = Some(api::resource::Resource::FirewallPolicy(policy));
-        let wanted = parse_apply(vec![api::Resource { resource }]).unwrap();
-        let plan = self.state.plan_apply(wanted, Mode::Unspecified, wall_clock()).unwrap();
-        self.commit(plan);
+        self.apply_all([api::resource::Resource::FirewallPolicy(policy)]);
     }
 
-    fn delete(&mut self, name: &str) {
-        if let Ok(plan) = self.state.plan_delete(Kind::FirewallPolicy, name) {
+    /// What a rule between resources refuses changes nothing.
+    fn apply_all(&mut self, resources: impl IntoIterator<Item = api::resource::Resource>) {
+        let wire = |resource| api::Resource { resource: Some(resource) };
+        let wanted = parse_apply(resources.into_iter().map(wire).collect()).unwrap();
+        if let Ok(plan) = self.state.plan_apply(wanted, Mode::Unspecified, wall_clock()) {
+            self.commit(plan);
+        }
+    }
+
+    fn drain(&mut self, node: &str, draining: bool) {
+        let metadata = Metadata { name: node.into(), ..Metadata::default() };
+        let spec = Some(NodeSpec { draining });
+        let node = pb::node::Node { metadata: Some(metadata), spec, status: None };
+        self.apply_all([api::resource::Resource::Node(node)]);
+    }
+
+    fn announce(&mut self, node: &str, key: u8) {
+        let addresses = vec![format!("192.0.2.{key}"), "10.1.0.77".into()];
+        let wire = Announcement { tunnel_public_key: vec![key; 32], addresses };
+        let announcement = wire.try_into().unwrap();
+        if let Ok(plan) = self.state.plan_announcement(node, announcement) {
+            self.commit(plan);
+        }
+    }
+
+    fn delete(&mut self, kind: Kind, name: &str) {
+        if let Ok(plan) = self.state.plan_delete(kind, name) {
             self.commit(plan);
         }
     }
@@ -83,10 +107,7 @@ impl World {
         let labels = labels.parse::<Labels>().unwrap().as_map().clone();
         let metadata = Metadata { name: node.into(), labels, ..Metadata::default() };
         let node = cnsmo_proto::pb::node::Node { metadata: Some(metadata), ..Default::default() };
-        let resource = Some(api::resource::Resource::Node(node));
-        let wanted = parse_apply(vec![api::Resource { resource }]).unwrap();
-        let plan = self.state.plan_apply(wanted, Mode::Unspecified, wall_clock()).unwrap();
-        self.commit(plan);
+        self.apply_all([api::resource::Resource::Node(node)]);
     }
 
     fn phase(&self, node: &str) -> Phase {
@@ -99,15 +120,54 @@ impl World {
         node.status.unwrap().applied_revision
     }
 
-    /// What a node shall run, by its labels alone.
-    fn desired(&self, node: &str) -> Set {
+    /// Names of what a node shall run, by the rules of the API alone.
+    fn desired(&self, node: &str) -> BTreeSet<String> {
         let labels = &self.state.nodes()[node].labels;
         let policies = self.state.policies().iter();
-        policies
-            .filter(|(_, policy)| policy.model.selects(labels))
-            .map(|(name, policy)| (format!("{POLICY}{name}"), policy.metadata.revision))
-            .collect()
+        let policies = policies.filter(|(_, policy)| policy.model.selects(labels));
+        let mut names: BTreeSet<_> = policies.map(|(name, _)| format!("{POLICY}{name}")).collect();
+        let Some((_, network, _)) = self.state.member(node) else { return names };
+        names.insert(format!("{NETWORK}{network}"));
+        let members = &self.state.roster(network).unwrap().members;
+        names.extend(members.iter().map(|member| format!("{MEMBER}{network}/{member}")));
+        for (name, balancer) in self.state.balancers() {
+            if balancer.model.network.as_str() == network {
+                let selects = |node: &&String| {
+                    balancer.model.backends.selects(&self.state.nodes()[*node].labels)
+                };
+                names.insert(format!("{BALANCER}{name}"));
+                let backends = members.iter().filter(selects);
+                names.extend(backends.map(|member| format!("{BACKEND}{name}/{member}")));
+            }
+        }
+        names
     }
+}
+
+fn network(name: &str, prefix: &str, members: &str, listen_port: u32) -> api::resource::Resource {
+    let metadata = Metadata { name: name.into(), ..Metadata::default() };
+    let spec = NetworkSpec {
+        ipv4_prefix: prefix.into(),
+        members: members.parse::<Labels>().unwrap().as_map().clone(),
+        listen_port,
+        ..NetworkSpec::default()
+    };
+    let network = pb::network::Network { metadata: Some(metadata), spec: Some(spec), status: None };
+    api::resource::Resource::Network(network)
+}
+
+fn balancer(name: &str, network: &str, backends: &str) -> api::resource::Resource {
+    let metadata = Metadata { name: name.into(), ..Metadata::default() };
+    let spec = LoadBalancerSpec {
+        network: network.into(),
+        addresses: vec!["198.51.100.1".into()],
+        ports: vec![ServicePort { protocol: 6, port: 80, target_port: 0 }],
+        backends: backends.parse::<Labels>().unwrap().as_map().clone(),
+        gateways: Some(Selector::default()),
+        ..LoadBalancerSpec::default()
+    };
+    let balancer = LoadBalancer { metadata: Some(metadata), spec: Some(spec), status: None };
+    api::resource::Resource::LoadBalancer(balancer)
 }
 
 /// Names and versions.
@@ -261,6 +321,55 @@ fn an_edit_moves_only_the_nodes_it_touches() {
 }
 
 #[test]
+fn one_vm_that_joins_a_network_costs_each_other_member_one_record() {
+    let mut world = World::new();
+    world.apply_all([network("m", "10.1.0.0/24", "in=m", 0), balancer("lb", "m", "role=web")]);
+    let mut agents = NODES.map(TestAgent::new);
+    world.label("a", "in=m");
+    for agent in &mut agents {
+        agent.connect(&mut world);
+        while agent.answer(&mut world) {}
+    }
+    let mut received = |world: &mut World| {
+        NODES.map(|node| {
+            let agent = agents.iter_mut().find(|agent| agent.name == node).unwrap();
+            agent.receive();
+            let update = agent.unanswered.front().cloned().unwrap_or_default();
+            agent.answer(world);
+            let name = |resource: Resource| resource.name;
+            (update.upserts.into_iter().map(name).collect::<Vec<_>>(), update.removals)
+        })
+    };
+    let nothing = (Vec::new(), Vec::new());
+    world.label("b", "in=m");
+    let [a, b, c] = received(&mut world);
+    assert_eq!(a.0, ["member/m/b"]);
+    assert_eq!(b.0, ["load-balancer/lb", "member/m/a", "member/m/b", "network/m"]);
+    assert_eq!(c, nothing);
+    world.label("c", "role=web");
+    assert_eq!(received(&mut world), [nothing.clone(), nothing.clone(), nothing.clone()]);
+    world.label("c", "in=m,role=web");
+    let [a, b, _] = received(&mut world);
+    let joined = (vec!["backend/lb/c".to_owned(), "member/m/c".to_owned()], Vec::new());
+    assert_eq!((a, b), (joined.clone(), joined));
+    world.drain("c", true);
+    let drained = (vec!["backend/lb/c".to_owned()], Vec::new());
+    assert_eq!(received(&mut world), [drained.clone(), drained.clone(), drained]);
+    world.announce("b", 7);
+    let [a, ..] = received(&mut world);
+    assert_eq!(a, (vec!["member/m/b".into()], Vec::new()));
+    let Some(Spec::Member(member)) = world.fleet.catalog.get("member/m/b") else { panic!() };
+    assert_eq!(
+        (&member.public_key, &member.endpoints[..]),
+        (&vec![7; 32], &["192.0.2.7:51820".to_owned()][..])
+    );
+    world.delete(Kind::Node, "c");
+    let gone = ["backend/lb/c".to_owned(), "member/m/c".to_owned()];
+    let [a, b, _] = received(&mut world);
+    assert_eq!((a.1, b.1), (gone.to_vec(), gone.to_vec()));
+}
+
+#[test]
 fn a_lease_ends_by_silence_but_not_by_a_pause_of_the_core() {
     let mut world = World::new();
     let mut agent = TestAgent::new("a");
@@ -342,6 +451,12 @@ enum Step {
     Apply(usize, usize, u32),
     Delete(usize),
     Label(usize, usize),
+    Network(usize, usize, u32),
+    DeleteNetwork(usize),
+    Balancer(usize, usize),
+    DeleteBalancer,
+    Drain(usize, bool),
+    Announce(usize, u8),
     Connect(usize),
     Forget(usize),
     Answer(usize),
@@ -352,6 +467,7 @@ enum Step {
 }
 
 const POLICIES: [&str; 4] = ["p", "q", "r", "s"];
+const NETWORKS: [&str; 2] = ["m", "n"];
 const LABELS: [&str; 4] = ["", "x=1", "x=2", "x=1,y=1"];
 
 fn step() -> impl Strategy<Value = Step> {
@@ -359,7 +475,13 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (0..POLICIES.len(), 0..LABELS.len(), 0..5_u32).prop_map(|(p, l, n)| Step::Apply(p, l, n)),
         1 => (0..POLICIES.len()).prop_map(Step::Delete),
-        1 => (node.clone(), 0..LABELS.len()).prop_map(|(n, l)| Step::Label(n, l)),
+        2 => (node.clone(), 0..LABELS.len()).prop_map(|(n, l)| Step::Label(n, l)),
+        2 => (0..NETWORKS.len(), 0..LABELS.len(), 1..3_u32).prop_map(|(n, l, p)| Step::Network(n, l, p)),
+        1 => (0..NETWORKS.len()).prop_map(Step::DeleteNetwork),
+        2 => (0..NETWORKS.len(), 0..LABELS.len()).prop_map(|(n, l)| Step::Balancer(n, l)),
+        1 => Just(Step::DeleteBalancer),
+        1 => (node.clone(), any::<bool>()).prop_map(|(n, drain)| Step::Drain(n, drain)),
+        1 => (node.clone(), 1..5_u8).prop_map(|(n, key)| Step::Announce(n, key)),
         2 => node.clone().prop_map(Step::Connect),
         1 => node.clone().prop_map(Step::Forget),
         6 => node.clone().prop_map(Step::Answer),
@@ -381,8 +503,18 @@ proptest! {
         for step in steps {
             match step {
                 Step::Apply(p, l, n) => world.apply(POLICIES[p], LABELS[l], n),
-                Step::Delete(p) => world.delete(POLICIES[p]),
+                Step::Delete(p) => world.delete(Kind::FirewallPolicy, POLICIES[p]),
                 Step::Label(n, l) => world.label(NODES[n], LABELS[l]),
+                Step::Network(n, l, port) => {
+                    // Small enough to be full.
+                    let prefix = format!("10.{n}.0.0/30");
+                    world.apply_all([network(NETWORKS[n], &prefix, LABELS[l], port)]);
+                }
+                Step::DeleteNetwork(n) => world.delete(Kind::Network, NETWORKS[n]),
+                Step::Balancer(n, l) => world.apply_all([balancer("lb", NETWORKS[n], LABELS[l])]),
+                Step::DeleteBalancer => world.delete(Kind::LoadBalancer, "lb"),
+                Step::Drain(n, draining) => world.drain(NODES[n], draining),
+                Step::Announce(n, key) => world.announce(NODES[n], key),
                 Step::Connect(n) => agents[n].connect(&mut world),
                 Step::Forget(n) => {
                     agents[n].set.clear();
@@ -419,9 +551,17 @@ proptest! {
             for _ in 0..10 {
                 agent.answer(&mut world);
             }
-            prop_assert_eq!(&agent.set, &world.desired(agent.name));
+            let names: BTreeSet<_> = agent.set.keys().cloned().collect();
+            prop_assert_eq!(names, world.desired(agent.name));
             prop_assert_eq!(world.phase(agent.name), Phase::Ready);
             prop_assert_eq!(world.applied(agent.name), world.state.revision());
+        }
+        // A core that starts anew means the same, versions included: nothing is sent again.
+        world.fleet = Fleet::new(&world.state, Timing::default(), world.now);
+        for agent in &mut agents {
+            agent.connect(&mut world);
+            prop_assert!(!agent.answer(&mut world));
+            prop_assert_eq!(world.phase(agent.name), Phase::Ready);
         }
     }
 
