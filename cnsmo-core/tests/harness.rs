@@ -5,7 +5,7 @@ use std::{
 };
 
 use cnsmo_core::{
-    fleet::{POLICY_TYPE, PROTOCOL_VERSION, Timing},
+    fleet::{PROTOCOL_VERSION, SET_TYPE, Timing},
     server::{Config, Running},
 };
 use cnsmo_proto::{
@@ -212,6 +212,8 @@ pub(crate) async fn unix(socket: &Path) -> Result<Channel, tonic::transport::Err
 pub(crate) fn name_of(resource: &Resource) -> String {
     match resource.resource.as_ref().unwrap() {
         resource::Resource::FirewallPolicy(policy) => policy.metadata.clone().unwrap().name,
+        resource::Resource::Network(network) => network.metadata.clone().unwrap().name,
+        resource::Resource::LoadBalancer(balancer) => balancer.metadata.clone().unwrap().name,
         resource::Resource::Node(node) => node.metadata.clone().unwrap().name,
     }
 }
@@ -236,7 +238,7 @@ pub(crate) fn policy(name: &str, target: &str, port: u32) -> Resource {
 pub(crate) fn node_labels(name: &str, labels: &str) -> Resource {
     let labels = labels.parse::<Labels>().unwrap().as_map().clone();
     let metadata = Metadata { name: name.into(), labels, ..Metadata::default() };
-    let node = Node { metadata: Some(metadata), status: None };
+    let node = Node { metadata: Some(metadata), ..Node::default() };
     Resource { resource: Some(resource::Resource::Node(node)) }
 }
 
@@ -251,7 +253,7 @@ pub(crate) struct Agent {
 impl Agent {
     async fn connect(channel: Channel, have: Option<TypeState>) -> Result<Self, Status> {
         let (up, messages) = mpsc::channel(16);
-        let have = have.map(|state| (POLICY_TYPE.to_owned(), state)).into_iter().collect();
+        let have = have.map(|state| (SET_TYPE.to_owned(), state)).into_iter().collect();
         let hello = Hello { protocol_version: PROTOCOL_VERSION, have, ..Hello::default() };
         send(&up, connect_request::Message::Hello(hello)).await;
         let mut client = AgentServiceClient::new(channel);
@@ -296,7 +298,7 @@ impl Agent {
         }
         for resource in &update.upserts {
             assert!(resource.spec.is_some());
-            self.set.insert(resource.name.clone(), resource.revision);
+            self.set.insert(resource.name.clone(), resource.version);
         }
         self.revision = update.revision;
         update
@@ -325,13 +327,13 @@ impl Agent {
     }
 
     pub(crate) async fn heartbeat(&self) {
-        let applied = [(POLICY_TYPE.to_owned(), self.state())].into();
+        let applied = [(SET_TYPE.to_owned(), self.state())].into();
         let heartbeat = Heartbeat { sequence: 1, applied };
         send(&self.up, connect_request::Message::Heartbeat(heartbeat)).await;
     }
 
     pub(crate) async fn report(&self, report: StatusReport) {
-        send(&self.up, connect_request::Message::Status(report)).await;
+        send(&self.up, connect_request::Message::Status(Box::new(report))).await;
     }
 }
 
