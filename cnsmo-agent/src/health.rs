@@ -128,8 +128,8 @@ impl Checker {
 
     fn adopt(&mut self, wanted: &Checks) {
         self.running.retain(|subject, running| wanted.get(subject) == Some(&running.check));
-        let running = &self.running;
-        self.view.retain(|subject, _| running.contains_key(subject));
+        let goes_on = &self.running;
+        self.view.retain(|subject, _| goes_on.contains_key(subject));
         for (subject, check) in wanted {
             if self.running.contains_key(subject) {
                 continue;
