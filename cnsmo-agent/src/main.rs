@@ -11,6 +11,7 @@ use cnsmo_agent::{
         kernel::{Kernel, Options, XdpChoice},
     },
     runtime,
+    tunnel::{WireGuard, engine},
 };
 use cnsmo_service::supervise::{Chain, Stopper, stop_pair};
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,8 +31,13 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
-    if let Some(Command::Detach { bpffs }) = cli.command.take() {
-        return detach(&bpffs);
+    match cli.command.take() {
+        Some(Command::Detach { bpffs }) => return detach(&bpffs),
+        Some(Command::Tunnel { state_dir }) => {
+            log_to_stderr(LogFormat::Text);
+            return engine::run(&state_dir);
+        }
+        None => {}
     }
     let config = cli.into_config()?;
     log_to_stderr(config.log_format);
@@ -68,8 +74,9 @@ fn open_datapath(config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
     Ok(Box::new(Kernel::open(options)?))
 }
 
-/// Takes everything of the data path out of the kernel.
+/// Takes everything of ours out of the kernel. The tunnel first: nothing is to pass through it unguarded.
 fn detach(bpffs: &Path) -> anyhow::Result<()> {
+    WireGuard::detach()?;
     Ok(Kernel::detach(bpffs)?)
 }
 
