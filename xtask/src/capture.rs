@@ -10,12 +10,18 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 
-use crate::{netns::Netns, process::Process};
+use crate::{
+    netns::Netns,
+    process::{Process, pause},
+};
 
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
+/// The kernel hands over what it has every second; what it has when tcpdump ends is lost. (The immediate mode would reserve
+/// a largest packet's place for each.)
+const HAND_OVER: Duration = Duration::from_millis(1500);
 /// In KiB. Its being too small is noticed: tcpdump counts what did not fit.
-const BUFFER: &str = "65536";
+const BUFFER: &str = "131072";
 /// Of pcap files in this machine's byte order, with microseconds.
 const MAGIC: u32 = 0xa1b2_c3d4;
 /// `LINKTYPE_LINUX_SLL2`: 20 bytes before each packet, with its protocol first.
@@ -36,7 +42,7 @@ impl Capture {
     pub(crate) fn start(router: &Netns, file: &Path, filter: &str) -> anyhow::Result<Self> {
         let mut command = router.command("tcpdump")?;
         command.args(["-i", "any", "-y", "LINUX_SLL2", "-n", "-s", "0", "-B", BUFFER, "-U"]);
-        command.args(["--immediate-mode", "-Z", "root", "-w"]).arg(file);
+        command.args(["-Z", "root", "-w"]).arg(file);
         command.args((!filter.is_empty()).then_some(filter));
         let mut tcpdump = Process::spawn("tcpdump", &mut command, &file.with_extension("log"))?;
         tcpdump.wait_for("listening on", START_LIMIT)?;
@@ -45,10 +51,11 @@ impl Capture {
 
     /// Ends it. An error if it has not seen everything.
     pub(crate) fn finish(mut self) -> anyhow::Result<Recording> {
+        pause(HAND_OVER);
         self.tcpdump.terminate(STOP_LIMIT)?;
         let said = self.tcpdump.output()?;
         let complete = said.lines().any(|line| line.trim() == "0 packets dropped by kernel");
-        ensure!(complete, "the capture is not complete, tcpdump said\n{said}");
+        ensure!(complete, "{} is not complete, tcpdump said\n{said}", self.file.display());
         Ok(Recording { file: self.file.clone() })
     }
 }
