@@ -504,7 +504,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
 fn network(backends: &[(&str, SocketAddr)]) -> Vec<Resource> {
     let resource = |name: String, spec| Resource { name, version: 1, spec: Some(spec) };
     let spec = network_pb::NetworkSpec {
-        ipv4_prefix: "127.0.0.0/8".into(),
+        ipv4_prefix: "10.0.0.0/24".into(),
         ..network_pb::NetworkSpec::default()
     };
     let mut all = vec![resource("network/shop".into(), Spec::Network(spec))];
