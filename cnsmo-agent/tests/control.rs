@@ -504,7 +504,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
 fn network(backends: &[(&str, SocketAddr)]) -> Vec<Resource> {
     let resource = |name: String, spec| Resource { name, version: 1, spec: Some(spec) };
     let spec = network_pb::NetworkSpec {
-        ipv4_prefix: "127.0.0.0/8".into(),
+        ipv4_prefix: "10.0.0.0/24".into(),
         ..network_pb::NetworkSpec::default()
     };
     let mut all = vec![resource("network/shop".into(), Spec::Network(spec))];
@@ -602,6 +602,33 @@ async fn an_agent_announces_itself_joins_and_follows_the_health_of_backends() {
     assert_eq!(fake.backends(), [""; 0]);
     agent.stop().await;
     assert!(fake.2.lock().unwrap().is_some(), "stopping leaves the tunnel");
+}
+
+#[tokio::test]
+async fn a_tunnel_that_comes_later_is_announced_then() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let (there, open) = (Arc::new(AtomicBool::new(false)), fake.tunnel());
+    let now = there.clone();
+    let tunnel: OpenTunnel = Arc::new(move || match now.load(Ordering::SeqCst) {
+        true => open(),
+        false => anyhow::bail!("no device"),
+    });
+    let (stopper, stop) = stop_pair();
+    let running = tokio::spawn(runtime::run(config, fake.open(), tunnel, stop));
+    let agent = Agent { stopper, running };
+    let (mut talk, hello) = core.accept().await;
+    assert_eq!(hello.announcement, None);
+    talk.welcome(7).await;
+    there.store(true, Ordering::SeqCst);
+    let announced = loop {
+        if let Some(Up::Announcement(announced)) = talk.next().await.message {
+            break announced;
+        }
+    };
+    assert_eq!(announced.tunnel_public_key, PUBLIC_KEY.0);
+    agent.stop().await;
 }
 
 #[tokio::test]
