@@ -128,8 +128,8 @@ impl Checker {
 
     fn adopt(&mut self, wanted: &Checks) {
         self.running.retain(|subject, running| wanted.get(subject) == Some(&running.check));
-        let running = &self.running;
-        self.view.retain(|subject, _| running.contains_key(subject));
+        let goes_on = &self.running;
+        self.view.retain(|subject, _| goes_on.contains_key(subject));
         for (subject, check) in wanted {
             if self.running.contains_key(subject) {
                 continue;
@@ -155,7 +155,8 @@ impl Checker {
     }
 }
 
-/// Checks for ever, or until `tell` finds nobody who listens; it is told each verdict that differs from the last.
+/// Checks for ever, or until `tell` finds nobody who listens; it is told each verdict that differs from the last. A result
+/// that contradicts the verdict is doubted or confirmed after half the interval: new flows fail until then.
 async fn repeat<F>(check: Check, connections: Arc<Semaphore>, tell: impl Fn(Verdict) -> F)
 where
     F: Future<Output = bool>,
@@ -163,7 +164,7 @@ where
     let mut counter = Counter::new(check.how);
     let mut told = None;
     loop {
-        let next = Instant::now() + spread(check.how.interval);
+        let started = Instant::now();
         let Ok(permit) = connections.acquire().await else { return };
         let result = connect(&check).await;
         drop(permit);
@@ -176,7 +177,8 @@ where
                 return;
             }
         }
-        sleep_until(next).await;
+        let pause = if counter.in_doubt() { check.how.interval / 2 } else { check.how.interval };
+        sleep_until(started + spread(pause)).await;
     }
 }
 
@@ -208,6 +210,11 @@ struct Counter {
 impl Counter {
     fn new(how: HealthCheck) -> Self {
         Self { how, healthy: None, against: 0 }
+    }
+
+    /// The last result contradicts the verdict, or there is none.
+    fn in_doubt(&self) -> bool {
+        self.against > 0
     }
 
     /// The verdict after one more result. The first success decides at once: it contradicts nothing.

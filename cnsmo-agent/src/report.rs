@@ -126,21 +126,13 @@ mod tests {
     use super::*;
     use crate::{datapath::Status, effective::BackendTarget, plan::Idle, tunnel::Device};
 
+    fn name(text: &str) -> Name {
+        Name::new(text).unwrap()
+    }
+
     #[test]
     fn everything_the_data_path_says_is_reported() {
         let count = Count { packets: 3, bytes: 180 };
-        let name = |n: &str| Name::new(n).unwrap();
-        let backend = |last: u8, idle| BackendState {
-            target: BackendTarget {
-                node: name(&format!("web-{last}")),
-                addresses: Addresses {
-                    v4: Some([10, 70, 0, last].into()),
-                    v6: Some([0xfd70, 0, 0, 0, 0, 0, 0, last.into()].into()),
-                },
-            },
-            idle,
-            message: idle.map_or("", |_| "refused").to_owned(),
-        };
         let datapath = Status {
             interfaces: vec![Attachment {
                 interface: "eth0".into(),
@@ -151,29 +143,9 @@ mod tests {
             rules: 2,
             counters: [(name("web"), [(name("http"), count)].into())].into(),
             drops: vec![(Direction::Ingress, "policy", count)],
-            backend_flows: [("10.70.0.1", 4), ("fd70::1", 2), ("10.70.0.9", 1)]
-                .map(|(address, flows)| (address.parse().unwrap(), flows))
-                .into(),
+            ..Status::default()
         };
-        let peer = tunnel::PeerStatus {
-            endpoint: Some("192.0.2.1:51820".parse().unwrap()),
-            last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(7)),
-            received_bytes: 8,
-            sent_bytes: 9,
-        };
-        let vm = VmStatus {
-            datapath,
-            tunnel: Some(TunnelStatus {
-                network: name("shop"),
-                backend: Backend::Engine,
-                reason: "no module".into(),
-                device: Device { name: "cnsmo0".into(), mtu: 1420 },
-                peers: [(name("web-1"), peer), (name("web-2"), Default::default())].into(),
-            }),
-            public_key: Some(PublicKey([3; 32])),
-            balancers: [(name("front"), vec![backend(1, None), backend(2, Some(Idle::Unhealthy))])]
-                .into(),
-        };
+        let vm = VmStatus { datapath, ..VmStatus::default() };
         let report = status_report(vm, Some(("LedgerDamaged", "why".into())));
         let node = report.node.unwrap();
         assert_eq!((node.reason.as_str(), node.message.as_str()), ("LedgerDamaged", "why"));
@@ -184,7 +156,25 @@ mod tests {
         assert_eq!(firewall.drops[0].bytes, 180);
         assert_eq!(report.policies[0].rules[0].rule, "http");
         assert_eq!(report.policies[0].rules[0].packets, 3);
-        let overlay = node.overlay.unwrap();
+        assert_eq!(node.overlay, None);
+    }
+
+    #[test]
+    fn peers_are_reported() {
+        let peer = tunnel::PeerStatus {
+            endpoint: Some("192.0.2.1:51820".parse().unwrap()),
+            last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(7)),
+            received_bytes: 8,
+            sent_bytes: 9,
+        };
+        let status = TunnelStatus {
+            network: name("shop"),
+            backend: Backend::Engine,
+            reason: "no module".into(),
+            device: Device { name: "cnsmo0".into(), mtu: 1420 },
+            peers: [(name("web-1"), peer), (name("web-2"), Default::default())].into(),
+        };
+        let overlay = overlay(status, Some(PublicKey([3; 32])));
         assert_eq!((overlay.network.as_str(), overlay.backend.as_str()), ("shop", "engine"));
         assert_eq!((overlay.mtu, overlay.public_key), (1420, vec![3; 32]));
         let shown: Vec<_> = overlay
@@ -193,7 +183,29 @@ mod tests {
             .map(|p| (&*p.node, &*p.endpoint, p.last_handshake_time.map(|time| time.seconds)))
             .collect();
         assert_eq!(shown, [("web-1", "192.0.2.1:51820", Some(7)), ("web-2", "", None)]);
-        let shown: Vec<_> = report.load_balancers[0]
+        assert_eq!((overlay.peers[0].received_bytes, overlay.peers[0].sent_bytes), (8, 9));
+    }
+
+    #[test]
+    fn flows_of_a_backend_are_those_of_all_its_addresses() {
+        let backend = |last: u8, idle: Option<Idle>| BackendState {
+            target: BackendTarget {
+                node: name(&format!("web-{last}")),
+                addresses: Addresses {
+                    v4: Some([10, 70, 0, last].into()),
+                    v6: Some([0xfd70, 0, 0, 0, 0, 0, 0, last.into()].into()),
+                },
+            },
+            idle,
+            message: idle.map_or("", |_| "refused").to_owned(),
+        };
+        let flows = [("10.70.0.1", 4), ("fd70::1", 2), ("10.70.0.9", 1)]
+            .map(|(address, flows)| (address.parse().unwrap(), flows))
+            .into();
+        let backends = vec![backend(1, None), backend(2, Some(Idle::Unhealthy))];
+        let report = balancer_report((name("front"), backends), &flows);
+        assert_eq!(report.load_balancer, "front");
+        let shown: Vec<_> = report
             .backends
             .iter()
             .map(|b| (&*b.node, b.active, &*b.reason, &*b.message, b.flows))

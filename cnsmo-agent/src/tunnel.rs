@@ -2,12 +2,19 @@
 
 pub mod control;
 pub mod engine;
+mod kernel;
 pub mod key;
+mod link;
+mod netlink;
+mod process;
+mod wireguard;
 
 use std::{collections::BTreeMap, net::SocketAddr, time::SystemTime};
 
 use cnsmo_proto::model::{Addresses, Name, PublicKey};
 use ipnet::IpNet;
+
+pub use self::wireguard::{TunnelOptions, WireGuard};
 
 /// Name of the device. A VM is in one network at most.
 pub const DEVICE: &str = "cnsmo0";

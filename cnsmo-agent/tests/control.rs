@@ -36,10 +36,12 @@ use cnsmo_proto::{
             resource::Spec,
             update::Kind,
         },
+        balancer as balancer_pb,
         identity::{
             EnrollRequest, EnrollResponse,
             enrollment_service_server::{EnrollmentService, EnrollmentServiceServer},
         },
+        network as network_pb,
         policy::{self as policy, FirewallPolicySpec},
     },
 };
@@ -321,6 +323,18 @@ impl Talk {
         }
     }
 
+    async fn status_when(&mut self, wanted: impl Fn(&StatusReport) -> bool) -> StatusReport {
+        let report = async {
+            loop {
+                let report = self.status().await;
+                if wanted(&report) {
+                    return report;
+                }
+            }
+        };
+        timeout(PATIENCE, report).await.unwrap()
+    }
+
     async fn status(&mut self) -> StatusReport {
         loop {
             if let Some(Up::Status(report)) = self.next().await.message {
@@ -483,6 +497,137 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     assert_eq!(fake.0.lock().unwrap().first().unwrap().rules.len(), 2);
     assert_eq!(fake.in_force(), ["-", "a"]);
     drop(talk);
+    agent.stop().await;
+}
+
+/// A network and a balancer whose backends listen on loopback addresses, which all VMs of this test share.
+fn network(backends: &[(&str, SocketAddr)]) -> Vec<Resource> {
+    let resource = |name: String, spec| Resource { name, version: 1, spec: Some(spec) };
+    let spec = network_pb::NetworkSpec {
+        ipv4_prefix: "10.0.0.0/24".into(),
+        ..network_pb::NetworkSpec::default()
+    };
+    let mut all = vec![resource("network/shop".into(), Spec::Network(spec))];
+    let own = ("web-1", SocketAddr::from(([127, 0, 0, 9], 0)));
+    for (last, (node, address)) in backends.iter().chain([&own]).enumerate() {
+        let member = network_pb::Member {
+            network: "shop".into(),
+            node: (*node).into(),
+            ipv4: address.ip().to_string(),
+            public_key: vec![u8::try_from(last).unwrap(); 32],
+            ..network_pb::Member::default()
+        };
+        all.push(resource(format!("member/shop/{node}"), Spec::Member(member)));
+    }
+    let port = backends[0].1.port().into();
+    let millis = |n: i32| Some(prost_types::Duration { seconds: 0, nanos: n * 1_000_000 });
+    let spec = balancer_pb::LoadBalancerSpec {
+        network: "shop".into(),
+        addresses: vec!["10.0.0.80".into()],
+        ports: vec![balancer_pb::ServicePort { protocol: 6, port: 80, target_port: port }],
+        health: Some(balancer_pb::HealthCheck { interval: millis(100), ..Default::default() }),
+        ..balancer_pb::LoadBalancerSpec::default()
+    };
+    all.push(resource("load-balancer/front".into(), Spec::LoadBalancer(spec)));
+    for (node, address) in backends {
+        let backend = balancer_pb::Backend {
+            load_balancer: "front".into(),
+            node: (*node).into(),
+            ipv4: address.ip().to_string(),
+            ..balancer_pb::Backend::default()
+        };
+        all.push(resource(format!("backend/front/{node}"), Spec::Backend(backend)));
+    }
+    all
+}
+
+/// Two servers on one port of two addresses.
+async fn two_servers() -> [TcpListener; 2] {
+    let first = TcpListener::bind("127.0.0.2:0").await.unwrap();
+    let port = first.local_addr().unwrap().port();
+    [first, TcpListener::bind(("127.0.0.3", port)).await.unwrap()]
+}
+
+#[tokio::test]
+async fn an_agent_announces_itself_joins_and_follows_the_health_of_backends() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let agent = Agent::start(&config, &fake);
+    let (mut talk, hello) = core.accept().await;
+    let announced = hello.announcement.unwrap();
+    assert_eq!(announced.tunnel_public_key, PUBLIC_KEY.0);
+    assert!(!announced.addresses.iter().any(|address| address.starts_with("127.")));
+    talk.welcome(7).await;
+
+    let [one, two] = two_servers().await;
+    let (one_at, two_at) = (one.local_addr().unwrap(), two.local_addr().unwrap());
+    let upserts = network(&[("web-2", one_at), ("web-3", two_at)]);
+    let sent: Vec<_> = upserts.iter().map(|r| (r.name.clone(), r.version)).collect();
+    let sent: Vec<_> = sent.iter().map(|(name, version)| (name.as_str(), *version)).collect();
+    let now = state(1, &sent);
+    let ack = talk.update(update(Kind::Snapshot, 0, upserts, now.clone())).await;
+    assert_eq!((&*ack.error, ack.resource_errors, ack.applied), ("", vec![], Some(now.clone())));
+    let active = |report: &StatusReport| {
+        let backends = report.load_balancers.first().map(|balancer| balancer.backends.clone());
+        let active = backends.into_iter().flatten().filter(|backend| backend.active);
+        active.map(|backend| backend.node).collect::<Vec<_>>()
+    };
+    let report = talk.status_when(|report| active(report) == ["web-2", "web-3"]).await;
+    let overlay = report.node.unwrap().overlay.unwrap();
+    assert_eq!((&*overlay.network, &*overlay.backend, overlay.peers.len()), ("shop", "kernel", 2));
+
+    drop(two);
+    let report = talk.status_when(|report| active(report) == ["web-2"]).await;
+    let out = &report.load_balancers[0].backends[1];
+    assert_eq!((&*out.node, &*out.reason), ("web-3", "Unhealthy"));
+    assert!(out.message.contains("refused"), "{}", out.message);
+    assert_eq!(fake.backends(), ["web-2"]);
+
+    // What is known of health survives a crash of the data path.
+    fake.1.store(true, Ordering::SeqCst);
+    let mut more = sent.clone();
+    more.push(("a", 2));
+    let delta = update(Kind::Delta, 1, vec![good("a", 2)], state(2, &more));
+    assert!(talk.update(delta.clone()).await.error.ends_with("crashed"));
+    assert_eq!(talk.update(delta).await.error, "");
+    talk.status_when(|report| active(report) == ["web-2"]).await;
+    assert_eq!(fake.backends(), ["web-2"]);
+    let two = TcpListener::bind(two_at).await.unwrap();
+    talk.status_when(|report| active(report) == ["web-2", "web-3"]).await;
+
+    drop(one);
+    drop(two);
+    talk.status_when(|report| active(report).is_empty()).await;
+    assert_eq!(fake.backends(), [""; 0]);
+    agent.stop().await;
+    assert!(fake.2.lock().unwrap().is_some(), "stopping leaves the tunnel");
+}
+
+#[tokio::test]
+async fn a_tunnel_that_comes_later_is_announced_then() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let (there, open) = (Arc::new(AtomicBool::new(false)), fake.tunnel());
+    let now = there.clone();
+    let tunnel: OpenTunnel = Arc::new(move || match now.load(Ordering::SeqCst) {
+        true => open(),
+        false => anyhow::bail!("no device"),
+    });
+    let (stopper, stop) = stop_pair();
+    let running = tokio::spawn(runtime::run(config, fake.open(), tunnel, stop));
+    let agent = Agent { stopper, running };
+    let (mut talk, hello) = core.accept().await;
+    assert_eq!(hello.announcement, None);
+    talk.welcome(7).await;
+    there.store(true, Ordering::SeqCst);
+    let announced = loop {
+        if let Some(Up::Announcement(announced)) = talk.next().await.message {
+            break announced;
+        }
+    };
+    assert_eq!(announced.tunnel_public_key, PUBLIC_KEY.0);
     agent.stop().await;
 }
 

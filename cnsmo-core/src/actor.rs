@@ -337,7 +337,7 @@ impl Actor {
             Input::Connect { node, spki_sha256, hello, down, reply } => {
                 let _ = reply.send(self.connect(&node, &spki_sha256, &hello, down).await);
             }
-            Input::Agent(from) => self.from_agent(from).await,
+            Input::Agent(from) => self.take(from).await,
             Input::Shutdown => {}
         }
     }
@@ -385,7 +385,7 @@ impl Actor {
         Ok(self.fleet.connect(node, hello, down, self.epoch, Instant::now()))
     }
 
-    async fn from_agent(&mut self, from: FromAgent) {
+    async fn take(&mut self, from: FromAgent) {
         let FromAgent { node, session, received, message } = from;
         let Some(message) = message else {
             return self.fleet.end(&node, session, Status::ok(""));

@@ -277,6 +277,9 @@ impl Fleet {
                 self.changed.remove(&(*kind, name.clone()));
             }
         }
+        if events.iter().any(|event| event.kind == Kind::Network) {
+            self.networks_changed(state);
+        }
         self.tell_members(state, before);
     }
 

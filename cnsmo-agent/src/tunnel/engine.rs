@@ -13,6 +13,7 @@ use std::{
         mpsc,
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
@@ -48,6 +49,7 @@ mod vnet;
 
 /// Handshake messages of one source address and second, beyond which it must prove that it is there. The kernel's bound.
 const HANDSHAKES_PER_SOURCE: u64 = 20;
+const DEVICE_WAIT: Duration = Duration::from_secs(1);
 
 /// Runs the engine: takes the device, then serves `state_dir`'s control socket until it is told to stop or the device is
 /// gone.
@@ -56,7 +58,7 @@ const HANDSHAKES_PER_SOURCE: u64 = 20;
 /// The key cannot be read, the device belongs to another process, or a thread of the engine ended.
 pub fn run(state_dir: &Path) -> anyhow::Result<()> {
     let key = PrivateKey::load(&control::key_path(state_dir))?;
-    let tun = Tun::open(DEVICE)?;
+    let tun = take_device()?;
     let (engine, handshakes) = Engine::new(&key, tun)?;
     let engine = Arc::new(engine);
     let (ended, end) = mpsc::channel();
@@ -69,6 +71,19 @@ pub fn run(state_dir: &Path) -> anyhow::Result<()> {
     let (thread, result) = end.recv()?;
     tracing::info!(thread, "engine ends");
     Ok(result?)
+}
+
+/// An engine that was told to stop may not be gone yet.
+fn take_device() -> io::Result<Tun> {
+    let end = Instant::now() + DEVICE_WAIT;
+    loop {
+        match Tun::open(DEVICE) {
+            Err(e) if e.kind() == io::ErrorKind::ResourceBusy && Instant::now() < end => {
+                handshake::pause(Duration::from_millis(10));
+            }
+            other => return other,
+        }
+    }
 }
 
 type Ended = (&'static str, io::Result<()>);

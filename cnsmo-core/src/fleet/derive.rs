@@ -41,9 +41,12 @@ impl Fleet {
             }
             None => self.withdraw(name, &key),
         }
-        // Port and prefixes are in the members' endpoints, those of all networks in those of all.
-        for node in state.networks().keys().filter_map(|network| state.roster(network)) {
-            for node in &node.members {
+    }
+
+    /// Port and prefixes are in the members' endpoints, the prefixes of all networks in those of all.
+    pub(super) fn networks_changed(&mut self, state: &State) {
+        for roster in state.networks().keys().filter_map(|network| state.roster(network)) {
+            for node in &roster.members {
                 self.publish_member(node, state);
             }
         }

@@ -212,3 +212,6 @@ fn is_complete(addresses: Addresses, network: &Network) -> bool {
     addresses.v4.is_some() == network.ipv4.is_some()
         && addresses.v6.is_some() == network.ipv6.is_some()
 }
+
+#[cfg(test)]
+mod tests;

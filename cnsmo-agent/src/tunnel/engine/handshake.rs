@@ -155,6 +155,6 @@ pub(super) fn bytes(datagrams: &[Packet]) -> u64 {
     clippy::disallowed_methods,
     reason = "a thread of its own, in a process without a runtime"
 )]
-fn pause(time: Duration) {
+pub(super) fn pause(time: Duration) {
     thread::sleep(time);
 }

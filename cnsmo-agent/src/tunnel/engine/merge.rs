@@ -378,8 +378,9 @@ mod tests {
             prop_assert_eq!(received.len(), all.len());
             for (stream, _) in &streams {
                 let l3_len = if stream.v6 { 40 } else { 20 };
-                let of_stream = |packet: &&Vec<u8>| packet[l3_len + 1] == stream.port
-                    && (packet[0] >> 4 == 6) == stream.v6;
+                let of_stream = |packet: &&Vec<u8>| {
+                    (packet[0] >> 4 == 6) == stream.v6 && packet[l3_len + 1] == stream.port
+                };
                 let got: Vec<_> = received.iter().filter(of_stream).collect();
                 let wanted: Vec<_> = sent.iter().filter(|(port, _)| *port == stream.port)
                     .map(|(_, packet)| packet).collect();
