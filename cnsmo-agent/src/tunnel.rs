@@ -36,7 +36,10 @@ pub trait Tunnel: Send + 'static {
     /// Called every second: what has died is started again, a peer that does not answer is tried at its next endpoint.
     fn tend(&mut self) -> Result<(), TunnelError>;
 
-    /// What it does now; `None` without a device.
+    /// The device that is there, whoever made it and whatever it shall be: one that an earlier agent left carries packets.
+    fn existing(&mut self) -> Option<Device>;
+
+    /// What it does now; `None` before a configuration was prepared.
     fn status(&mut self) -> Option<TunnelStatus>;
 }
 

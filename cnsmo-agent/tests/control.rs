@@ -153,6 +153,11 @@ impl Tunnel for Fake {
         Ok(())
     }
 
+    fn existing(&mut self) -> Option<Device> {
+        let there = self.2.lock().unwrap().is_some();
+        there.then(|| Device { name: "cnsmo0".into(), mtu: 1420 })
+    }
+
     fn status(&mut self) -> Option<TunnelStatus> {
         self.2.lock().unwrap().as_ref().map(|config| TunnelStatus {
             network: config.network.clone(),

@@ -23,6 +23,8 @@ pub(super) struct Plane {
     tunnel: Option<Box<dyn Tunnel>>,
     /// What the data path enforces; `None`: not known, as at the start.
     enforced: Option<Effective>,
+    /// The tunnel failed, and its device may be another one, without the data path on it.
+    unguarded: bool,
     /// What the tunnel is; `None`: not known, or between two configurations.
     tunnel_is: Option<(Option<TunnelConfig>, Option<Device>)>,
     /// What `tend` said last.
@@ -47,6 +49,7 @@ impl Plane {
             open_tunnel,
             tunnel: None,
             enforced: None,
+            unguarded: false,
             tunnel_is: None,
             tending: None,
             crashed: false,
@@ -96,12 +99,15 @@ impl Plane {
         Ok(())
     }
 
-    /// Removes expired flows, and revives what has died of the tunnel. Returns whether the tunnel fails otherwise than
-    /// before, or no longer does.
+    /// Removes expired flows, and revives what has died of the tunnel. What that cannot mend takes another
+    /// [`Self::enforce`]. Returns whether the tunnel fails otherwise than before, or no longer does.
     pub(super) fn tend(&mut self) -> bool {
         self.datapath.sweep();
         let Some(tunnel) = &mut self.tunnel else { return false };
         let failure = tunnel.tend().err().map(|error| Chain(&error).to_string());
+        if failure.is_some() {
+            (self.tunnel_is, self.unguarded) = (None, true);
+        }
         if failure == self.tending {
             return false;
         }
@@ -198,6 +204,7 @@ impl Plane {
     /// Touches the data path only as far as needed: compiling the rules of a large policy takes seconds.
     fn apply(&mut self, next: Effective) -> Result<(), ApplyError> {
         match &self.enforced {
+            _ if self.unguarded => self.datapath.apply(&next)?,
             Some(now) if *now == next => return Ok(()),
             Some(now) if differ_in_backends_only(now, &next) => {
                 self.datapath.steer(&next.balancers)?;
@@ -205,12 +212,13 @@ impl Plane {
             _ => self.datapath.apply(&next)?,
         }
         self.enforced = Some(next);
+        self.unguarded = false;
         Ok(())
     }
 
     /// The device as the tunnel has it, whatever it shall be.
     fn device_found(&mut self) -> Option<Device> {
-        Some(self.open().ok()?.status()?.device)
+        self.open().ok()?.existing()
     }
 
     fn open(&mut self) -> Result<&mut dyn Tunnel, String> {

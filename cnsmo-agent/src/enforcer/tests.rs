@@ -195,6 +195,12 @@ impl Tunnel for Fake {
         if fails { Err(failure("start the engine")) } else { Ok(()) }
     }
 
+    fn existing(&mut self) -> Option<Device> {
+        let mut there = false;
+        self.set(|inner| there = inner.tunnel.is_some());
+        there.then(|| Device { name: "cnsmo0".into(), mtu: 1420 })
+    }
+
     fn status(&mut self) -> Option<TunnelStatus> {
         let inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         inner.tunnel.as_ref().map(|config| TunnelStatus {
@@ -852,4 +858,20 @@ fn what_happens_to_the_tunnel_is_told_once() {
     fake.set(|inner| inner.tend_fails = false);
     enforcer.sweep();
     assert_eq!(watch.borrow().trouble, None);
+}
+
+#[test]
+fn a_tunnel_that_died_is_made_anew_and_guarded_before_it_carries_packets() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, ..) = start_shop(&fake, dir.path());
+    fake.calls();
+    fake.set(|inner| inner.tend_fails = true);
+    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    assert_eq!(
+        fake.calls(),
+        ["prepare web-1,web-2", "apply cnsmo0 front:web-1,web-2", "complete web-1,web-2"]
+    );
+    fake.set(|inner| inner.tend_fails = false);
+    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    assert_eq!(fake.calls(), [""; 0]);
 }

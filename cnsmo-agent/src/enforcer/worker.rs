@@ -293,7 +293,8 @@ impl Enforcer {
         }
         self.sweeps += 1;
         let due = self.sweeps.is_multiple_of(SWEEPS_PER_RETRY);
-        if due && (self.retry || self.shortfall.tunnel.is_some()) {
+        let unmet = self.retry || self.shortfall.tunnel.is_some();
+        if due && (unmet || self.plane.tunnel_failure().is_some()) {
             match self.enforce_again() {
                 Ok(()) => self.retry = false,
                 Err(error) => tracing::warn!(error = %Chain(&error), "still not in force"),

@@ -278,6 +278,12 @@ impl Tunnel for WireGuard {
         self.try_tend().map_err(failed("keep the tunnel running"))
     }
 
+    fn existing(&mut self) -> Option<Device> {
+        let link = self.links.find(DEVICE).ok()?.filter(|link| backend_of(link).is_some())?;
+        let mtu = u16::try_from(link.mtu).unwrap_or(u16::MAX);
+        Some(Device { name: DEVICE.to_owned(), mtu })
+    }
+
     fn status(&mut self) -> Option<TunnelStatus> {
         let config = self.config.as_ref()?;
         let now = self.mover.peers().unwrap_or_else(|error| {
