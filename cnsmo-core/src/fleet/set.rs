@@ -63,6 +63,9 @@ impl Set {
 
     /// Calls `found` with what has another version than in `old`, or is not in either: its version here.
     fn differences<'a>(&'a self, old: &'a Self, found: &mut impl FnMut(&'a Key, Option<Revision>)) {
+        if Arc::ptr_eq(&self.shards, &old.shards) {
+            return;
+        }
         let empty = &*EMPTY;
         for n in 0..SHARDS {
             let new = self.shards.get(n).unwrap_or(empty);

@@ -5,6 +5,7 @@ use cnsmo_proto::pb::{
     agent::{Ack, Heartbeat, ResourceError, TypeState},
     balancer::{LoadBalancer, Selector, ServicePort},
     meta::Metadata,
+    network::StaticAddresses,
     node::{NodeSpec, node_status::Phase},
     policy::FirewallPolicy,
     resource::{self as api, apply_request::Mode},
@@ -82,7 +83,8 @@ impl World {
     }
 
     fn drain(&mut self, node: &str, draining: bool) {
-        let metadata = Metadata { name: node.into(), ..Metadata::default() };
+        let labels = self.state.nodes()[node].labels.as_map().clone();
+        let metadata = Metadata { name: node.into(), labels, ..Metadata::default() };
         let spec = Some(NodeSpec { draining });
         let node = pb::node::Node { metadata: Some(metadata), spec, status: None };
         self.apply_all([api::resource::Resource::Node(node)]);
@@ -367,6 +369,34 @@ fn one_vm_that_joins_a_network_costs_each_other_member_one_record() {
     let gone = ["backend/lb/c".to_owned(), "member/m/c".to_owned()];
     let [a, b, _] = received(&mut world);
     assert_eq!((a.1, b.1), (gone.to_vec(), gone.to_vec()));
+}
+
+#[test]
+fn who_is_selected_and_not_in_a_network_is_told_why() {
+    let mut world = World::new();
+    let mut office = network("office", "10.1.0.0/30", "", 0);
+    let api::resource::Resource::Network(inner) = &mut office else { panic!() };
+    let fixed = StaticAddresses { ipv4: "10.1.0.2".into(), ..StaticAddresses::default() };
+    inner.spec.as_mut().unwrap().addresses.insert("c".into(), fixed);
+    world.apply_all([office, network("lab", "10.2.0.0/24", "n=b", 0)]);
+    let Some(Spec::Network(spec)) = world.fleet.catalog.get("network/office") else { panic!() };
+    assert!(spec.addresses.is_empty(), "the members' records have them");
+    let refused = |world: &mut World| {
+        let office = world.fleet.resource(Kind::Network, "office", &world.state).unwrap();
+        let Some(api::resource::Resource::Network(office)) = office.resource else { panic!() };
+        let status = office.status.unwrap();
+        let refused = status.refused.into_iter().map(|one| (one.node, one.message));
+        let members = status.members.into_iter().map(|one| one.node);
+        (members.collect::<Vec<_>>(), refused.collect::<Vec<_>>())
+    };
+    let elsewhere = ("b".to_owned(), "is in Network lab, whose name comes first".to_owned());
+    let all = ["a".to_owned(), "c".to_owned()];
+    assert_eq!(refused(&mut world), (all.to_vec(), vec![elsewhere]));
+    world.delete(Kind::Network, "lab");
+    let full = ("b".to_owned(), "no place is free: the network is full".to_owned());
+    assert_eq!(refused(&mut world), (all.to_vec(), vec![full]));
+    world.delete(Kind::Node, "a");
+    assert_eq!(refused(&mut world), (vec!["b".to_owned(), "c".to_owned()], vec![]));
 }
 
 #[test]

@@ -149,9 +149,6 @@ impl State {
                 "Node {name}: has not joined: only the labels and the spec of a node that has joined can be written"
             )));
         };
-        // `cnsmo drain` says nothing about labels.
-        let labels =
-            if labels == Labels::default() && spec.is_some() { old.labels.clone() } else { labels };
         let draining = spec.map_or(old.draining, |spec| spec.draining);
         let labels_by_operator = old.labels_by_operator || old.labels != labels;
         let node = Node { labels_by_operator, ..rewritten(old, labels, draining, now) };

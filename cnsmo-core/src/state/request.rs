@@ -25,7 +25,7 @@ pub(super) const RESOURCES_MAX: usize = 10_000;
 pub struct Wanted {
     /// Name.
     pub name: Name,
-    /// All of its labels. Of a node that comes with a spec: none if they stay.
+    /// All of its labels.
     pub labels: Labels,
     /// The rest.
     pub body: Body,
