@@ -5,4 +5,5 @@ mod attach;
 mod firewall;
 mod kernel;
 mod lab;
+mod overlay;
 mod swap;

@@ -62,6 +62,7 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Test, "nft", "nftables", "peer of the benchmarks"),
     tool(Scope::Test, "iperf3", "iperf3", "load of the tests"),
     tool(Scope::Test, "nc", "netcat-openbsd", "client of the tests"),
+    tool(Scope::Test, "wireguard-go", "wireguard-go", "judge of the tests"),
     tool(Scope::All, "qemu-system-x86_64", "qemu-system-x86", "other kernels"),
     tool(Scope::All, "dpkg-deb", "dpkg", "unpacking kernels"),
 ];

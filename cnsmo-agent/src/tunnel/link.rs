@@ -1,13 +1,17 @@
 //! The device as the kernel sees it, whatever moves its packets: MTU, addresses, routes.
 
-use std::{collections::BTreeSet, io, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+};
 
 use cnsmo_proto::model::{MTU_MIN, TUNNEL_OVERHEAD};
 use ipnet::IpNet;
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage as Message,
-    address::{AddressAttribute, AddressMessage},
+    address::{AddressAttribute, AddressFlags, AddressMessage},
     link::{
         AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo,
         LinkLayerType, LinkMessage,
@@ -100,37 +104,49 @@ impl Links {
         self.0.change(Message::SetLink(message), 0)
     }
 
-    /// Gives the device these addresses and no others.
-    pub(super) fn set_addresses(
+    /// Gives the device these addresses beside those it has.
+    pub(super) fn add_addresses(
         &mut self,
         link: &Link,
         wanted: &BTreeSet<IpAddr>,
     ) -> io::Result<()> {
-        let there = self.addresses(link)?;
-        for address in there.difference(wanted) {
-            self.0.change(Message::DelAddress(address_message(link, *address)), 0)?;
-        }
-        for address in wanted.difference(&there) {
+        for address in wanted.difference(&self.addresses(link)?) {
             let message = Message::NewAddress(address_message(link, *address));
             self.0.change(message, NLM_F_CREATE | NLM_F_EXCL)?;
         }
         Ok(())
     }
 
-    /// Sends these prefixes into the device, from the address of their family, and no others. Routes that others made
-    /// stay; one of theirs to the same prefix is an error.
+    /// Takes all addresses but these from the device. Routes must not name them any more: the kernel would remove them.
+    pub(super) fn keep_addresses(
+        &mut self,
+        link: &Link,
+        wanted: &BTreeSet<IpAddr>,
+    ) -> io::Result<()> {
+        for address in self.addresses(link)?.difference(wanted) {
+            self.0.change(Message::DelAddress(address_message(link, *address)), 0)?;
+        }
+        Ok(())
+    }
+
+    /// Sends these prefixes into the device, from the address given, and no others. Routes that others made stay; one of
+    /// theirs to the same prefix is an error.
     pub(super) fn set_routes(
         &mut self,
         link: &Link,
-        wanted: &BTreeSet<(IpNet, IpAddr)>,
+        wanted: &BTreeMap<IpNet, IpAddr>,
     ) -> io::Result<()> {
         let there = self.routes(link)?;
-        for route in there.difference(wanted) {
-            self.0.change(Message::DelRoute(route_message(link, route)), 0)?;
+        for (prefix, source) in wanted {
+            let flags = match there.get(prefix) {
+                Some(Some(same)) if same == source => continue,
+                Some(_) => NLM_F_CREATE | NLM_F_REPLACE,
+                None => NLM_F_CREATE | NLM_F_EXCL,
+            };
+            self.0.change(Message::NewRoute(route_message(link, prefix, Some(source))), flags)?;
         }
-        for route in wanted.difference(&there) {
-            let message = Message::NewRoute(route_message(link, route));
-            self.0.change(message, NLM_F_CREATE | NLM_F_EXCL)?;
+        for prefix in there.keys().filter(|prefix| !wanted.contains_key(prefix)) {
+            self.0.change(Message::DelRoute(route_message(link, prefix, None)), 0)?;
         }
         Ok(())
     }
@@ -170,8 +186,9 @@ impl Links {
         Ok(found)
     }
 
-    fn routes(&mut self, link: &Link) -> io::Result<BTreeSet<(IpNet, IpAddr)>> {
-        let mut found = BTreeSet::new();
+    /// Ours, with their preferred source addresses.
+    fn routes(&mut self, link: &Link) -> io::Result<BTreeMap<IpNet, Option<IpAddr>>> {
+        let mut found = BTreeMap::new();
         for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             let mut request = RouteMessage::default();
             request.header.address_family = family;
@@ -235,10 +252,14 @@ fn address_message(link: &Link, address: IpAddr) -> AddressMessage {
     message.header.prefix_len = IpNet::from(address).prefix_len();
     message.attributes.push(AddressAttribute::Local(address));
     message.attributes.push(AddressAttribute::Address(address));
+    if address.is_ipv6() {
+        // Usable at once: routes name it.
+        message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
     message
 }
 
-fn route_message(link: &Link, (prefix, source): &(IpNet, IpAddr)) -> RouteMessage {
+fn route_message(link: &Link, prefix: &IpNet, source: Option<&IpAddr>) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = family(prefix.addr());
     message.header.destination_prefix_length = prefix.prefix_len();
@@ -248,12 +269,13 @@ fn route_message(link: &Link, (prefix, source): &(IpNet, IpAddr)) -> RouteMessag
         if prefix.addr().is_ipv4() { RouteScope::Link } else { RouteScope::Universe };
     message.header.kind = RouteType::Unicast;
     message.attributes.push(RouteAttribute::Destination(RouteAddress::from(prefix.network())));
-    message.attributes.push(RouteAttribute::PrefSource(RouteAddress::from(*source)));
+    let source = source.map(|source| RouteAttribute::PrefSource(RouteAddress::from(*source)));
+    message.attributes.extend(source);
     message.attributes.push(RouteAttribute::Oif(link.index));
     message
 }
 
-fn destination(message: &RouteMessage) -> Option<(IpNet, IpAddr)> {
+fn destination(message: &RouteMessage) -> Option<(IpNet, Option<IpAddr>)> {
     let address = |address: &RouteAddress| match address {
         RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
@@ -267,7 +289,7 @@ fn destination(message: &RouteMessage) -> Option<(IpNet, IpAddr)> {
             _ => {}
         }
     }
-    Some((IpNet::new(to?, message.header.destination_prefix_length).ok()?, source?))
+    Some((IpNet::new(to?, message.header.destination_prefix_length).ok()?, source))
 }
 
 fn family(address: IpAddr) -> AddressFamily {

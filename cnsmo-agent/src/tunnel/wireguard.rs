@@ -200,7 +200,7 @@ impl WireGuard {
         self.mover.set(&settings)?;
         let link = self.device()?;
         self.links.set_up_queue(&link, self.mtu)?;
-        self.links.set_addresses(&link, &config.addresses.iter().collect())?;
+        self.links.add_addresses(&link, &config.addresses.iter().collect())?;
         self.config = Some(config.clone());
         Ok(())
     }
@@ -214,6 +214,7 @@ impl WireGuard {
         };
         let routes = config.prefixes.iter().filter_map(source).collect();
         self.links.set_routes(&link, &routes)?;
+        self.links.keep_addresses(&link, &config.addresses.iter().collect())?;
         self.follow(config, false)?;
         let settings = self.settings(config);
         self.mover.set(&settings)?;

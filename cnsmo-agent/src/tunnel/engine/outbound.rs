@@ -30,6 +30,8 @@ pub(super) fn run(engine: &Engine) -> io::Result<()> {
                 wait_readable(&[engine.tun.fd().as_fd()])?;
             }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            // The device was removed.
+            Err(e) if e.raw_os_error() == Some(libc::EBADFD) => return Ok(()),
             Err(e) => return Err(e),
         }
     }
