@@ -53,7 +53,7 @@ pub(super) fn settle(state: &State, next: &Next<'_>, writes: &[Write]) -> BTreeM
     draft.fill()
 }
 
-/// A node that needs an address.
+/// A node whose addresses change.
 struct Open<'a> {
     node: &'a Node,
     network: &'a str,
@@ -110,13 +110,13 @@ impl<'a> Draft<'a> {
             }
             return;
         };
-        let kept = match &node.membership {
-            Some(Membership { network: old, addresses: Some(addresses) }) if old == network => {
-                self.kept(name, network, model, *addresses)
+        let (had, kept) = match &node.membership {
+            Some(Membership { network: old, addresses: Some(had) }) if old == network => {
+                (*had, self.kept(name, network, model, *had))
             }
-            _ => Addresses::default(),
+            _ => Default::default(),
         };
-        if !is_complete(kept, model) {
+        if kept != had || !is_complete(kept, model) {
             self.leave(name, kept);
             self.open.insert(name, Open { node, network, kept });
         }

@@ -212,6 +212,30 @@ fn static_and_virtual_addresses_win_over_given_ones() {
 }
 
 #[test]
+fn a_second_family_is_given_to_all_and_taken_from_all() {
+    let mut world = World::new();
+    for node in ["a", "b"] {
+        world.join(node, "");
+    }
+    let families = |v4: &str, v6: &str| {
+        let mut network = network_of("n", v4, "", &[]);
+        let Some(resource::Resource::Network(inner)) = &mut network.resource else { panic!() };
+        inner.spec.as_mut().unwrap().ipv6_prefix = v6.into();
+        vec![network]
+    };
+    let addresses = |world: &World| {
+        let of = |node| world.state.member(node).unwrap().2.iter().collect::<Vec<_>>();
+        [of("a"), of("b")].map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    world.apply(families("10.0.0.0/24", "")).unwrap();
+    world.apply(families("10.0.0.0/24", "fd70::/64")).unwrap();
+    assert_eq!(addresses(&world), [["10.0.0.1", "fd70::1"], ["10.0.0.2", "fd70::2"]]);
+    world.restart();
+    world.apply(families("", "fd70::/64")).unwrap();
+    assert_eq!(addresses(&world), [["fd70::1"], ["fd70::2"]]);
+}
+
+#[test]
 fn a_vm_is_in_the_first_network_by_name_that_selects_it() {
     let mut world = World::new();
     world.join("a", "zone=1");
