@@ -1,6 +1,6 @@
 //! The program that runs on every VM.
 
-use std::{env, io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc};
+use std::{io::IsTerminal as _, path::Path, process::ExitCode, sync::Arc};
 
 use anyhow::Context as _;
 use clap::Parser as _;
@@ -78,7 +78,8 @@ fn open_datapath(config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
 fn open_tunnel(config: &Config) -> anyhow::Result<Box<dyn Tunnel>> {
     let options = TunnelOptions {
         state_dir: config.state_dir.clone(),
-        program: env::current_exe().context("cannot find this program's file")?,
+        // The one that runs, also when its file was replaced.
+        program: "/proc/self/exe".into(),
         interfaces: config.interfaces.clone(),
     };
     Ok(Box::new(WireGuard::open(options)?))

@@ -56,6 +56,22 @@ fn bulk_transfers_and_datagrams_arrive_whole() {
 }
 
 #[test]
+fn a_path_with_a_smaller_mtu_is_no_black_hole() {
+    let site = Site::joined("ov-mtu", 3);
+    let [a, b, c] = &site.vms[..] else { unreachable!() };
+    for vm in ["vm2", "vm3"] {
+        site.router.ip(&["link", "set", vm, "mtu", "1300"]).unwrap();
+    }
+    let data = payload(256 << 10);
+    // Over IPv4 and over IPv6, whose routers do not fragment.
+    for to in [b, c] {
+        assert!(a.pings(to.overlay4()));
+        let received = transfer(a, to, to.overlay4(), &data);
+        assert!(received == data, "to {}: {} bytes", to.n, received.len());
+    }
+}
+
+#[test]
 fn a_removed_peer_is_cut_off_and_the_others_notice_nothing() {
     let mut site = Site::joined("ov-remove", 3);
     let addresses: Vec<_> = site.vms.iter().map(site::Vm::overlay4).collect();

@@ -27,13 +27,16 @@ pub(crate) struct Options {
 enum Section {
     /// The firewall's data path and compiler
     Fw,
+    /// The engine of the overlay
+    Vpn,
 }
 
 impl Section {
-    /// Package and program that measures; it prints the rows as JSON.
-    fn program(self) -> (&'static str, &'static str) {
+    /// Programs of the agent: the one that measures and prints the rows as JSON, then those that it starts.
+    fn programs(self) -> (&'static str, &'static [&'static str]) {
         match self {
-            Self::Fw => ("cnsmo-agent", "cnsmo-bench-fw"),
+            Self::Fw => ("cnsmo-bench-fw", &[]),
+            Self::Vpn => ("cnsmo-bench-vpn", &["cnsmo-agent"]),
         }
     }
 }
@@ -70,11 +73,11 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
 }
 
 fn measure(section: Section) -> anyhow::Result<Vec<Row>> {
-    let (package, program) = section.program();
+    let (program, started) = section.programs();
     progress::heading(&format!("Building {program}, optimised"));
     let mut build = cargo();
-    let built =
-        cargo::build(build.args(["build", "--release", "--package", package, "--bin", program]))?;
+    build.args(["build", "--release", "--package=cnsmo-agent", "--bin", program]);
+    let built = cargo::build(build.args(started.iter().flat_map(|name| ["--bin", name])))?;
     progress::heading(&format!("Measuring with {program}"));
     let mut command = Command::new(built.executable(program)?);
     let output = command

@@ -64,7 +64,10 @@ impl Cutter {
         mtu: u16,
         pieces: &mut Vec<BytesMut>,
     ) -> Result<(), Malformed> {
-        let (l4, gso_size) = (usize::from(header.csum_start), usize::from(header.gso_size));
+        // Checksums of a forwarded super-packet may be complete; then nothing says where they start.
+        let l3_min = if is_v4(packet) { usize::from(packet[0] & 0xf) * 4 } else { 40 };
+        let l4 = if header.needs_csum { usize::from(header.csum_start) } else { l3_min };
+        let gso_size = usize::from(header.gso_size);
         let headers_len = headers_len(packet, l4, protocol)?;
         if gso_size == 0 || packet.len() <= headers_len {
             return Err(Malformed);

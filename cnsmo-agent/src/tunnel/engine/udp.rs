@@ -3,7 +3,7 @@
 use std::{
     io::{self, IoSliceMut},
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
 };
 
 use nix::{
@@ -57,6 +57,7 @@ impl Udp {
             socket.set_send_buffer_size(BUFFER_BYTES)?;
         }
         let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+        allow_fragments(&socket, dual)?;
         Ok(Self { socket, state, dual, port })
     }
 
@@ -115,6 +116,25 @@ impl Udp {
             }
         }
     }
+}
+
+/// A path with a smaller MTU than the tunnel counts on shall be slow, not silent: as with the kernel's WireGuard.
+fn allow_fragments(socket: &Socket, dual: bool) -> io::Result<()> {
+    let set = |level, name, value: libc::c_int| {
+        let len = libc::socklen_t::try_from(size_of_val(&value)).map_err(io::Error::other)?;
+        let value = (&raw const value).cast();
+        // SAFETY: pointer and length are those of a live integer.
+        match unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, value, len) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    set(libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)?;
+    if dual {
+        set(libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DONT)?;
+        set(libc::IPPROTO_IPV6, libc::IPV6_DONTFRAG, 0)?;
+    }
+    Ok(())
 }
 
 /// Datagrams for one peer, laid end to end until they are sent together (`UDP_SEGMENT`).
