@@ -1,5 +1,6 @@
 //! The agent of one VM.
 
+pub mod balance;
 pub mod compile;
 pub mod config;
 pub mod datapath;

@@ -58,7 +58,7 @@ fn bulk_transfers_and_datagrams_arrive_whole() {
 #[test]
 fn a_removed_peer_is_cut_off_and_the_others_notice_nothing() {
     let mut site = Site::joined("ov-remove", 3);
-    let addresses: Vec<_> = site.vms.iter().map(|vm| vm.overlay4()).collect();
+    let addresses: Vec<_> = site.vms.iter().map(site::Vm::overlay4).collect();
     assert!(site.vms[2].pings(addresses[0]) && site.vms[1].pings(addresses[0]));
     let before = site.vms[0].peer(2).last_handshake;
 

@@ -18,9 +18,9 @@ use cnsmo_common::{
     stat::Reason,
 };
 use cnsmo_ebpf::{
-    host::HostTables,
+    host::{Frame, HostTables},
     pipeline::{ETHERNET, TUNNEL, Verdict, run},
-    tables::Question,
+    tables::{Onward, Question},
 };
 use cnsmo_proto::{
     model::{Action, Direction, FirewallPolicy, Name},
@@ -35,6 +35,9 @@ const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
 const TC_SHOT: u32 = 2;
 const TC_NEXT: u32 = u32::MAX;
+const TC_REDIRECT: u32 = 7;
+/// Kernel's index of the device that test runs come by.
+const LOOPBACK: u32 = 1;
 
 /// The kernel refuses test frames with nothing behind the Ethernet header.
 const FRAME_MIN: usize = 15;
@@ -120,6 +123,7 @@ struct Judges {
     passed: usize,
     dropped: usize,
     refused: usize,
+    rewritten: usize,
     _pins: PinDir,
     _state: tempfile::TempDir,
 }
@@ -152,14 +156,16 @@ impl Judges {
             passed: 0,
             dropped: 0,
             refused: 0,
+            rewritten: 0,
             _pins: pins,
             _state: state,
         }
     }
 
-    fn judge(&mut self, frame: &[u8], outbound: bool, ethernet: bool) {
+    /// Where the frame goes and what it is then; `None`: it is dropped.
+    fn judge(&mut self, frame: &[u8], outbound: bool, ethernet: bool) -> Option<(Onward, Vec<u8>)> {
         if frame.len() < FRAME_MIN {
-            return;
+            return None;
         }
         let program = if outbound { self.egress } else { self.ingress };
         // Test runs of TC programs refuse frames that claim to be IP and are too short for it.
@@ -167,32 +173,54 @@ impl Judges {
             Ok(run) => run,
             Err(error) if is_invalid_argument(&error) => {
                 self.refused += 1;
-                return;
+                return None;
             }
             Err(error) => panic!("{error:?}"),
         };
-        let expected = match (ethernet, outbound) {
-            (true, false) => run::<_, _, ETHERNET, false>(frame, &self.host),
-            (true, true) => run::<_, _, ETHERNET, true>(frame, &self.host),
-            (false, false) => run::<_, _, TUNNEL, false>(frame, &self.host),
-            (false, true) => run::<_, _, TUNNEL, true>(frame, &self.host),
-        };
+        let (expected, after) = self.expect(program, frame, outbound, ethernet);
         match expected {
-            Verdict::Pass => self.passed += 1,
-            Verdict::Drop(_) => self.dropped += 1,
+            Ok(_) => self.passed += 1,
+            Err(_) => self.dropped += 1,
         }
-        let (pass, drop) =
-            if program == "nic_xdp" { (XDP_PASS, XDP_DROP) } else { (TC_NEXT, TC_SHOT) };
-        let seen = if code == pass {
-            "pass"
-        } else if code == drop {
-            "drop"
-        } else {
-            "another"
+        let wanted = match expected {
+            Ok(Onward::Same) if program == "nic_xdp" => XDP_PASS,
+            Ok(Onward::Same) => TC_NEXT,
+            Ok(Onward::Tunnel | Onward::Client) => TC_REDIRECT,
+            Err(_) if program == "nic_xdp" => XDP_DROP,
+            Err(_) => TC_SHOT,
         };
-        let wanted = if expected == Verdict::Pass { "pass" } else { "drop" };
-        assert_eq!(seen, wanted, "{program} ({code}) against {expected:?}: {frame:02x?}");
-        assert_eq!(bytes, frame, "{program} changed the frame");
+        assert_eq!(code, wanted, "{program} against {expected:?}: {frame:02x?}");
+        assert_eq!(bytes, after, "{program} ({expected:?}) made of {frame:02x?}");
+        self.rewritten += usize::from(after != frame);
+        expected.ok().map(|onward| (onward, after))
+    }
+
+    /// The host's verdict, and what the frame is afterwards.
+    fn expect(
+        &self,
+        program: &str,
+        frame: &[u8],
+        outbound: bool,
+        ethernet: bool,
+    ) -> (Result<Onward, Reason>, Vec<u8>) {
+        if program == "nic_xdp" {
+            let verdict = run::<_, _, ETHERNET, false>(frame, &self.host);
+            let Verdict::Drop(reason) = verdict else { return (Ok(Onward::Same), frame.to_vec()) };
+            return (Err(reason), frame.to_vec());
+        }
+        let frame = Frame::new(frame, LOOPBACK);
+        let expected = match (ethernet, outbound) {
+            (true, false) => frame.run::<ETHERNET, false>(&self.host),
+            (true, true) => frame.run::<ETHERNET, true>(&self.host),
+            (false, false) => frame.run::<TUNNEL, false>(&self.host),
+            (false, true) => frame.run::<TUNNEL, true>(&self.host),
+        };
+        let mut after = frame.bytes();
+        if expected == Ok(Onward::Client) {
+            // Room for the Ethernet header, which the kernel fills in later.
+            after.splice(..0, [0; ETHERNET]);
+        }
+        (expected, after)
     }
 
     /// Counters are a digest of every decision: drops by reason, packets by rule.
