@@ -10,6 +10,8 @@ use serde::Serialize;
 use self::table::{EXPECTATIONS, Expectation};
 use crate::{fleet::Fleet, parallel};
 
+/// Where the output is no terminal.
+const TABLE_WIDTH: u16 = 150;
 /// Waiting for what is expected to come: long, for it costs nothing when it comes.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// Waiting for what is expected not to come: longer than one retransmission of a SYN (RFC 6298: 1 s).
@@ -39,9 +41,9 @@ impl Report {
     /// Adds a check whose outcome is not one of a few words, and prints it.
     pub(crate) fn judge(&mut self, name: &str, expected: &str, seen: &str, ok: bool) {
         if ok {
-            println!("  ok    {name:<62} {seen}");
+            println!("  ok    {name:<66} {seen}");
         } else {
-            println!("  FAIL  {name:<62} {seen} (expected: {expected})");
+            println!("  FAIL  {name:<66} {seen} (expected: {expected})");
         }
         self.checks.push(Check {
             name: name.to_owned(),
@@ -70,6 +72,9 @@ impl Report {
             let mut table = Table::new();
             table.load_style(presets::UTF8_BORDERS_ONLY);
             table.set_content_arrangement(ContentArrangement::Dynamic);
+            if table.width().is_none() {
+                table.set_width(TABLE_WIDTH);
+            }
             table.set_header(["check", "expected", "seen"]);
             for check in failed {
                 table.add_row([&check.name, &check.expected, &check.seen]);

@@ -55,7 +55,7 @@ pub(crate) fn control(fleet: &mut Fleet, report: &mut Report) -> anyhow::Result<
     report.add("a transfer client -> gw1 -> web server meanwhile", "intact", &intact);
     progress::say(&format!("        its longest pause: {:.2} s", stall.as_secs_f32()));
     unchanged(fleet, "traffic after their restart", report)?;
-    loads.finish("the crash of core and agents", report);
+    loads.finish("while core and agents die", report);
     // All answer to the core again: a change reaches their kernels.
     let applied = manifest(fleet, "probe.yaml", &policy::probe(true))
         .and_then(|file| apply(fleet, &file))
@@ -139,7 +139,7 @@ impl Loads {
 
     fn finish(self, during: &str, report: &mut Report) {
         for (name, load) in self.0 {
-            report.add(&format!("{name} during {during}"), "0 wrong", &verdict(&load.finish()));
+            report.add(&format!("{name} {during}"), "0 wrong", &verdict(&load.finish()));
         }
     }
 }

@@ -6,6 +6,10 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::socket::{setsockopt, sockopt};
+
+/// In bytes.
+const RECEIVE_BUFFER: usize = 128 << 10;
 /// Of one line of an answer's head.
 const LINE_MAX: u64 = 8 << 10;
 
@@ -14,12 +18,14 @@ const LINE_MAX: u64 = 8 << 10;
 pub(crate) struct Client(BufReader<TcpStream>);
 
 impl Client {
-    /// Connects; `limit` is for this and for each wait for bytes after it.
+    /// Connects; `limit` is for this and for each wait for bytes after it. What comes faster than it is read waits with the
+    /// sender: only little of it is kept here, so that a pause on the way is soon seen.
     pub(crate) fn connect(to: SocketAddr, limit: Duration) -> io::Result<Self> {
         let stream = TcpStream::connect_timeout(&to, limit)?;
         stream.set_read_timeout(Some(limit))?;
         stream.set_write_timeout(Some(limit))?;
         stream.set_nodelay(true)?;
+        setsockopt(&stream, sockopt::RcvBuf, &RECEIVE_BUFFER)?;
         Ok(Self(BufReader::new(stream)))
     }
 
