@@ -2,6 +2,7 @@
 
 mod adoption;
 mod attach;
+mod balancer;
 mod firewall;
 mod kernel;
 mod lab;
