@@ -83,7 +83,7 @@ fn effective(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Effe
     let ports = vec![port(TCP)?, port(UDP)?, port(UDP)?];
     let backend = |address: String| -> anyhow::Result<_> {
         let v4 = Some(address.parse()?);
-        let node = Name::new(&format!("backend-{}", address.replace('.', "-")))?;
+        let node = Name::new(format!("backend-{}", address.replace('.', "-")))?;
         Ok(BackendTarget { node, addresses: Addresses { v4, v6: None } })
     };
     let balancer = Balancer {
