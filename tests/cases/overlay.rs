@@ -247,6 +247,21 @@ fn a_thousand_peers_are_told_apart() {
 }
 
 #[test]
+fn an_engine_of_another_build_is_replaced() {
+    let mut site = Site::joined("ov-build", 2);
+    let to = site.vms[1].overlay4();
+    assert!(site.vms[0].pings(to));
+    let pid = site.vms[0].report().pid;
+    let other = site.run.path().join("cnsmo-agent");
+    fs::copy(site::agent(), &other).unwrap();
+    site.vms[0].open_with(other);
+    let config = site.config(0);
+    site.vms[0].set(&config);
+    assert_ne!(site.vms[0].report().pid, pid);
+    assert!(site.vms[0].pings(to));
+}
+
+#[test]
 fn port_address_and_mtu_change_in_place() {
     let mut site = Site::joined("ov-change", 2);
     let (to, from) = (site.vms[1].overlay4(), site.vms[0].overlay4());
