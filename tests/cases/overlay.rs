@@ -11,7 +11,7 @@ use std::{
 };
 
 use cnsmo_agent::tunnel::Backend;
-use cnsmo_proto::model::{LISTEN_PORT, PublicKey};
+use cnsmo_proto::model::{LISTEN_PORT, Name, PublicKey};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -223,6 +223,42 @@ fn an_agent_that_starts_again_does_not_touch_the_tunnel() {
     });
     let after = (a[0].report().pid, a[0].peer(2).last_handshake);
     assert_eq!(after, before, "the same engine with the same session");
+}
+
+#[test]
+fn a_thousand_peers_are_told_apart() {
+    let mut site = Site::joined("ov-many", 2);
+    let mut config = site.config(0);
+    let (_, real) = config.peers.iter().next().map(|(key, peer)| (*key, peer.clone())).unwrap();
+    for n in 0..1_000_u16 {
+        let [high, low] = n.to_be_bytes();
+        let mut peer = real.clone();
+        peer.node = Name::new(format!("absent{n}")).unwrap();
+        peer.addresses.v4 = Some([10, 99, 4 + high, low].into());
+        peer.addresses.v6 = Some(std::net::Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 1, n));
+        let mut key = [0xa5; 32];
+        key[..2].copy_from_slice(&[high, low]);
+        config.peers.insert(PublicKey(key), peer);
+    }
+    site.vms[0].set(&config);
+    let (from, to) = (site.vms[0].overlay6(), site.vms[1].overlay4());
+    assert!(site.vms[0].pings(to) && site.vms[1].pings(from));
+    assert_eq!(site.vms[0].report().peers.len(), 1_001);
+}
+
+#[test]
+fn an_engine_of_another_build_is_replaced() {
+    let mut site = Site::joined("ov-build", 2);
+    let to = site.vms[1].overlay4();
+    assert!(site.vms[0].pings(to));
+    let pid = site.vms[0].report().pid;
+    let other = site.run.path().join("cnsmo-agent");
+    fs::copy(site::agent(), &other).unwrap();
+    site.vms[0].open_with(other);
+    let config = site.config(0);
+    site.vms[0].set(&config);
+    assert_ne!(site.vms[0].report().pid, pid);
+    assert!(site.vms[0].pings(to));
 }
 
 #[test]

@@ -105,10 +105,15 @@ impl Vm {
 
     /// As a starting agent does; an earlier one is gone without a word.
     pub(super) fn open(&mut self) {
+        self.open_with(agent());
+    }
+
+    /// As a starting agent of another build does.
+    pub(super) fn open_with(&mut self, program: PathBuf) {
         self.tunnel = None;
         let options = TunnelOptions {
             state_dir: self.state.path().to_owned(),
-            program: agent(),
+            program,
             interfaces: vec!["eth0".to_owned()],
         };
         self.tunnel = Some(self.netns.run(|| WireGuard::open(options)).unwrap().unwrap());
