@@ -205,16 +205,15 @@ impl Bench {
 
     /// Datagrams per second that came out of the gateway with the address of a backend.
     fn datagrams(&self, side: Side) -> anyhow::Result<f64> {
-        let before: BTreeMap<_, _> = self.hub.discarded().into_iter().collect();
-        let seconds = load::datagrams(&self.client, side.at(DISCARD_PORT))?;
-        let mut total = 0;
+        let before = self.hub.discarded();
+        let arrived = || self.hub.discarded().values().sum();
+        let per_second = load::datagrams(&self.client, side.at(DISCARD_PORT), arrived)?;
         for (address, count) in self.hub.discarded() {
-            let count = count - before.get(&address).copied().unwrap_or_default();
+            let count = count - before[&address];
             let is_backend = BACKENDS.iter().any(|(_, backend)| *backend == address);
             ensure!((count > 0) == is_backend, "{side:?}: {count} datagrams went to {address}");
-            total += count;
         }
-        Ok(total as f64 / seconds)
+        Ok(per_second)
     }
 }
 
