@@ -15,7 +15,9 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use cnsmo_agent::tunnel::{Peer, Tunnel as _, TunnelConfig, TunnelOptions, WireGuard, engine};
+use cnsmo_agent::tunnel::{
+    Backend, Peer, Tunnel as _, TunnelConfig, TunnelOptions, WireGuard, engine,
+};
 use cnsmo_proto::model::{Addresses, Name, PublicKey};
 use ipnet::IpNet;
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
