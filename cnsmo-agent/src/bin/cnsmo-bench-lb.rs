@@ -1,6 +1,6 @@
 //! Our data path on a gateway, for `cargo xtask bench lb`.
 //!
-//! Takes pins' folder, state's folder, network card, tunnel device, its MTU, own address, prefix, virtual address, TCP port,
+//! Takes pins' folder, state's folder, network card, its hook (`auto` or `tc`), tunnel device, its MTU, own address, prefix, virtual address, TCP port,
 //! UDP ports (two), backends. Prints `ready` when the balancer is in force, and detaches when standard input is closed.
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
     str::FromStr,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use cnsmo_agent::{
     datapath::{
         Datapath as _,
@@ -46,7 +46,7 @@ fn serve(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
         pins: pins.clone(),
         state: next(&mut arguments)?,
         interfaces: vec![next(&mut arguments)?],
-        xdp: XdpChoice::Auto,
+        xdp: hook(&next::<String>(&mut arguments)?)?,
         flows: FLOWS,
         policy_bytes: 1 << 20,
         rules_max: 1_000,
@@ -96,6 +96,14 @@ fn effective(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Effe
     };
     let open = Effective::merge(vec![], []);
     Ok(Effective { tunnel: Some(tunnel), balancers: vec![balancer], ..open })
+}
+
+fn hook(name: &str) -> anyhow::Result<XdpChoice> {
+    match name {
+        "auto" => Ok(XdpChoice::Auto),
+        "tc" => Ok(XdpChoice::Off),
+        _ => bail!("no hook is named `{name}`"),
+    }
 }
 
 fn next<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(

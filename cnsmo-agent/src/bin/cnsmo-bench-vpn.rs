@@ -14,8 +14,10 @@ use std::{
     str::SplitWhitespace,
 };
 
-use anyhow::{Context as _, bail};
-use cnsmo_agent::tunnel::{Peer, Tunnel as _, TunnelConfig, TunnelOptions, WireGuard, engine};
+use anyhow::{Context as _, bail, ensure};
+use cnsmo_agent::tunnel::{
+    Backend, Peer, Tunnel as _, TunnelConfig, TunnelOptions, WireGuard, engine,
+};
 use cnsmo_proto::model::{Addresses, Name, PublicKey};
 use ipnet::IpNet;
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
@@ -64,6 +66,8 @@ fn serve(state_dir: &Path, address: &str, mtu: &str, port: &str) -> anyhow::Resu
     };
     tunnel.prepare(&config)?;
     tunnel.complete(Some(&config))?;
+    let backend = tunnel.status().map(|status| status.backend);
+    ensure!(backend == Some(Backend::Engine), "it is not the engine that moves the packets");
     say("ready")?;
     // Returns when the other end of the pipe is closed.
     let mut rest = String::new();

@@ -48,11 +48,14 @@ const PER_SECOND: (&str, Better) = ("1/s", Better::Higher);
 /// Who is on a gateway. The number is in all of its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Side {
+    /// Ours, hooked as the agent hooks itself.
     Ours = 1,
     Haproxy = 2,
     Nft = 3,
     /// Nobody: the gateway forwards to the backend that the client asks for.
     Direct = 4,
+    /// Ours without XDP. veth loses its segmentation offload where XDP is, and so all that larger packets save.
+    OursTc = 5,
 }
 
 impl Side {
@@ -94,6 +97,9 @@ pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
 #[derive(Default)]
 struct Samples {
     stream: [Vec<f64>; 2],
+    /// Of ours on TC: its peers are those above.
+    stream_tc: Vec<f64>,
+    datagrams_tc: Vec<f64>,
     connections: [Vec<f64>; 2],
     requests: [Vec<f64>; 2],
     datagrams: [Vec<f64>; 2],
@@ -108,6 +114,8 @@ impl Samples {
             self.stream[n].push(load::stream(client, to).with_context(failed)?);
             self.connections[n].push(load::connections(client, to).with_context(failed)?);
         }
+        let to = Side::OursTc.at(load::TCP_PORT);
+        self.stream_tc.push(load::stream(client, to).context("measuring ours on TC")?);
         let direct = BACKENDS.map(|(_, address)| (address, load::TCP_PORT).into());
         let ours = [Side::Ours.at(load::TCP_PORT)];
         for (n, to) in [&ours[..], &direct[..]].into_iter().enumerate() {
@@ -116,29 +124,48 @@ impl Samples {
         for (n, side) in [Side::Ours, Side::Nft].into_iter().enumerate() {
             self.datagrams[n].push(bench.datagrams(side)?);
         }
+        self.datagrams_tc.push(bench.datagrams(Side::OursTc)?);
         Ok(())
     }
 
     fn rows(&self) -> anyhow::Result<Vec<Row>> {
-        [
-            ("lb/tcp-vs-haproxy", GBIT_PER_SECOND, "haproxy", &self.stream),
-            ("lb/cps-vs-haproxy", PER_SECOND, "haproxy", &self.connections),
-            ("lb/keepalive-vs-direct", PER_SECOND, "no balancer", &self.requests),
-            ("lb/pps-vs-nft", PER_SECOND, "nft", &self.datagrams),
-        ]
-        .into_iter()
-        .map(|(id, unit, name, [ours, peer])| Row::of(id, unit, ours, (name, peer)))
-        .collect()
+        let [stream, haproxy_stream] = &self.stream;
+        let [connections, haproxy_connections] = &self.connections;
+        let [requests, direct_requests] = &self.requests;
+        let [datagrams, nft_datagrams] = &self.datagrams;
+        Ok(vec![
+            Row::of("lb/tcp-vs-haproxy", GBIT_PER_SECOND, stream, ("haproxy", haproxy_stream))?,
+            Row::of(
+                "lb/tcp-tc-vs-haproxy",
+                GBIT_PER_SECOND,
+                &self.stream_tc,
+                ("haproxy", haproxy_stream),
+            )?,
+            Row::of(
+                "lb/cps-vs-haproxy",
+                PER_SECOND,
+                connections,
+                ("haproxy", haproxy_connections),
+            )?,
+            Row::of(
+                "lb/keepalive-vs-direct",
+                PER_SECOND,
+                requests,
+                ("no balancer", direct_requests),
+            )?,
+            Row::of("lb/pps-vs-nft", PER_SECOND, datagrams, ("nft", nft_datagrams))?,
+            Row::of("lb/pps-tc-vs-nft", PER_SECOND, &self.datagrams_tc, ("nft", nft_datagrams))?,
+        ])
     }
 }
 
 /// Everything, running and seen to work. Fields are dropped in order: programs, the network, namespaces.
 struct Bench {
-    _ours: Ours,
+    _ours: [Ours; 2],
     _haproxy: Process,
     hub: Hub,
     client: Netns,
-    _gateways: [Netns; 4],
+    _gateways: [Netns; 5],
     _backends: Vec<Netns>,
     _files: RunDir,
 }
@@ -162,6 +189,7 @@ impl Bench {
             gateway(Side::Haproxy, &client)?,
             gateway(Side::Nft, &client)?,
             gateway(Side::Direct, &client)?,
+            gateway(Side::OursTc, &client)?,
         ];
         let backends = BACKENDS.iter().map(|_| Netns::new("lb-backend"));
         let backends = backends.collect::<anyhow::Result<Vec<_>>>()?;
@@ -173,10 +201,13 @@ impl Bench {
         for (_, address) in BACKENDS {
             route(&client, address, Side::Direct)?;
         }
-        let [ours, haproxy, nft, _] = &gateways;
+        let [ours, haproxy, nft, _, ours_tc] = &gateways;
         start_nft(nft, files.path()).context("setting up nft")?;
         let bench = Self {
-            _ours: start_ours(ours, program).context("starting ours")?,
+            _ours: [
+                start_ours(Side::Ours, "auto", ours, program).context("starting ours")?,
+                start_ours(Side::OursTc, "tc", ours_tc, program).context("starting ours on TC")?,
+            ],
             _haproxy: start_haproxy(haproxy, files.path()).context("starting haproxy")?,
             hub,
             client,
@@ -190,12 +221,12 @@ impl Bench {
 
     /// Each side spreads clients over all backends.
     fn check(&self) -> anyhow::Result<()> {
-        for side in [Side::Ours, Side::Haproxy] {
+        for side in [Side::Ours, Side::OursTc, Side::Haproxy] {
             let to = side.at(load::TCP_PORT);
             let seen = load::tcp_backends(&self.client, to, TRIES)?;
             check_spread(&format!("{side:?}, TCP"), &seen)?;
         }
-        for side in [Side::Ours, Side::Nft] {
+        for side in [Side::Ours, Side::OursTc, Side::Nft] {
             let to = side.at(load::UDP_PORT);
             let seen = load::udp_backends(&self.client, to, TRIES)?;
             check_spread(&format!("{side:?}, UDP"), &seen)?;
@@ -205,16 +236,15 @@ impl Bench {
 
     /// Datagrams per second that came out of the gateway with the address of a backend.
     fn datagrams(&self, side: Side) -> anyhow::Result<f64> {
-        let before: BTreeMap<_, _> = self.hub.discarded().into_iter().collect();
-        let seconds = load::datagrams(&self.client, side.at(DISCARD_PORT))?;
-        let mut total = 0;
+        let before = self.hub.discarded();
+        let arrived = || self.hub.discarded().values().sum();
+        let per_second = load::datagrams(&self.client, side.at(DISCARD_PORT), arrived)?;
         for (address, count) in self.hub.discarded() {
-            let count = count - before.get(&address).copied().unwrap_or_default();
+            let count = count - before[&address];
             let is_backend = BACKENDS.iter().any(|(_, backend)| *backend == address);
             ensure!((count > 0) == is_backend, "{side:?}: {count} datagrams went to {address}");
-            total += count;
         }
-        Ok(total as f64 / seconds)
+        Ok(per_second)
     }
 }
 
@@ -241,8 +271,8 @@ fn route(client: &Netns, to: Ipv4Addr, side: Side) -> anyhow::Result<()> {
     client.ip(&["route", "add", &format!("{to}/32"), "via", &gateway.to_string()])
 }
 
-fn join(gateways: &[Netns; 4], backends: &[Netns]) -> anyhow::Result<Hub> {
-    let sides = [Side::Ours, Side::Haproxy, Side::Nft, Side::Direct];
+fn join(gateways: &[Netns; 5], backends: &[Netns]) -> anyhow::Result<Hub> {
+    let sides = [Side::Ours, Side::Haproxy, Side::Nft, Side::Direct, Side::OursTc];
     let gateways = sides.into_iter().zip(gateways).map(|(side, netns)| {
         // Answers to the client itself.
         let also = (side == Side::Direct).then(|| (side.outer()[0], LINK_BITS));
@@ -253,11 +283,10 @@ fn join(gateways: &[Netns; 4], backends: &[Netns]) -> anyhow::Result<Hub> {
     Hub::join(&gateways.chain(backends).collect::<Vec<_>>(), INNER_BITS)
 }
 
-fn start_ours(netns: &Netns, program: &Path) -> anyhow::Result<Ours> {
+fn start_ours(side: Side, hook: &str, netns: &Netns, program: &Path) -> anyhow::Result<Ours> {
     let (pins, state) = (PinDir::new("bench-lb"), RunDir::new("bench-lb")?);
-    let side = Side::Ours;
     let mut command = netns.command(program)?;
-    command.args([pins.path(), state.path()]).args(["client", DEVICE]).arg(MTU.to_string());
+    command.args([pins.path(), state.path()]).args(["client", hook, DEVICE]).arg(MTU.to_string());
     command.arg(side.inner().to_string()).arg(format!("{INNER}/{INNER_BITS}"));
     command.arg(side.virtual_address().to_string());
     command.args([load::TCP_PORT, load::UDP_PORT, DISCARD_PORT].map(|port| port.to_string()));

@@ -123,11 +123,11 @@ fn run(contender: &Contender, logs: &RunDir, arguments: &[&str]) -> anyhow::Resu
     let mut listening = Process::spawn(IPERF, &mut command, &logs.path().join("iperf3.log"))?;
     listening.wait_for("Server listening", START_MAX)?;
 
-    let before = contender.cpu_seconds(IPERF)?;
+    let before = contender.cpu_seconds()?;
     let mut command = client.command(IPERF)?;
     command.args(["--client", INNER[1], "--json"]).args(arguments);
     let text = shell::read(&mut command)?;
-    let seconds = contender.cpu_seconds(IPERF)? - before;
+    let seconds = contender.cpu_seconds()? - before;
     let report: Report = serde_json::from_str(&text).context("reading the output of iperf3")?;
     Ok((report.end, seconds))
 }

@@ -2,6 +2,7 @@
 //! who is measured, so that what differs is the gateway.
 
 use std::{
+    collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{self, Read as _, Write as _},
     net::Ipv4Addr,
@@ -88,7 +89,7 @@ impl Hub {
     }
 
     /// Datagrams to the discard port so far, by the address that they were for.
-    pub(super) fn discarded(&self) -> Vec<(Ipv4Addr, u64)> {
+    pub(super) fn discarded(&self) -> BTreeMap<Ipv4Addr, u64> {
         let count = |port: &Joined| (port.address, port.discarded.load(Ordering::Relaxed));
         self.shared.ports.iter().map(count).collect()
     }

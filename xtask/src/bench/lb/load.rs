@@ -36,8 +36,10 @@ const CLIENTS: u32 = 4;
 const CONNECTIONS: u32 = 8;
 /// Source ports of datagrams.
 const FLOWS: usize = 64;
-/// Between two looks at the clock.
-const DATAGRAMS: usize = 1_024;
+/// Datagrams sent at once; the next follow when half of them have arrived. A TUN device's queue holds 500.
+const BURST: u64 = 256;
+/// Far more than what is under way takes.
+const LOST_AFTER: Duration = Duration::from_millis(100);
 
 /// Starts a backend inside. It ends with this process.
 pub(super) fn serve(netns: &Netns, name: &'static str) -> anyhow::Result<()> {
@@ -182,27 +184,40 @@ pub(super) fn requests(client: &Netns, to: &[SocketAddr]) -> anyhow::Result<f64>
     Ok(counts.iter().sum())
 }
 
-/// Sends small datagrams that nobody answers, as fast as it can; returns for how many seconds.
-pub(super) fn datagrams(client: &Netns, to: SocketAddr) -> anyhow::Result<f64> {
+/// Datagrams per second that arrive, by `arrived`, of those that nobody answers. No more than a queue holds are under way, so
+/// that no time is spent on what is then lost.
+pub(super) fn datagrams(
+    client: &Netns,
+    to: SocketAddr,
+    arrived: impl Fn() -> u64 + Sync,
+) -> anyhow::Result<f64> {
     let to = SocketAddr::new(to.ip(), DISCARD_PORT);
-    let seconds = client.run(|| -> io::Result<_> {
+    let per_second = client.run(|| -> io::Result<_> {
         let sockets = (0..FLOWS).map(|_| {
             let socket = UdpSocket::bind("0.0.0.0:0")?;
             socket.connect(to)?;
             Ok(socket)
         });
         let sockets = sockets.collect::<io::Result<Vec<_>>>()?;
-        let start = Instant::now();
+        let (start, before) = (Instant::now(), arrived());
+        let mut sent = before;
         while start.elapsed() < TIME {
-            for socket in sockets.iter().cycle().take(DATAGRAMS) {
-                // What a full queue does not take is not counted where datagrams arrive.
-                let _ = socket.send(&[0; MESSAGE]);
+            for socket in sockets.iter().cycle().take(BURST as usize) {
+                // A lost one is missing where they arrive.
+                sent += u64::from(socket.send(&[0; MESSAGE]).is_ok());
+            }
+            let waiting = Instant::now();
+            while arrived() + BURST / 2 < sent {
+                if waiting.elapsed() > LOST_AFTER {
+                    sent = arrived();
+                }
+                thread::yield_now();
             }
         }
-        Ok(start.elapsed().as_secs_f64())
+        Ok((arrived() - before) as f64 / start.elapsed().as_secs_f64())
     })??;
     interrupt::check()?;
-    Ok(seconds)
+    Ok(per_second)
 }
 
 fn once(to: SocketAddr) -> io::Result<String> {

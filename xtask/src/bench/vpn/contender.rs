@@ -2,21 +2,23 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::{BufRead as _, BufReader, Write as _},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{self, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
     time::Duration,
 };
 
 use anyhow::{Context as _, ensure};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, SysconfVar, sysconf};
 
 use crate::{
     bench::driver::Driver,
     interrupt,
     netns::{Netns, RunDir},
     process::Process,
+    shell,
 };
 
 /// Inside the tunnel, of both ends.
@@ -38,6 +40,9 @@ const KEYS: [(&str, &str); 2] = [
     ),
 ];
 
+/// Of ours.
+const DEVICE: &str = "cnsmo0";
+
 /// Where the others have their sockets.
 const UAPI: &str = "/var/run/wireguard";
 
@@ -56,6 +61,8 @@ pub(super) enum Kind<'a> {
 pub(super) struct Contender {
     /// For people: with the version.
     pub(super) name: String,
+    /// Of the daemons, their helpers included.
+    pids: Vec<Pid>,
     // Before the namespaces: ours clears up in them.
     _daemons: [Daemon; 2],
     pub(super) ends: [Netns; 2],
@@ -81,22 +88,21 @@ impl Contender {
             }
         };
         let daemons = daemons.with_context(|| format!("starting {name}"))?;
-        let contender = Self { name: name.to_owned(), ends, _daemons: daemons };
+        let name = name.to_owned();
+        let mut contender = Self { name, pids: vec![], _daemons: daemons, ends };
         contender.check()?;
+        for netns in &contender.ends {
+            contender.pids.extend(netns.processes()?);
+        }
         Ok(contender)
     }
 
-    /// Time that both daemons have had on processors.
-    pub(super) fn cpu_seconds(&self, not: &str) -> anyhow::Result<f64> {
-        let ticks_per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?
-            .context("the system has no clock ticks")?;
-        let mut ticks = 0;
-        for netns in &self.ends {
-            for pid in netns.processes()? {
-                ticks += cpu_ticks(pid, not)?;
-            }
-        }
-        Ok(ticks as f64 / ticks_per_second as f64)
+    /// Time that the daemons of both ends have had on processors.
+    pub(super) fn cpu_seconds(&self) -> anyhow::Result<f64> {
+        let ticks_per_second =
+            sysconf(SysconfVar::CLK_TCK)?.context("the system has no clock ticks")?;
+        let ticks = self.pids.iter().map(|pid| cpu_ticks(*pid));
+        Ok(ticks.sum::<anyhow::Result<u64>>()? as f64 / ticks_per_second as f64)
     }
 
     /// A ping comes back: there is no other way between the inner addresses.
@@ -114,6 +120,8 @@ impl Contender {
 /// Both ends, each told of the other.
 fn ours(program: &Path, ends: &[Netns; 2]) -> anyhow::Result<[Daemon; 2]> {
     let start = |end: usize| -> anyhow::Result<_> {
+        // Our tunnel takes over a device that is there; without one, a kernel that has WireGuard would move the packets.
+        ends[end].ip(&["tuntap", "add", "dev", DEVICE, "mode", "tun"])?;
         let state = RunDir::new("bench-tunnel")?;
         let mut command = ends[end].command(program)?;
         command.arg("serve").arg(state.path()).args([INNER[end], MTU]);
@@ -160,9 +168,8 @@ fn uapi(
 
 /// The sockets of all namespaces are in one folder: a name of this run's own, at most 15 bytes.
 fn device(end: usize) -> String {
-    use std::sync::atomic::{AtomicU32, Ordering};
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    format!("wg{}-{}{end}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+    format!("wg{}-{}{end}", process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// A daemon's socket; dropping it removes what a killed daemon leaves.
@@ -198,29 +205,24 @@ impl Drop for Socket {
     }
 }
 
-/// User and system time of a process and those of its threads that have ended; nothing for programs of the name `not`.
-fn cpu_ticks(pid: Pid, not: &str) -> anyhow::Result<u64> {
-    let mut stat = String::new();
+/// User and system time of a process, its threads included that have ended.
+fn cpu_ticks(pid: Pid) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/stat");
-    let read = fs::File::open(&path).and_then(|mut file| file.read_to_string(&mut stat));
-    read.with_context(|| format!("reading {path}"))?;
-    parse_ticks(&stat, not).with_context(|| format!("{path} has no times: {stat}"))
+    let stat = shell::text(Path::new(&path))?;
+    parse_ticks(&stat).with_context(|| format!("{path} has no times: {stat}"))
 }
 
 /// See proc_pid_stat(5): the name is in parentheses and may contain any character.
-fn parse_ticks(stat: &str, not: &str) -> Option<u64> {
-    let (head, tail) = stat.rsplit_once(')')?;
-    if head.split_once('(')?.1 == not {
-        return Some(0);
-    }
-    let mut fields = tail.split_whitespace().skip(11);
+fn parse_ticks(stat: &str) -> Option<u64> {
+    let (_, behind_name) = stat.rsplit_once(')')?;
+    let mut fields = behind_name.split_whitespace().skip(11);
     let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
     Some(user + system)
 }
 
 /// What a program calls itself, in the last word of the first line.
 pub(super) fn version(program: &Path) -> anyhow::Result<String> {
-    let text = crate::shell::read(Command::new(program).arg("--version"))?;
+    let text = shell::read(Command::new(program).arg("--version"))?;
     let first = text.lines().next().unwrap_or_default();
     let version = first.split_whitespace().next_back().unwrap_or_default();
     ensure!(!version.is_empty(), "{} has no version", program.display());
@@ -232,10 +234,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_found_behind_any_name_but_the_excluded_one() {
+    fn times_are_found_behind_any_name() {
         let stat = "7 (a) b (c) S 1 2 3 4 5 6 7 8 9 10 250 31 0 0 20 0 4 0 100";
-        assert_eq!(parse_ticks(stat, "iperf3"), Some(281));
-        assert_eq!(parse_ticks(stat, "a) b (c"), Some(0));
-        assert_eq!(parse_ticks("7 (a) S 1", "iperf3"), None);
+        assert_eq!(parse_ticks(stat), Some(281));
+        assert_eq!(parse_ticks("7 (a) S 1"), None);
     }
 }
