@@ -132,9 +132,10 @@ fn table(rows: &[Row]) -> Table {
     table
 }
 
-/// Small values keep their digits.
+/// Three digits at least.
 fn value(value: f64) -> String {
-    if value < 10.0 { format!("{value:.2}") } else { format!("{value:.0}") }
+    let decimals = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
+    format!("{value:.decimals$}")
 }
 
 #[cfg(test)]
