@@ -66,10 +66,9 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Run, "tcpdump", "tcpdump", "witness of the checks"),
     tool(Scope::Test, "nft", "nftables", "peer of the benchmarks"),
     tool(Scope::Test, "haproxy", "haproxy", "peer of the benchmarks"),
-    tool(Scope::Test, "wireguard-go", "wireguard-go", "peer of the benchmarks"),
     tool(Scope::Test, "iperf3", "iperf3", "load of the tests"),
     tool(Scope::Test, "nc", "netcat-openbsd", "client of the tests"),
-    tool(Scope::Test, "wireguard-go", "wireguard-go", "judge of the tests"),
+    tool(Scope::Test, "wireguard-go", "wireguard-go", "peer of the tests and benchmarks"),
     tool(Scope::All, "qemu-system-x86_64", "qemu-system-x86", "other kernels"),
     tool(Scope::All, "dpkg-deb", "dpkg", "unpacking kernels"),
 ];

@@ -97,12 +97,12 @@ pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
 #[derive(Default)]
 struct Samples {
     stream: [Vec<f64>; 2],
-    /// Of ours on TC: its peers are those above.
-    stream_tc: Vec<f64>,
-    datagrams_tc: Vec<f64>,
     connections: [Vec<f64>; 2],
     requests: [Vec<f64>; 2],
     datagrams: [Vec<f64>; 2],
+    // Of ours on TC, beside the same samples of the peers.
+    stream_tc: Vec<f64>,
+    datagrams_tc: Vec<f64>,
 }
 
 impl Samples {
@@ -129,33 +129,26 @@ impl Samples {
     }
 
     fn rows(&self) -> anyhow::Result<Vec<Row>> {
-        let [stream, haproxy_stream] = &self.stream;
-        let [connections, haproxy_connections] = &self.connections;
-        let [requests, direct_requests] = &self.requests;
-        let [datagrams, nft_datagrams] = &self.datagrams;
-        Ok(vec![
-            Row::of("lb/tcp-vs-haproxy", GBIT_PER_SECOND, stream, ("haproxy", haproxy_stream))?,
+        let [stream, haproxy] = &self.stream;
+        let [datagrams, nft] = &self.datagrams;
+        let mut rows = vec![
+            Row::of("lb/tcp-vs-haproxy", GBIT_PER_SECOND, stream, ("haproxy", haproxy))?,
             Row::of(
                 "lb/tcp-tc-vs-haproxy",
                 GBIT_PER_SECOND,
                 &self.stream_tc,
-                ("haproxy", haproxy_stream),
+                ("haproxy", haproxy),
             )?,
-            Row::of(
-                "lb/cps-vs-haproxy",
-                PER_SECOND,
-                connections,
-                ("haproxy", haproxy_connections),
-            )?,
-            Row::of(
-                "lb/keepalive-vs-direct",
-                PER_SECOND,
-                requests,
-                ("no balancer", direct_requests),
-            )?,
-            Row::of("lb/pps-vs-nft", PER_SECOND, datagrams, ("nft", nft_datagrams))?,
-            Row::of("lb/pps-tc-vs-nft", PER_SECOND, &self.datagrams_tc, ("nft", nft_datagrams))?,
-        ])
+        ];
+        for (id, peer_name, [ours, peer]) in [
+            ("lb/cps-vs-haproxy", "haproxy", &self.connections),
+            ("lb/keepalive-vs-direct", "no balancer", &self.requests),
+        ] {
+            rows.push(Row::of(id, PER_SECOND, ours, (peer_name, peer))?);
+        }
+        rows.push(Row::of("lb/pps-vs-nft", PER_SECOND, datagrams, ("nft", nft))?);
+        rows.push(Row::of("lb/pps-tc-vs-nft", PER_SECOND, &self.datagrams_tc, ("nft", nft))?);
+        Ok(rows)
     }
 }
 
