@@ -2,7 +2,9 @@
 
 mod adoption;
 mod attach;
+mod balancer;
 mod firewall;
 mod kernel;
 mod lab;
+mod overlay;
 mod swap;

@@ -47,6 +47,13 @@ pub enum Command {
         #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/cnsmo", env = "CNSMO_BPFFS")]
         bpffs: PathBuf,
     },
+    /// Move the packets of the tunnel; started by the agent
+    #[command(hide = true)]
+    Tunnel {
+        /// Of the agent
+        #[arg(long, value_name = "DIR")]
+        state_dir: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]

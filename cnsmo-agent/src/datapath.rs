@@ -2,16 +2,23 @@
 
 pub mod kernel;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use cnsmo_proto::model::{Direction, Name};
 
-use crate::effective::Effective;
+use crate::effective::{Balancer, Effective};
 
 /// A data path that enforces one policy at a time.
 pub trait Datapath: Send + 'static {
     /// Enforces `policy` in place of the one before, for all packets at once. On an error the one before stays.
+    ///
+    /// In the order in which nothing is missing at any moment: hooks on the tunnel, backends, virtual addresses, rules;
+    /// then virtual addresses and hooks that are no longer wanted go.
     fn apply(&mut self, policy: &Effective) -> Result<(), ApplyError>;
+
+    /// Sends new flows to the backends named now: of the balancers in force, by name, nothing but the backends may
+    /// differ. Known flows stay where they are. Milliseconds, and no packet is judged anew.
+    fn steer(&mut self, balancers: &[Balancer]) -> Result<(), ApplyError>;
 
     /// What it does now. Cheap enough for every few seconds.
     fn status(&mut self) -> Status;
@@ -26,6 +33,9 @@ pub enum ApplyError {
     /// These policies are at fault; without them the rest can be enforced.
     #[error("refused: {0:?}")]
     Refused(BTreeMap<Name, String>),
+    /// These balancers are at fault; without them the rest can be enforced.
+    #[error("balancers refused: {0:?}")]
+    BalancersRefused(BTreeMap<Name, String>),
     /// The kernel or the self-check failed.
     #[error("the data path cannot take the policy")]
     Failed(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -44,6 +54,8 @@ pub struct Status {
     pub counters: BTreeMap<Name, BTreeMap<Name, Count>>,
     /// Packets and bytes dropped, per direction and reason (a stable word).
     pub drops: Vec<(Direction, &'static str, Count)>,
+    /// Live flows from virtual addresses to each backend, as of the last sweep.
+    pub backend_flows: BTreeMap<IpAddr, u64>,
 }
 
 /// One network device with the data path on it.

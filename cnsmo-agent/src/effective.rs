@@ -1,6 +1,9 @@
-//! What one VM shall enforce: the policies that select it, put together.
+//! What one VM shall enforce: the policies that select it, put together, its tunnel and its balancers.
 
-use cnsmo_proto::model::{Action, FirewallPolicy, Name, Rule};
+use std::net::IpAddr;
+
+use cnsmo_proto::model::{Action, Addresses, Algorithm, FirewallPolicy, Name, Rule, ServicePort};
+use ipnet::IpNet;
 
 /// The policies of one VM in one ordered list.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +16,49 @@ pub struct Effective {
     pub egress: Action,
     /// In order; the first match decides. The place in this list is the rule's index in the data path.
     pub rules: Vec<OwnedRule>,
+    /// The tunnel into the network that this VM is in.
+    pub tunnel: Option<TunnelDevice>,
+    /// By name.
+    pub balancers: Vec<Balancer>,
+}
+
+/// A tunnel device, to be guarded like a network card.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TunnelDevice {
+    /// Name of the device. It is there.
+    pub device: String,
+    /// Of this VM in the network.
+    pub addresses: Addresses,
+    /// Of the network. What comes from them by another way than the tunnel is forged.
+    pub prefixes: Vec<IpNet>,
+    /// MTU of the device: TCP segments through it fit, whatever the ends believe.
+    pub mtu: u16,
+}
+
+/// Virtual addresses, and the VMs that new flows to them go to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Balancer {
+    /// Name of the resource.
+    pub name: Name,
+    /// Virtual addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Their ports.
+    pub ports: Vec<ServicePort>,
+    /// How a new flow finds its backend.
+    pub algorithm: Algorithm,
+    /// Serves clients that come in by the network cards. Flows from this VM into the tunnel are served in any case.
+    pub gateway: bool,
+    /// Those that take new flows, by name; never this VM. Empty: new flows are refused.
+    pub backends: Vec<BackendTarget>,
+}
+
+/// A VM behind a balancer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendTarget {
+    /// Name of the VM.
+    pub node: Name,
+    /// In the network.
+    pub addresses: Addresses,
 }
 
 /// A rule and the policy it comes from.
@@ -46,6 +92,8 @@ impl Effective {
             ingress: default(|p| p.defaults.ingress),
             egress: default(|p| p.defaults.egress),
             rules: built_in.chain(owned).collect(),
+            tunnel: None,
+            balancers: Vec::new(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The last good policy set on disk, so that a VM that boots without its core is guarded all the same.
+//! The last good set of resources on disk, so that a VM that boots without its core is guarded all the same.
 //!
 //! One file: magic and version (8 bytes) | length of the record (8, little-endian) | record (protobuf) | SHA-256 of all
 //! before. The one before it is kept beside it as `.1`.
@@ -15,7 +15,7 @@ use prost::Message as _;
 use ring::digest::{SHA256, digest};
 
 /// The last byte is the version.
-const MAGIC: [u8; 8] = *b"cnsmolg\x01";
+const MAGIC: [u8; 8] = *b"cnsmolg\x02";
 const HEADER_BYTES: usize = 16;
 const CHECKSUM_BYTES: usize = 32;
 /// Larger files are not read: four times the largest set that is sensible.
@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     fn record(revision: i64) -> Record {
-        let resource = Resource { name: "web".into(), revision, spec: None };
+        let resource = Resource { name: "web".into(), version: revision, spec: None };
         Record { store_epoch: 7, revision, resources: vec![resource], ..Record::default() }
     }
 

@@ -1,14 +1,18 @@
 //! The agent of one VM.
 
+pub mod balance;
 pub mod compile;
 pub mod config;
 pub mod datapath;
+pub mod desired;
 pub mod effective;
 pub mod enforcer;
+pub mod health;
 pub mod ledger;
 pub mod locate;
 pub mod node;
-pub mod policy_set;
+pub mod plan;
 pub mod report;
 pub mod runtime;
 pub mod session;
+pub mod tunnel;

@@ -11,6 +11,7 @@ use cnsmo_agent::{
         kernel::{Kernel, Options, XdpChoice},
     },
     runtime,
+    tunnel::{Tunnel, TunnelOptions, WireGuard, engine},
 };
 use cnsmo_service::supervise::{Chain, Stopper, stop_pair};
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,8 +31,13 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
-    if let Some(Command::Detach { bpffs }) = cli.command.take() {
-        return detach(&bpffs);
+    match cli.command.take() {
+        Some(Command::Detach { bpffs }) => return detach(&bpffs),
+        Some(Command::Tunnel { state_dir }) => {
+            log_to_stderr(LogFormat::Text);
+            return engine::run(&state_dir);
+        }
+        None => {}
     }
     let config = cli.into_config()?;
     log_to_stderr(config.log_format);
@@ -42,8 +48,10 @@ fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
     runtime.block_on(async {
         let (stopper, stop) = stop_pair();
         stop_at_signals(stopper)?;
-        let settings = config.clone();
-        runtime::run(config, Arc::new(move || open_datapath(&settings)), stop).await
+        let (for_datapath, for_tunnel) = (config.clone(), config.clone());
+        let datapath = Arc::new(move || open_datapath(&for_datapath));
+        let tunnel = Arc::new(move || open_tunnel(&for_tunnel));
+        runtime::run(config, datapath, tunnel, stop).await
     })
 }
 
@@ -66,8 +74,20 @@ fn open_datapath(config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
     Ok(Box::new(Kernel::open(options)?))
 }
 
-/// Takes everything of the data path out of the kernel.
+/// The tunnel, taken over where an earlier agent left it.
+fn open_tunnel(config: &Config) -> anyhow::Result<Box<dyn Tunnel>> {
+    let options = TunnelOptions {
+        state_dir: config.state_dir.clone(),
+        // The one that runs, also when its file was replaced.
+        program: "/proc/self/exe".into(),
+        interfaces: config.interfaces.clone(),
+    };
+    Ok(Box::new(WireGuard::open(options)?))
+}
+
+/// Takes everything of ours out of the kernel. The tunnel first: nothing is to pass through it unguarded.
 fn detach(bpffs: &Path) -> anyhow::Result<()> {
+    WireGuard::detach()?;
     Ok(Kernel::detach(bpffs)?)
 }
 

@@ -1,9 +1,16 @@
 //! Facts about this VM.
 
-use std::{collections::BTreeSet, fs, net::IpAddr, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::Path,
+};
 
 use cnsmo_proto::model::{NAME_BYTES_MAX, Name};
 use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
+
+use crate::tunnel;
 
 /// Addresses that are reported. More say nothing new and would bloat each report.
 const ADDRESSES_MAX: usize = 256;
@@ -23,10 +30,12 @@ pub fn boot_id() -> String {
     proc_line("/proc/sys/kernel/random/boot_id")
 }
 
-/// Addresses of all interfaces that are reachable from elsewhere: no loopback, no link-local ones.
-pub fn addresses() -> Vec<String> {
+/// Addresses where this VM can be reached outside of its tunnel, the one that packets to `core` leave from first: no
+/// loopback, no link-local ones.
+pub fn addresses(core: Option<SocketAddr>) -> Vec<IpAddr> {
     let Ok(all) = getifaddrs() else { return Vec::new() };
-    let addresses = all.filter_map(|interface| {
+    let outside = all.filter(|interface| interface.interface_name != tunnel::DEVICE);
+    let addresses = outside.filter_map(|interface| {
         let address = interface.address?;
         if let Some(v4) = address.as_sockaddr_in() {
             return Some(IpAddr::V4(v4.ip()));
@@ -39,7 +48,22 @@ pub fn addresses() -> Vec<String> {
             IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
         })
         .collect();
-    reachable.iter().take(ADDRESSES_MAX).map(ToString::to_string).collect()
+    let towards_core = core.and_then(source_towards);
+    let mut sorted: Vec<_> = reachable.into_iter().collect();
+    sorted.sort_by_key(|address| Some(*address) != towards_core);
+    sorted.truncate(ADDRESSES_MAX);
+    sorted
+}
+
+/// The address that the kernel's routes choose for packets to `there`. Sends none.
+fn source_towards(there: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = match there {
+        SocketAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.connect(there).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 /// Network devices that packets of other machines come in by: up, Ethernet-like, and not built on top of another device
@@ -49,6 +73,10 @@ pub fn outer_interfaces() -> nix::Result<Vec<String>> {
     for interface in getifaddrs()? {
         let name = interface.interface_name;
         let device = Path::new("/sys/class/net").join(&name);
+        // The tunnel is guarded when it is there, and in another way.
+        if name == tunnel::DEVICE {
+            continue;
+        }
         if is_ethernet_like(interface.flags) && (is_hardware(&device) || !is_stacked(&device)) {
             names.insert(name);
         }
@@ -120,7 +148,18 @@ mod tests {
     #[test]
     fn loopback_is_no_outer_interface_and_no_address() {
         assert!(!outer_interfaces().unwrap().contains(&"lo".to_owned()));
-        assert!(!addresses().iter().any(|a| a == "127.0.0.1" || a == "::1"));
+        assert!(!addresses(None).iter().any(IpAddr::is_loopback));
+    }
+
+    #[test]
+    fn the_address_towards_the_core_is_the_first() {
+        for address in addresses(None) {
+            let core = SocketAddr::new(address, 7400);
+            // A VM talks to itself from the very address it talks to.
+            assert_eq!(addresses(Some(core)).first(), Some(&address));
+        }
+        let loopback: IpAddr = [127, 0, 0, 1].into();
+        assert_eq!(source_towards(SocketAddr::new(loopback, 7400)), Some(loopback));
     }
 
     #[test]

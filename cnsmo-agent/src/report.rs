@@ -1,29 +1,40 @@
 //! What the agent tells about its VM.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use cnsmo_proto::{
-    model::Name,
+    model::{ENDPOINTS_MAX, Name, PublicKey},
     pb::{
-        agent::{PolicyCounters, StatusReport},
-        node::{DropCounter, FirewallStatus, Interface, NodeStatus},
+        agent::{Announcement, BalancerReport, PolicyCounters, StatusReport},
+        balancer::BackendStatus,
+        node::{DropCounter, FirewallStatus, Interface, NodeStatus, OverlayStatus, PeerStatus},
         policy::RuleCounter,
     },
 };
 
 use crate::{
-    datapath::{Attachment, Count, Status},
+    datapath::{Attachment, Count},
+    enforcer::VmStatus,
     node,
+    plan::BackendState,
+    tunnel::{self, Backend, TunnelStatus},
 };
 
-/// The state of this VM and its data path, for the core.
-pub fn status_report(status: Status, trouble: Option<(&'static str, String)>) -> StatusReport {
+/// What peers must know of this VM; nothing of a VM that has no tunnel.
+pub fn announcement(key: Option<PublicKey>, addresses: &[IpAddr]) -> Option<Announcement> {
+    let addresses = addresses.iter().take(ENDPOINTS_MAX).map(ToString::to_string).collect();
+    Some(Announcement { tunnel_public_key: key?.0.to_vec(), addresses })
+}
+
+/// The state of this VM, its tunnel and its data path, for the core.
+pub fn status_report(vm: VmStatus, trouble: Option<(&'static str, String)>) -> StatusReport {
+    let VmStatus { datapath: status, tunnel, public_key, balancers } = vm;
     let (reason, message) = trouble.unwrap_or_default();
     let interfaces = status.interfaces.into_iter().map(interface).collect();
     let node = NodeStatus {
         reason: reason.to_owned(),
         message,
-        addresses: node::addresses(),
+        addresses: node::addresses(None).iter().map(ToString::to_string).collect(),
         kernel: node::kernel_release(),
         agent_version: env!("CARGO_PKG_VERSION").to_owned(),
         interfaces,
@@ -32,10 +43,54 @@ pub fn status_report(status: Status, trouble: Option<(&'static str, String)>) ->
             rules: status.rules,
             drops: status.drops.into_iter().map(drop_counter).collect(),
         }),
+        overlay: tunnel.map(|tunnel| overlay(tunnel, public_key)),
         ..NodeStatus::default()
     };
     let policies = status.counters.into_iter().map(policy_counters).collect();
-    StatusReport { node: Some(node), policies }
+    let flows = &status.backend_flows;
+    let load_balancers = balancers.into_iter().map(|balancer| balancer_report(balancer, flows));
+    StatusReport { node: Some(node), policies, load_balancers: load_balancers.collect() }
+}
+
+fn overlay(tunnel: TunnelStatus, key: Option<PublicKey>) -> OverlayStatus {
+    let backend = match tunnel.backend {
+        Backend::Kernel => "kernel",
+        Backend::Engine => "engine",
+    };
+    OverlayStatus {
+        network: tunnel.network.to_string(),
+        backend: backend.to_owned(),
+        reason: tunnel.reason,
+        device: tunnel.device.name,
+        mtu: tunnel.device.mtu.into(),
+        public_key: key.map(|key| key.0.to_vec()).unwrap_or_default(),
+        peers: tunnel.peers.into_iter().map(peer).collect(),
+    }
+}
+
+fn peer((node, status): (Name, tunnel::PeerStatus)) -> PeerStatus {
+    PeerStatus {
+        node: node.to_string(),
+        endpoint: status.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
+        last_handshake_time: status.last_handshake.map(Into::into),
+        received_bytes: status.received_bytes,
+        sent_bytes: status.sent_bytes,
+    }
+}
+
+fn balancer_report(
+    (name, backends): (Name, Vec<BackendState>),
+    flows: &BTreeMap<IpAddr, u64>,
+) -> BalancerReport {
+    let backend = |state: BackendState| BackendStatus {
+        node: state.target.node.to_string(),
+        active: state.idle.is_none(),
+        reason: state.idle.map(|idle| idle.as_str().to_owned()).unwrap_or_default(),
+        message: state.message,
+        flows: state.target.addresses.iter().filter_map(|address| flows.get(&address)).sum(),
+    };
+    let backends = backends.into_iter().map(backend).collect();
+    BalancerReport { load_balancer: name.to_string(), backends }
 }
 
 fn interface(attachment: Attachment) -> Interface {
@@ -64,15 +119,21 @@ fn policy_counters((policy, rules): (Name, BTreeMap<Name, Count>)) -> PolicyCoun
 
 #[cfg(test)]
 mod tests {
-    use cnsmo_proto::model::Direction;
+    use std::time::{Duration, SystemTime};
+
+    use cnsmo_proto::model::{Addresses, Direction};
 
     use super::*;
+    use crate::{datapath::Status, effective::BackendTarget, plan::Idle, tunnel::Device};
+
+    fn name(text: &str) -> Name {
+        Name::new(text).unwrap()
+    }
 
     #[test]
     fn everything_the_data_path_says_is_reported() {
         let count = Count { packets: 3, bytes: 180 };
-        let name = |n: &str| Name::new(n).unwrap();
-        let status = Status {
+        let datapath = Status {
             interfaces: vec![Attachment {
                 interface: "eth0".into(),
                 ingress: "xdp-native",
@@ -82,8 +143,10 @@ mod tests {
             rules: 2,
             counters: [(name("web"), [(name("http"), count)].into())].into(),
             drops: vec![(Direction::Ingress, "policy", count)],
+            ..Status::default()
         };
-        let report = status_report(status, Some(("LedgerDamaged", "why".into())));
+        let vm = VmStatus { datapath, ..VmStatus::default() };
+        let report = status_report(vm, Some(("LedgerDamaged", "why".into())));
         let node = report.node.unwrap();
         assert_eq!((node.reason.as_str(), node.message.as_str()), ("LedgerDamaged", "why"));
         assert_eq!(node.interfaces[0].ingress, "xdp-native");
@@ -93,5 +156,72 @@ mod tests {
         assert_eq!(firewall.drops[0].bytes, 180);
         assert_eq!(report.policies[0].rules[0].rule, "http");
         assert_eq!(report.policies[0].rules[0].packets, 3);
+        assert_eq!(node.overlay, None);
+    }
+
+    #[test]
+    fn peers_are_reported() {
+        let peer = tunnel::PeerStatus {
+            endpoint: Some("192.0.2.1:51820".parse().unwrap()),
+            last_handshake: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(7)),
+            received_bytes: 8,
+            sent_bytes: 9,
+        };
+        let status = TunnelStatus {
+            network: name("shop"),
+            backend: Backend::Engine,
+            reason: "no module".into(),
+            device: Device { name: "cnsmo0".into(), mtu: 1420 },
+            peers: [(name("web-1"), peer), (name("web-2"), Default::default())].into(),
+        };
+        let overlay = overlay(status, Some(PublicKey([3; 32])));
+        assert_eq!((overlay.network.as_str(), overlay.backend.as_str()), ("shop", "engine"));
+        assert_eq!((overlay.mtu, overlay.public_key), (1420, vec![3; 32]));
+        let shown: Vec<_> = overlay
+            .peers
+            .iter()
+            .map(|p| (&*p.node, &*p.endpoint, p.last_handshake_time.map(|time| time.seconds)))
+            .collect();
+        assert_eq!(shown, [("web-1", "192.0.2.1:51820", Some(7)), ("web-2", "", None)]);
+        assert_eq!((overlay.peers[0].received_bytes, overlay.peers[0].sent_bytes), (8, 9));
+    }
+
+    #[test]
+    fn flows_of_a_backend_are_those_of_all_its_addresses() {
+        let backend = |last: u8, idle: Option<Idle>| BackendState {
+            target: BackendTarget {
+                node: name(&format!("web-{last}")),
+                addresses: Addresses {
+                    v4: Some([10, 70, 0, last].into()),
+                    v6: Some([0xfd70, 0, 0, 0, 0, 0, 0, last.into()].into()),
+                },
+            },
+            idle,
+            message: idle.map_or("", |_| "refused").to_owned(),
+        };
+        let flows = [("10.70.0.1", 4), ("fd70::1", 2), ("10.70.0.9", 1)]
+            .map(|(address, flows)| (address.parse().unwrap(), flows))
+            .into();
+        let backends = vec![backend(1, None), backend(2, Some(Idle::Unhealthy))];
+        let report = balancer_report((name("front"), backends), &flows);
+        assert_eq!(report.load_balancer, "front");
+        let shown: Vec<_> = report
+            .backends
+            .iter()
+            .map(|b| (&*b.node, b.active, &*b.reason, &*b.message, b.flows))
+            .collect();
+        assert_eq!(
+            shown,
+            [("web-1", true, "", "", 6), ("web-2", false, "Unhealthy", "refused", 0)]
+        );
+    }
+
+    #[test]
+    fn a_vm_without_a_tunnel_announces_nothing() {
+        let addresses: Vec<IpAddr> = (0..20).map(|n| [10, 0, 0, n].into()).collect();
+        assert_eq!(announcement(None, &addresses), None);
+        let announced = announcement(Some(PublicKey([1; 32])), &addresses).unwrap();
+        assert_eq!(announced.tunnel_public_key, [1; 32]);
+        assert_eq!((announced.addresses.len(), &*announced.addresses[0]), (16, "10.0.0.0"));
     }
 }

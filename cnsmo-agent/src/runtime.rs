@@ -22,13 +22,14 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
     config::Config,
-    enforcer::{EnforcerHandle, OpenDatapath, Seat},
+    enforcer::{EnforcerHandle, OpenDatapath, OpenTunnel, Seat},
+    health,
     locate::Locator,
     node,
     session::{self, Connection},
 };
 
-/// How often expired flows are removed.
+/// How often expired flows are removed and the tunnel is tended.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// First and longest wait before the next attempt to enrol.
 const ENROLL_RETRY_FIRST: Duration = Duration::from_millis(500);
@@ -44,18 +45,25 @@ const LIMITS: Limits = Limits {
     stop_deadline: Duration::from_secs(10),
 };
 
-/// Runs the agent until `stop`. The data path stays attached in any case: a VM without an agent is still guarded.
+/// Runs the agent until `stop`. Tunnel and data path stay in any case: a VM without an agent is still guarded and connected.
 ///
 /// # Errors
 /// Another agent has the state directory, the data path cannot be opened, the core refuses this VM, or a part keeps
 /// failing.
-pub async fn run(config: Config, open: OpenDatapath, mut stop: Stop) -> anyhow::Result<()> {
+pub async fn run(
+    config: Config,
+    datapath: OpenDatapath,
+    tunnel: OpenTunnel,
+    mut stop: Stop,
+) -> anyhow::Result<()> {
     let _lock = lock(&config.state_dir)?;
+    // A damaged identity ends the agent, but not before this VM is guarded.
+    let node = Identity::load(&config.state_dir).ok().flatten().map(|id| id.name().clone());
     // Before anything that depends on the network.
-    let (seat, enforcer) = Seat::new(open, &config.state_dir);
+    let (seat, enforcer) = Seat::new(datapath, tunnel, &config.state_dir, node);
     let starting = seat.clone();
     let (first, last_core) = tokio::task::spawn_blocking(move || starting.start()).await??;
-    tracing::info!("policies of the ledger are in force");
+    tracing::info!("resources of the ledger are in force");
 
     let (stopper, parts_stop) = stop_pair();
     let mut first = Some(first);
@@ -69,12 +77,18 @@ pub async fn run(config: Config, open: OpenDatapath, mut stop: Stop) -> anyhow::
     let sweeping = supervise("sweeper", LIMITS, sweeper_life, parts_stop.clone(), move |stop| {
         sweep(handle.clone(), life.clone(), stop)
     });
+    let health_life = Lifecycle::new("Spawned");
+    let (life, handle) = (health_life.clone(), enforcer.clone());
+    let checking = supervise("health", LIMITS, health_life, parts_stop.clone(), move |stop| {
+        health::run(handle.clone(), life.clone(), stop)
+    });
     let locator = Locator::new(config.core.clone(), last_core, enforcer.clone());
     let talking = talk(config, locator, enforcer, parts_stop);
     let parts = async {
         tokio::try_join!(
             async { enforcing.await.map_err(anyhow::Error::from) },
             async { sweeping.await.map_err(anyhow::Error::from) },
+            async { checking.await.map_err(anyhow::Error::from) },
             talking,
         )
     };
@@ -132,6 +146,7 @@ async fn talk(
         () = stop.asked() => return Ok(()),
         identity = identify(&config, &mut locator) => identity?,
     };
+    enforcer.named(identity.name().clone()).await?;
     let life = Lifecycle::new("Spawned");
     let labels = config.labels;
     let connection = Connection { locator, identity, labels, enforcer, life: life.clone() };

@@ -9,8 +9,9 @@ use std::{collections::BTreeMap, time::Duration};
 use cnsmo_proto::{
     model::Labels,
     pb::agent::{
-        Ack, ConnectRequest, ConnectResponse, Heartbeat, Hello, StatusReport, TypeState, Update,
-        Welcome, connect_request::Message as Up, connect_response::Message as Down,
+        Ack, Announcement, ConnectRequest, ConnectResponse, Heartbeat, Hello, StatusReport,
+        TypeState, Update, Welcome, connect_request::Message as Up,
+        connect_response::Message as Down,
     },
 };
 
@@ -86,10 +87,17 @@ impl Session {
         boot_id: String,
         have: BTreeMap<String, TypeState>,
         labels: &Labels,
+        announcement: Option<Announcement>,
     ) -> ConnectRequest {
         *self = Self::default();
         let labels = labels.as_map().clone();
-        up(Up::Hello(Hello { boot_id, protocol_version: PROTOCOL_VERSION, have, labels }))
+        up(Up::Hello(Hello {
+            boot_id,
+            protocol_version: PROTOCOL_VERSION,
+            have,
+            labels,
+            announcement,
+        }))
     }
 
     /// Takes a message of the core.
@@ -127,9 +135,14 @@ impl Session {
         up(Up::Ack(ack))
     }
 
+    /// What peers must know of this VM, where it has changed.
+    pub fn announcement(announcement: Announcement) -> ConnectRequest {
+        up(Up::Announcement(announcement))
+    }
+
     /// The latest state of the VM.
     pub fn status(report: StatusReport) -> ConnectRequest {
-        up(Up::Status(report))
+        up(Up::Status(Box::new(report)))
     }
 }
 
@@ -216,7 +229,7 @@ mod tests {
         session.receive(welcome()).unwrap();
         session.receive(update(7)).unwrap();
         session.heartbeat(BTreeMap::new());
-        session.hello(String::new(), BTreeMap::new(), &Labels::default());
+        session.hello(String::new(), BTreeMap::new(), &Labels::default(), None);
         assert!(session.receive(welcome()).is_ok());
         assert!(session.receive(update(1)).is_ok());
         let Some(Up::Heartbeat(beat)) = session.heartbeat(BTreeMap::new()).message else {

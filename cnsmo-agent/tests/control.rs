@@ -17,13 +17,15 @@ use clap::Parser as _;
 use cnsmo_agent::{
     config::{Cli, Config},
     datapath::{ApplyError, Attachment, Datapath, Status as DatapathStatus},
-    effective::Effective,
-    enforcer::OpenDatapath,
-    policy_set::FIREWALL_POLICY,
+    desired::RESOURCE_TYPE,
+    effective::{Balancer, Effective},
+    enforcer::{OpenDatapath, OpenTunnel},
     runtime,
+    tunnel::{Backend, Device, Tunnel, TunnelConfig, TunnelError, TunnelStatus},
 };
 use cnsmo_proto::{
     digest::Digest,
+    model::PublicKey,
     pb::{
         agent::{
             Ack, ConnectRequest, ConnectResponse, Heartbeat, Hello, Resource, StatusReport,
@@ -34,10 +36,12 @@ use cnsmo_proto::{
             resource::Spec,
             update::Kind,
         },
+        balancer as balancer_pb,
         identity::{
             EnrollRequest, EnrollResponse,
             enrollment_service_server::{EnrollmentService, EnrollmentServiceServer},
         },
+        network as network_pb,
         policy::{self as policy, FirewallPolicySpec},
     },
 };
@@ -67,14 +71,26 @@ use tonic::{
 /// Ends a test that hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Remembers what it was to enforce; outlives the agent as the kernel does.
+/// Remembers what it was to enforce; outlives the agent as the kernel does. `1`: crash; `2`: the tunnel.
 #[derive(Clone, Default)]
-struct Fake(Arc<Mutex<Vec<Effective>>>, Arc<AtomicBool>);
+struct Fake(Arc<Mutex<Vec<Effective>>>, Arc<AtomicBool>, Arc<Mutex<Option<TunnelConfig>>>);
 
 impl Fake {
     fn open(&self) -> OpenDatapath {
         let this = self.clone();
         Arc::new(move || Ok(Box::new(this.clone())))
+    }
+
+    fn tunnel(&self) -> OpenTunnel {
+        let this = self.clone();
+        Arc::new(move || Ok(Box::new(this.clone())))
+    }
+
+    /// Names of the VMs that the first balancer sends new flows to.
+    fn backends(&self) -> Vec<String> {
+        let applied = self.0.lock().unwrap();
+        let balancer = applied.last().unwrap().balancers.first();
+        balancer.iter().flat_map(|b| &b.backends).map(|target| target.node.to_string()).collect()
     }
 
     /// Names of the rules' policies in force, `-` for built-in ones.
@@ -99,6 +115,14 @@ impl Datapath for Fake {
         Ok(())
     }
 
+    fn steer(&mut self, balancers: &[Balancer]) -> Result<(), ApplyError> {
+        let mut applied = self.0.lock().unwrap();
+        let mut now = applied.last().unwrap().clone();
+        now.balancers = balancers.to_vec();
+        applied.push(now);
+        Ok(())
+    }
+
     fn status(&mut self) -> DatapathStatus {
         let attachment =
             Attachment { interface: "lo".into(), ingress: "xdp-generic", egress: "tcx" };
@@ -106,6 +130,43 @@ impl Datapath for Fake {
     }
 
     fn sweep(&mut self) {}
+}
+
+const PUBLIC_KEY: PublicKey = PublicKey([9; 32]);
+
+impl Tunnel for Fake {
+    fn public_key(&self) -> PublicKey {
+        PUBLIC_KEY
+    }
+
+    fn prepare(&mut self, config: &TunnelConfig) -> Result<Device, TunnelError> {
+        *self.2.lock().unwrap() = Some(config.clone());
+        Ok(Device { name: "cnsmo0".into(), mtu: 1420 })
+    }
+
+    fn complete(&mut self, config: Option<&TunnelConfig>) -> Result<(), TunnelError> {
+        *self.2.lock().unwrap() = config.cloned();
+        Ok(())
+    }
+
+    fn tend(&mut self) -> Result<(), TunnelError> {
+        Ok(())
+    }
+
+    fn existing(&mut self) -> Option<Device> {
+        let there = self.2.lock().unwrap().is_some();
+        there.then(|| Device { name: "cnsmo0".into(), mtu: 1420 })
+    }
+
+    fn status(&mut self) -> Option<TunnelStatus> {
+        self.2.lock().unwrap().as_ref().map(|config| TunnelStatus {
+            network: config.network.clone(),
+            backend: Backend::Kernel,
+            reason: "the module is there".into(),
+            device: Device { name: "cnsmo0".into(), mtu: 1420 },
+            peers: config.peers.values().map(|p| (p.node.clone(), Default::default())).collect(),
+        })
+    }
 }
 
 /// The part of a core that outlives its process.
@@ -267,10 +328,22 @@ impl Talk {
         }
     }
 
+    async fn status_when(&mut self, wanted: impl Fn(&StatusReport) -> bool) -> StatusReport {
+        let report = async {
+            loop {
+                let report = self.status().await;
+                if wanted(&report) {
+                    return report;
+                }
+            }
+        };
+        timeout(PATIENCE, report).await.unwrap()
+    }
+
     async fn status(&mut self) -> StatusReport {
         loop {
             if let Some(Up::Status(report)) = self.next().await.message {
-                return report;
+                return *report;
             }
         }
     }
@@ -284,7 +357,7 @@ struct Agent {
 impl Agent {
     fn start(config: &Config, fake: &Fake) -> Self {
         let (stopper, stop) = stop_pair();
-        let running = tokio::spawn(runtime::run(config.clone(), fake.open(), stop));
+        let running = tokio::spawn(runtime::run(config.clone(), fake.open(), fake.tunnel(), stop));
         Self { stopper, running }
     }
 
@@ -311,6 +384,11 @@ fn any_port() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 0))
 }
 
+/// Names without a kind are of policies.
+fn full(name: &str) -> String {
+    if name.contains('/') { name.to_owned() } else { format!("firewall-policy/{name}") }
+}
+
 fn resource(name: &str, revision: i64, action: policy::Action) -> Resource {
     let rule = policy::FirewallRule {
         name: "r".into(),
@@ -319,7 +397,7 @@ fn resource(name: &str, revision: i64, action: policy::Action) -> Resource {
         ..Default::default()
     };
     let spec = FirewallPolicySpec { rules: vec![rule], ..Default::default() };
-    Resource { name: name.into(), revision, spec: Some(Spec::FirewallPolicy(spec)) }
+    Resource { name: full(name), version: revision, spec: Some(Spec::FirewallPolicy(spec)) }
 }
 
 fn good(name: &str, revision: i64) -> Resource {
@@ -331,12 +409,14 @@ fn bad(name: &str, revision: i64) -> Resource {
 }
 
 fn state(revision: i64, set: &[(&str, i64)]) -> TypeState {
-    TypeState { revision, digest: set.iter().copied().collect::<Digest>().to_vec() }
+    let mut digest = Digest::default();
+    set.iter().for_each(|(name, version)| digest.add(&full(name), *version));
+    TypeState { revision, digest: digest.to_vec() }
 }
 
 fn update(kind: Kind, base: i64, upserts: Vec<Resource>, after: TypeState) -> Update {
     Update {
-        r#type: FIREWALL_POLICY.into(),
+        r#type: RESOURCE_TYPE.into(),
         kind: kind.into(),
         base_revision: base,
         revision: after.revision,
@@ -356,7 +436,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     let (mut talk, hello) = core.accept().await;
     assert_eq!(hello.labels["role"], "web");
     assert_eq!(hello.boot_id.len(), 36);
-    assert_eq!(hello.have[FIREWALL_POLICY], state(0, &[]));
+    assert_eq!(hello.have[RESOURCE_TYPE], state(0, &[]));
     assert_eq!(fake.in_force(), ["-"], "the way to the core is open before the first policy");
     assert!(fake.is_open());
     talk.welcome(7).await;
@@ -368,7 +448,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     assert_eq!((ack.error.as_str(), ack.applied.as_ref()), ("", Some(&now)));
     assert!(ack.apply_duration.is_some());
     assert_eq!(fake.in_force(), ["-", "a", "b"]);
-    assert_eq!(talk.heartbeat().await.applied[FIREWALL_POLICY], now);
+    assert_eq!(talk.heartbeat().await.applied[RESOURCE_TYPE], now);
     let node = talk.status().await.node.unwrap();
     assert_eq!(
         (node.interfaces[0].ingress.as_str(), node.firewall.unwrap().flows),
@@ -382,7 +462,10 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     let ack = talk.update(update(Kind::Delta, 4, upserts, sent)).await;
     let now = state(6, &[("a", 3), ("b", 4), ("c", 6)]);
     assert_eq!((ack.error.as_str(), ack.applied.as_ref()), ("", Some(&now)));
-    assert_eq!((ack.resource_errors[0].name.as_str(), ack.resource_errors[0].revision), ("a", 5));
+    assert_eq!(
+        (ack.resource_errors[0].name.as_str(), ack.resource_errors[0].version),
+        ("firewall-policy/a", 5)
+    );
     assert!(ack.resource_errors[0].message.contains("action"));
     assert_eq!(fake.in_force(), ["-", "a", "b", "c"]);
 
@@ -400,7 +483,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     assert_eq!(fake.in_force(), ["-", "a"]);
     let mut core = Core::start(&authority, address).await;
     let (mut talk, hello) = core.accept().await;
-    assert_eq!(hello.have[FIREWALL_POLICY], now);
+    assert_eq!(hello.have[RESOURCE_TYPE], now);
     talk.welcome(7).await;
     let now = state(9, &[("a", 8)]);
     let ack = talk.update(update(Kind::Bookmark, 0, vec![], now.clone())).await;
@@ -415,10 +498,141 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     let agent = Agent::start(&config(address, dir.path(), None), &fake);
     let mut core = Core::start(&authority, address).await;
     let (talk, hello) = core.accept().await;
-    assert_eq!(hello.have[FIREWALL_POLICY], now);
+    assert_eq!(hello.have[RESOURCE_TYPE], now);
     assert_eq!(fake.0.lock().unwrap().first().unwrap().rules.len(), 2);
     assert_eq!(fake.in_force(), ["-", "a"]);
     drop(talk);
+    agent.stop().await;
+}
+
+/// A network and a balancer whose backends listen on loopback addresses, which all VMs of this test share.
+fn network(backends: &[(&str, SocketAddr)]) -> Vec<Resource> {
+    let resource = |name: String, spec| Resource { name, version: 1, spec: Some(spec) };
+    let spec = network_pb::NetworkSpec {
+        ipv4_prefix: "10.0.0.0/24".into(),
+        ..network_pb::NetworkSpec::default()
+    };
+    let mut all = vec![resource("network/shop".into(), Spec::Network(spec))];
+    let own = ("web-1", SocketAddr::from(([127, 0, 0, 9], 0)));
+    for (last, (node, address)) in backends.iter().chain([&own]).enumerate() {
+        let member = network_pb::Member {
+            network: "shop".into(),
+            node: (*node).into(),
+            ipv4: address.ip().to_string(),
+            public_key: vec![u8::try_from(last).unwrap(); 32],
+            ..network_pb::Member::default()
+        };
+        all.push(resource(format!("member/shop/{node}"), Spec::Member(member)));
+    }
+    let port = backends[0].1.port().into();
+    let millis = |n: i32| Some(prost_types::Duration { seconds: 0, nanos: n * 1_000_000 });
+    let spec = balancer_pb::LoadBalancerSpec {
+        network: "shop".into(),
+        addresses: vec!["10.0.0.80".into()],
+        ports: vec![balancer_pb::ServicePort { protocol: 6, port: 80, target_port: port }],
+        health: Some(balancer_pb::HealthCheck { interval: millis(100), ..Default::default() }),
+        ..balancer_pb::LoadBalancerSpec::default()
+    };
+    all.push(resource("load-balancer/front".into(), Spec::LoadBalancer(spec)));
+    for (node, address) in backends {
+        let backend = balancer_pb::Backend {
+            load_balancer: "front".into(),
+            node: (*node).into(),
+            ipv4: address.ip().to_string(),
+            ..balancer_pb::Backend::default()
+        };
+        all.push(resource(format!("backend/front/{node}"), Spec::Backend(backend)));
+    }
+    all
+}
+
+/// Two servers on one port of two addresses.
+async fn two_servers() -> [TcpListener; 2] {
+    let first = TcpListener::bind("127.0.0.2:0").await.unwrap();
+    let port = first.local_addr().unwrap().port();
+    [first, TcpListener::bind(("127.0.0.3", port)).await.unwrap()]
+}
+
+#[tokio::test]
+async fn an_agent_announces_itself_joins_and_follows_the_health_of_backends() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let agent = Agent::start(&config, &fake);
+    let (mut talk, hello) = core.accept().await;
+    let announced = hello.announcement.unwrap();
+    assert_eq!(announced.tunnel_public_key, PUBLIC_KEY.0);
+    assert!(!announced.addresses.iter().any(|address| address.starts_with("127.")));
+    talk.welcome(7).await;
+
+    let [one, two] = two_servers().await;
+    let (one_at, two_at) = (one.local_addr().unwrap(), two.local_addr().unwrap());
+    let upserts = network(&[("web-2", one_at), ("web-3", two_at)]);
+    let sent: Vec<_> = upserts.iter().map(|r| (r.name.clone(), r.version)).collect();
+    let sent: Vec<_> = sent.iter().map(|(name, version)| (name.as_str(), *version)).collect();
+    let now = state(1, &sent);
+    let ack = talk.update(update(Kind::Snapshot, 0, upserts, now.clone())).await;
+    assert_eq!((&*ack.error, ack.resource_errors, ack.applied), ("", vec![], Some(now.clone())));
+    let active = |report: &StatusReport| {
+        let backends = report.load_balancers.first().map(|balancer| balancer.backends.clone());
+        let active = backends.into_iter().flatten().filter(|backend| backend.active);
+        active.map(|backend| backend.node).collect::<Vec<_>>()
+    };
+    let report = talk.status_when(|report| active(report) == ["web-2", "web-3"]).await;
+    let overlay = report.node.unwrap().overlay.unwrap();
+    assert_eq!((&*overlay.network, &*overlay.backend, overlay.peers.len()), ("shop", "kernel", 2));
+
+    drop(two);
+    let report = talk.status_when(|report| active(report) == ["web-2"]).await;
+    let out = &report.load_balancers[0].backends[1];
+    assert_eq!((&*out.node, &*out.reason), ("web-3", "Unhealthy"));
+    assert!(out.message.contains("refused"), "{}", out.message);
+    assert_eq!(fake.backends(), ["web-2"]);
+
+    // What is known of health survives a crash of the data path.
+    fake.1.store(true, Ordering::SeqCst);
+    let mut more = sent.clone();
+    more.push(("a", 2));
+    let delta = update(Kind::Delta, 1, vec![good("a", 2)], state(2, &more));
+    assert!(talk.update(delta.clone()).await.error.ends_with("crashed"));
+    assert_eq!(talk.update(delta).await.error, "");
+    talk.status_when(|report| active(report) == ["web-2"]).await;
+    assert_eq!(fake.backends(), ["web-2"]);
+    let two = TcpListener::bind(two_at).await.unwrap();
+    talk.status_when(|report| active(report) == ["web-2", "web-3"]).await;
+
+    drop(one);
+    drop(two);
+    talk.status_when(|report| active(report).is_empty()).await;
+    assert_eq!(fake.backends(), [""; 0]);
+    agent.stop().await;
+    assert!(fake.2.lock().unwrap().is_some(), "stopping leaves the tunnel");
+}
+
+#[tokio::test]
+async fn a_tunnel_that_comes_later_is_announced_then() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let (there, open) = (Arc::new(AtomicBool::new(false)), fake.tunnel());
+    let now = there.clone();
+    let tunnel: OpenTunnel = Arc::new(move || match now.load(Ordering::SeqCst) {
+        true => open(),
+        false => anyhow::bail!("no device"),
+    });
+    let (stopper, stop) = stop_pair();
+    let running = tokio::spawn(runtime::run(config, fake.open(), tunnel, stop));
+    let agent = Agent { stopper, running };
+    let (mut talk, hello) = core.accept().await;
+    assert_eq!(hello.announcement, None);
+    talk.welcome(7).await;
+    there.store(true, Ordering::SeqCst);
+    let announced = loop {
+        if let Some(Up::Announcement(announced)) = talk.next().await.message {
+            break announced;
+        }
+    };
+    assert_eq!(announced.tunnel_public_key, PUBLIC_KEY.0);
     agent.stop().await;
 }
 
@@ -473,7 +687,7 @@ async fn a_second_agent_of_one_state_directory_is_refused() {
     let config = config(core.address, dir.path(), Some(&authority.token()));
     let agent = Agent::start(&config, &fake);
     let _talk = core.accept().await;
-    let second = runtime::run(config, fake.open(), stop_pair().1).await.unwrap_err();
+    let second = runtime::run(config, fake.open(), fake.tunnel(), stop_pair().1).await.unwrap_err();
     assert!(second.to_string().starts_with("--state-dir: another agent"), "{second}");
     agent.stop().await;
 }
@@ -484,9 +698,9 @@ async fn an_agent_that_can_never_join_ends_with_the_flag_to_change() {
     let core = Core::start(&authority, any_port()).await;
     let run = |config: Config| {
         let (stopper, stop) = stop_pair();
-        let (open, patience) = (fake.open(), PATIENCE);
+        let (open, tunnel, patience) = (fake.open(), fake.tunnel(), PATIENCE);
         async move {
-            let result = timeout(patience, runtime::run(config, open, stop)).await.unwrap();
+            let result = timeout(patience, runtime::run(config, open, tunnel, stop)).await.unwrap();
             drop(stopper);
             format!("{:#}", result.unwrap_err())
         }
@@ -509,7 +723,8 @@ async fn another_name_than_the_enrolled_one_is_refused() {
     agent.stop().await;
     config.node = cnsmo_proto::model::Name::new("db-1").ok();
     let (_stopper, stop) = stop_pair();
-    let error = runtime::run(config, fake.open(), stop).await.unwrap_err().to_string();
+    let error =
+        runtime::run(config, fake.open(), fake.tunnel(), stop).await.unwrap_err().to_string();
     assert!(error.contains("enrolled as `web-1`, not `db-1`"), "{error}");
 }
 
@@ -519,7 +734,7 @@ async fn a_data_path_that_does_not_open_ends_the_agent() {
     let config = config(any_port_of_core(), dir.path(), None);
     let open: OpenDatapath = Arc::new(|| anyhow::bail!("no BPF here"));
     let (_stopper, stop) = stop_pair();
-    let error = runtime::run(config, open, stop).await.unwrap_err();
+    let error = runtime::run(config, open, Fake::default().tunnel(), stop).await.unwrap_err();
     assert_eq!(error.to_string(), "no BPF here");
 }
 

@@ -48,10 +48,22 @@ pub(crate) async fn diff(client: &Client, args: FileArgs) -> Result<()> {
         if change.outcome() == Outcome::Unchanged {
             continue;
         }
-        let before = document(current(&mut core, change).await?.as_ref())?;
-        write!(out, "{}", diff::lines(&before, &document(Some(resource))?))?;
+        let before = current(&mut core, change).await?;
+        let after = completed(resource.clone(), before.as_ref());
+        let (before, after) = (document(before.as_ref())?, document(Some(&after))?);
+        write!(out, "{}", diff::lines(&before, &after))?;
     }
     Ok(())
+}
+
+/// A node's absent spec stays as it is.
+fn completed(mut resource: Resource, before: Option<&Resource>) -> Resource {
+    if let Some(Inner::Node(node)) = &mut resource.resource
+        && let Some(Inner::Node(before)) = before.and_then(|before| before.resource.as_ref())
+    {
+        node.spec = node.spec.or(before.spec);
+    }
+    resource
 }
 
 pub(crate) async fn delete(client: &Client, args: DeleteArgs) -> Result<()> {
@@ -65,25 +77,35 @@ pub(crate) async fn delete(client: &Client, args: DeleteArgs) -> Result<()> {
         return Ok(());
     }
     let original = OriginalArgs { name: None, target: Default::default() };
-    let resources = load::resources(&args.files, original)?;
+    let mut resources = load::resources(&args.files, original)?;
+    resources.sort_by_key(deleted_as);
     let mut core = client.resources().await?;
     for resource in &resources {
         let (kind, name) = (kind_of(resource), name_of(resource));
+        let shown = format!("{}/{name}", kind_word(kind));
         // A file that labels VMs does not own them.
-        if !matches!(resource.resource, Some(Inner::FirewallPolicy(_))) {
-            writeln!(out, "{kind}/{name} kept: delete it by its name")?;
+        if kind == Kind::Node {
+            writeln!(out, "{shown} kept: delete it by its name")?;
             continue;
         }
-        let request = DeleteRequest { kind: Kind::FirewallPolicy.into(), name: name.to_owned() };
+        let request = DeleteRequest { kind: kind.into(), name: name.to_owned() };
         match core.delete(request).await {
-            Ok(_) => writeln!(out, "{kind}/{name} deleted")?,
-            Err(status) if status.code() == Code::NotFound => {
-                writeln!(out, "{kind}/{name} not there")?;
-            }
-            Err(status) => return Err(refused(status).context(format!("{kind}/{name}"))),
+            Ok(_) => writeln!(out, "{shown} deleted")?,
+            Err(status) if status.code() == Code::NotFound => writeln!(out, "{shown} not there")?,
+            Err(status) => return Err(refused(status).context(shown)),
         }
     }
     Ok(())
+}
+
+/// A balancer needs its network. Policies go last: what they close stays closed while there is a way to it.
+fn deleted_as(resource: &Resource) -> u8 {
+    match kind_of(resource) {
+        Kind::LoadBalancer => 0,
+        Kind::Network => 1,
+        Kind::FirewallPolicy | Kind::Unspecified => 2,
+        Kind::Node => 3,
+    }
 }
 
 /// Stable field names, for programs.

@@ -43,7 +43,7 @@ pub(crate) enum Command {
     Get(GetArgs),
     /// Everything about one resource
     Describe { kind: KindArg, name: Name },
-    /// Delete a resource, or the policies that files name
+    /// Delete a resource, or those that files name
     Delete(DeleteArgs),
     /// Print resources and then each change, until interrupted
     Watch { kind: KindArg, name: Option<Name> },
@@ -63,6 +63,8 @@ pub(crate) enum Command {
     },
     /// Set or remove labels
     Label(LabelArgs),
+    /// Let balancers give a VM no new flows; those it has go on to their end
+    Drain(DrainArgs),
     /// Tokens with which VMs join
     #[command(subcommand)]
     Token(TokenCommand),
@@ -128,7 +130,7 @@ pub(crate) struct DeleteArgs {
     #[arg(requires = "name", conflicts_with = "files")]
     pub(crate) kind: Option<KindArg>,
     pub(crate) name: Option<Name>,
-    /// Delete the policies that these files name
+    /// Delete the resources that these files name, VMs excepted
     #[arg(short = 'f', long = "file", value_name = "FILE|DIR|-")]
     pub(crate) files: Vec<PathBuf>,
 }
@@ -162,6 +164,20 @@ pub(crate) struct LabelArgs {
     /// KEY=VALUE sets, KEY- removes
     #[arg(required = true, value_name = "KEY=VALUE|KEY-")]
     pub(crate) changes: Vec<String>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct DrainArgs {
+    pub(crate) node: Name,
+    /// Give it new flows again
+    #[arg(long)]
+    pub(crate) undo: bool,
+    /// Return when no balancer has flows to it; exit code 3 if that takes longer
+    #[arg(long, conflicts_with = "undo")]
+    pub(crate) wait: bool,
+    /// For --wait, at most 1h
+    #[arg(long, default_value = "5m", value_parser = wait_time)]
+    pub(crate) timeout: Duration,
 }
 
 #[derive(Subcommand)]
@@ -199,6 +215,13 @@ pub(crate) enum KindArg {
         aliases = ["firewallpolicy", "fw", "FirewallPolicy", "FirewallPolicies"]
     )]
     FirewallPolicies,
+    #[value(
+        name = "loadbalancers",
+        aliases = ["loadbalancer", "lb", "LoadBalancer", "LoadBalancers"]
+    )]
+    LoadBalancers,
+    #[value(name = "networks", aliases = ["network", "net", "Network", "Networks"])]
+    Networks,
     #[value(name = "nodes", aliases = ["node", "Node", "Nodes"])]
     Nodes,
 }
@@ -207,6 +230,8 @@ impl From<KindArg> for Kind {
     fn from(kind: KindArg) -> Self {
         match kind {
             KindArg::FirewallPolicies => Self::FirewallPolicy,
+            KindArg::LoadBalancers => Self::LoadBalancer,
+            KindArg::Networks => Self::Network,
             KindArg::Nodes => Self::Node,
         }
     }

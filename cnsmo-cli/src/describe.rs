@@ -1,12 +1,15 @@
+mod balancer;
+mod network;
+mod node;
+
 use std::io::{self, Write as _};
 
 use anyhow::{Result, bail};
 use cnsmo_proto::{
     manifest,
-    model::Name,
+    model::{Labels, Name},
     pb::{
-        meta::Metadata,
-        node::Node,
+        meta::{Condition, Metadata},
         policy::{FirewallPolicy, FirewallRule},
         resource::{Kind, resource::Resource as Inner},
     },
@@ -15,7 +18,7 @@ use cnsmo_proto::{
 use crate::{
     args::Format,
     client::Client,
-    get::{default_word, one, print_one},
+    get::{default_word, list, one, print_one},
     output::{age, labels, or_none, table},
 };
 
@@ -31,7 +34,12 @@ pub(crate) async fn describe(
     }
     match &resource.resource {
         Some(Inner::FirewallPolicy(policy)) => describe_policy(policy),
-        Some(Inner::Node(node)) => describe_node(node),
+        Some(Inner::LoadBalancer(balancer)) => balancer::describe(balancer),
+        Some(Inner::Network(network)) => network::describe(network),
+        Some(Inner::Node(node)) => {
+            let all = Labels::default();
+            node::describe(node, &list(client, Kind::LoadBalancer, &all).await?)
+        }
         None => bail!("the core sent a resource without content"),
     }
 }
@@ -60,12 +68,7 @@ fn describe_policy(policy: &FirewallPolicy) -> Result<()> {
         })
     });
     section("Counters", &["NODE", "RULE", "PACKETS", "BYTES"], counters.collect())?;
-    let condition = |c: &cnsmo_proto::pb::meta::Condition| {
-        let status = c.status().as_str_name().trim_start_matches("STATUS_").to_lowercase();
-        vec![c.r#type.clone(), status, or_none(&c.reason), or_none(&c.message)]
-    };
-    let conditions = status.conditions.iter().map(condition).collect();
-    section("Conditions", &["TYPE", "STATUS", "REASON", "MESSAGE"], conditions)
+    describe_conditions(&status.conditions)
 }
 
 fn rule_row(rule: &FirewallRule) -> Vec<String> {
@@ -82,32 +85,6 @@ fn rule_row(rule: &FirewallRule) -> Vec<String> {
     ]
 }
 
-fn describe_node(node: &Node) -> Result<()> {
-    let status = node.status.clone().unwrap_or_default();
-    describe_metadata(node.metadata.as_ref())?;
-    field("Phase", manifest::phase(status.phase()))?;
-    field("Reason", &or_none(&status.reason))?;
-    field("Message", &or_none(&status.message))?;
-    field("Applied revision", &status.applied_revision.to_string())?;
-    field("Last seen", &ago(status.last_seen_time))?;
-    field("Addresses", &or_none(status.addresses.join(", ")))?;
-    field("Kernel", &or_none(&status.kernel))?;
-    field("Agent", &or_none(&status.agent_version))?;
-    let interface = |i: &cnsmo_proto::pb::node::Interface| {
-        vec![i.name.clone(), or_none(&i.ingress), or_none(&i.egress)]
-    };
-    let interfaces = status.interfaces.iter().map(interface).collect();
-    section("Interfaces", &["NAME", "INGRESS", "EGRESS"], interfaces)?;
-    let firewall = status.firewall.unwrap_or_default();
-    field("Flows", &firewall.flows.to_string())?;
-    field("Rules", &firewall.rules.to_string())?;
-    let drop = |d: &cnsmo_proto::pb::node::DropCounter| {
-        vec![d.reason.clone(), d.direction.clone(), d.packets.to_string(), d.bytes.to_string()]
-    };
-    let drops = firewall.drops.iter().map(drop).collect();
-    section("Drops", &["REASON", "DIRECTION", "PACKETS", "BYTES"], drops)
-}
-
 fn describe_metadata(metadata: Option<&Metadata>) -> Result<()> {
     let metadata = metadata.cloned().unwrap_or_default();
     field("Name", &metadata.name)?;
@@ -116,6 +93,15 @@ fn describe_metadata(metadata: Option<&Metadata>) -> Result<()> {
     field("Revision", &metadata.revision.to_string())?;
     field("Generation", &metadata.generation.to_string())?;
     field("Age", &age(metadata.create_time))
+}
+
+fn describe_conditions(conditions: &[Condition]) -> Result<()> {
+    let condition = |c: &Condition| {
+        let status = c.status().as_str_name().trim_start_matches("STATUS_").to_lowercase();
+        vec![c.r#type.clone(), status, or_none(&c.reason), or_none(&c.message)]
+    };
+    let conditions = conditions.iter().map(condition).collect();
+    section("Conditions", &["TYPE", "STATUS", "REASON", "MESSAGE"], conditions)
 }
 
 fn field(name: &str, value: &str) -> Result<()> {

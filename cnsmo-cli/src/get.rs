@@ -3,7 +3,9 @@ use cnsmo_proto::{
     manifest,
     model::Labels,
     pb::{
-        node::Node,
+        balancer::LoadBalancer,
+        network::Network,
+        node::{Node, NodeStatus, node_status::Phase},
         policy::{Action, FirewallPolicy},
         resource::{GetRequest, Kind, ListRequest, Resource, resource::Resource as Inner},
     },
@@ -11,14 +13,17 @@ use cnsmo_proto::{
 
 use crate::{
     args::{Format, GetArgs},
+    backends,
     client::{Client, refused},
-    output::{NONE, age, labels, manifests, or_none, print_json, print_table, print_yaml},
+    output::{
+        NONE, addresses, age, labels, manifests, or_none, print_json, print_table, print_yaml,
+    },
 };
 
 pub(crate) async fn get(client: &Client, format: Format, args: GetArgs) -> Result<()> {
     let kind = args.kind.into();
     match args.name {
-        None => list(client, format, kind, &args.selector).await,
+        None => print_list(client, format, kind, &args.selector).await,
         Some(name) => {
             let resource = one(client, kind, name.to_string()).await?;
             match format {
@@ -30,7 +35,7 @@ pub(crate) async fn get(client: &Client, format: Format, args: GetArgs) -> Resul
 }
 
 pub(crate) async fn nodes(client: &Client, format: Format, selector: Labels) -> Result<()> {
-    list(client, format, Kind::Node, &selector).await
+    print_list(client, format, Kind::Node, &selector).await
 }
 
 pub(crate) async fn one(client: &Client, kind: Kind, name: String) -> Result<Resource> {
@@ -47,14 +52,20 @@ pub(crate) fn print_one(format: Format, resource: &Resource) -> Result<()> {
     }
 }
 
-async fn list(client: &Client, format: Format, kind: Kind, selector: &Labels) -> Result<()> {
+/// All of a kind that have the labels.
+pub(crate) async fn list(client: &Client, kind: Kind, selector: &Labels) -> Result<Vec<Resource>> {
     let request = ListRequest { kind: kind.into(), labels: selector.as_map().clone() };
-    let response = client.resources().await?.list(request).await.map_err(refused)?.into_inner();
+    let response = client.resources().await?.list(request).await.map_err(refused)?;
+    Ok(response.into_inner().resources)
+}
+
+async fn print_list(client: &Client, format: Format, kind: Kind, selector: &Labels) -> Result<()> {
+    let resources = list(client, kind, selector).await?;
     match format {
-        Format::Table => print_rows(kind, &response.resources),
-        Format::Json => print_json(&manifests(&response.resources)),
+        Format::Table => print_rows(kind, &resources),
+        Format::Json => print_json(&manifests(&resources)),
         Format::Yaml => {
-            for (n, manifest) in manifests(&response.resources).iter().enumerate() {
+            for (n, manifest) in manifests(&resources).iter().enumerate() {
                 if n > 0 {
                     crate::output::print_text("---\n")?;
                 }
@@ -70,6 +81,24 @@ fn print_rows(kind: Kind, resources: &[Resource]) -> Result<()> {
         Kind::Node => print_table(
             &["NAME", "PHASE", "APPLIED", "ATTACH", "ADDRESSES", "LABELS", "AGE"],
             resources.iter().filter_map(node).map(node_row).collect(),
+        ),
+        Kind::Network => print_table(
+            &["NAME", "PREFIXES", "SELECTOR", "MEMBERS", "READY", "REFUSED", "REVISION", "AGE"],
+            resources.iter().filter_map(network).map(network_row).collect(),
+        ),
+        Kind::LoadBalancer => print_table(
+            &[
+                "NAME",
+                "NETWORK",
+                "ADDRESSES",
+                "PORTS",
+                "BACKENDS",
+                "FLOWS",
+                "APPLIED",
+                "REVISION",
+                "AGE",
+            ],
+            resources.iter().filter_map(balancer).map(balancer_row).collect(),
         ),
         Kind::FirewallPolicy | Kind::Unspecified => print_table(
             &[
@@ -95,6 +124,20 @@ fn policy(resource: &Resource) -> Option<&FirewallPolicy> {
     }
 }
 
+fn network(resource: &Resource) -> Option<&Network> {
+    match &resource.resource {
+        Some(Inner::Network(network)) => Some(network),
+        _ => None,
+    }
+}
+
+fn balancer(resource: &Resource) -> Option<&LoadBalancer> {
+    match &resource.resource {
+        Some(Inner::LoadBalancer(balancer)) => Some(balancer),
+        _ => None,
+    }
+}
+
 fn node_row(node: &Node) -> Vec<String> {
     let metadata = node.metadata.clone().unwrap_or_default();
     let status = node.status.clone().unwrap_or_default();
@@ -105,7 +148,7 @@ fn node_row(node: &Node) -> Vec<String> {
         .collect();
     vec![
         metadata.name,
-        manifest::phase(status.phase()).to_owned(),
+        phase_word(node),
         status.applied_revision.to_string(),
         or_none(attached.join(",")),
         or_none(status.addresses.join(",")),
@@ -130,6 +173,54 @@ fn policy_row(policy: &FirewallPolicy) -> Vec<String> {
         metadata.revision.to_string(),
         age(metadata.create_time),
     ]
+}
+
+fn network_row(network: &Network) -> Vec<String> {
+    let metadata = network.metadata.clone().unwrap_or_default();
+    let spec = network.spec.clone().unwrap_or_default();
+    let status = network.status.clone().unwrap_or_default();
+    // Without a key no tunnel leads there.
+    let ready = status.members.iter().filter(|member| !member.public_key.is_empty()).count();
+    vec![
+        metadata.name,
+        addresses(&spec.ipv4_prefix, &spec.ipv6_prefix),
+        labels(&spec.members),
+        status.members.len().to_string(),
+        ready.to_string(),
+        status.refused.len().to_string(),
+        metadata.revision.to_string(),
+        age(metadata.create_time),
+    ]
+}
+
+fn balancer_row(balancer: &LoadBalancer) -> Vec<String> {
+    let metadata = balancer.metadata.clone().unwrap_or_default();
+    let spec = balancer.spec.clone().unwrap_or_default();
+    let status = balancer.status.clone().unwrap_or_default();
+    let backends = backends::of(&status);
+    let applied = status.nodes.iter().filter(|node| node.applied).count();
+    vec![
+        metadata.name,
+        spec.network,
+        or_none(spec.addresses.join(",")),
+        or_none(manifest::ports(&spec.ports)),
+        format!("{}/{}", backends::active(&backends), backends.len()),
+        backends::flows(&backends).to_string(),
+        format!("{applied}/{}", status.nodes.len()),
+        metadata.revision.to_string(),
+        age(metadata.create_time),
+    ]
+}
+
+/// The phase, and whether the VM is drained.
+pub(crate) fn phase_word(node: &Node) -> String {
+    let phase = node.status.as_ref().map_or(Phase::Unspecified, NodeStatus::phase);
+    let draining = if is_draining(node) { ",Draining" } else { "" };
+    format!("{}{draining}", manifest::phase(phase))
+}
+
+pub(crate) fn is_draining(node: &Node) -> bool {
+    node.spec.is_some_and(|spec| spec.draining)
 }
 
 pub(crate) fn default_word(action: Action) -> &'static str {

@@ -18,21 +18,19 @@ use cnsmo_proto::{
 
 use crate::{
     args::LabelArgs,
-    client::{Client, refused},
-    output::{kind_word, labels, metadata},
+    client::{Client, Resources, refused},
+    output::{kind_word, labels},
 };
 
 pub(crate) async fn label(client: &Client, args: LabelArgs) -> Result<()> {
     let kind = Kind::from(args.kind);
     if kind != Kind::Node {
-        bail!("only the labels of nodes are changed here: a policy's are in its file");
+        bail!("only the labels of nodes are changed here: those of other kinds are in their files");
     }
     let changes = args.changes.iter().map(|text| change(text)).collect::<Result<Vec<_>>>()?;
     let mut core = client.resources().await?;
     let name = args.name.to_string();
-    let request = GetRequest { kind: kind.into(), name: name.clone() };
-    let node = core.get(request).await.map_err(refused)?.into_inner().resource.unwrap_or_default();
-    let mut changed = metadata(&node).labels;
+    let mut changed = labels_of(&mut core, &name).await?;
     for (key, value) in changes {
         match value {
             Some(value) => changed.insert(key, value),
@@ -41,15 +39,32 @@ pub(crate) async fn label(client: &Client, args: LabelArgs) -> Result<()> {
     }
     let shown = labels(&changed);
     let metadata = Metadata { name: name.clone(), labels: changed, ..Metadata::default() };
-    let node = Node { metadata: Some(metadata), status: None };
+    let node = Node { metadata: Some(metadata), spec: None, status: None };
+    let revision = update(&mut core, node).await?;
+    writeln!(io::stdout(), "{}/{name} {shown}\nrevision {revision}", kind_word(kind))?;
+    Ok(())
+}
+
+pub(crate) async fn labels_of(
+    core: &mut Resources,
+    node: &str,
+) -> Result<BTreeMap<String, String>> {
+    let request = GetRequest { kind: Kind::Node.into(), name: node.to_owned() };
+    let resource = core.get(request).await.map_err(refused)?.into_inner().resource;
+    match resource.and_then(|resource| resource.resource) {
+        Some(Inner::Node(node)) => Ok(node.metadata.unwrap_or_default().labels),
+        _ => bail!("the core sent no node"),
+    }
+}
+
+/// Writes a VM that is there; the revision.
+pub(crate) async fn update(core: &mut Resources, node: Node) -> Result<i64> {
     let request = ApplyRequest {
         resources: vec![Resource { resource: Some(Inner::Node(node)) }],
         mode: Mode::Update.into(),
         dry_run: false,
     };
-    let revision = core.apply(request).await.map_err(refused)?.into_inner().revision;
-    writeln!(io::stdout(), "{}/{name} {shown}\nrevision {revision}", kind_word(kind))?;
-    Ok(())
+    Ok(core.apply(request).await.map_err(refused)?.into_inner().revision)
 }
 
 /// `KEY=VALUE`, or `KEY-` without a value.

@@ -15,7 +15,7 @@ use cnsmo_proto::{
 
 use crate::{
     args::OriginalArgs,
-    output::{kind_of, name_of},
+    output::{kind_of, kind_word, name_of},
 };
 
 /// The resources of all files, each resource once; or all that is wrong with any of them.
@@ -33,7 +33,8 @@ pub(crate) fn resources(paths: &[PathBuf], original: OriginalArgs) -> Result<Vec
                     writeln!(io::stderr(), "note: {note}")?;
                 }
                 for resource in parsed.resources {
-                    let (kind, name) = (kind_of(&resource), name_of(&resource).to_owned());
+                    let kind = kind_word(kind_of(&resource));
+                    let name = name_of(&resource).to_owned();
                     if let Some(first) = first_of.insert((kind, name.clone()), file.clone()) {
                         errors.push(format!("{file}: {kind} {name}: is in {first} too"));
                     }

@@ -2,9 +2,11 @@
 
 mod apply;
 mod args;
+mod backends;
 mod client;
 mod describe;
 mod diff;
+mod drain;
 mod get;
 mod label;
 mod load;
@@ -64,6 +66,7 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Wait(wait) => return wait::wait(&client, wait).await,
         Command::Nodes { selector } => get::nodes(&client, format, selector).await?,
         Command::Label(label) => label::label(&client, label).await?,
+        Command::Drain(drain) => return drain::drain(&client, drain).await,
         Command::Token(TokenCommand::Create(create)) => token::create(&client, create).await?,
         Command::Completions { shell } => {
             let mut script = Vec::new();

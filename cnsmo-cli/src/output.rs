@@ -20,29 +20,26 @@ use serde::Serialize;
 /// For a value that is not there.
 pub(crate) const NONE: &str = "-";
 
-pub(crate) fn metadata(resource: &Resource) -> Metadata {
-    match &resource.resource {
-        Some(Inner::FirewallPolicy(policy)) => policy.metadata.clone(),
-        Some(Inner::Node(node)) => node.metadata.clone(),
-        None => None,
+fn metadata(resource: &Resource) -> Option<&Metadata> {
+    match resource.resource.as_ref()? {
+        Inner::FirewallPolicy(policy) => policy.metadata.as_ref(),
+        Inner::LoadBalancer(balancer) => balancer.metadata.as_ref(),
+        Inner::Network(network) => network.metadata.as_ref(),
+        Inner::Node(node) => node.metadata.as_ref(),
     }
-    .unwrap_or_default()
 }
 
 pub(crate) fn name_of(resource: &Resource) -> &str {
-    match &resource.resource {
-        Some(Inner::FirewallPolicy(policy)) => policy.metadata.as_ref(),
-        Some(Inner::Node(node)) => node.metadata.as_ref(),
-        None => None,
-    }
-    .map_or("", |metadata| &metadata.name)
+    metadata(resource).map_or("", |metadata| &metadata.name)
 }
 
-pub(crate) fn kind_of(resource: &Resource) -> &'static str {
+pub(crate) fn kind_of(resource: &Resource) -> Kind {
     match &resource.resource {
-        Some(Inner::FirewallPolicy(_)) => kind_word(Kind::FirewallPolicy),
-        Some(Inner::Node(_)) => kind_word(Kind::Node),
-        None => kind_word(Kind::Unspecified),
+        Some(Inner::FirewallPolicy(_)) => Kind::FirewallPolicy,
+        Some(Inner::LoadBalancer(_)) => Kind::LoadBalancer,
+        Some(Inner::Network(_)) => Kind::Network,
+        Some(Inner::Node(_)) => Kind::Node,
+        None => Kind::Unspecified,
     }
 }
 
@@ -50,6 +47,8 @@ pub(crate) fn kind_of(resource: &Resource) -> &'static str {
 pub(crate) fn kind_word(kind: Kind) -> &'static str {
     match kind {
         Kind::FirewallPolicy => "firewallpolicy",
+        Kind::LoadBalancer => "loadbalancer",
+        Kind::Network => "network",
         Kind::Node => "node",
         Kind::Unspecified => "unknown",
     }
@@ -123,7 +122,42 @@ fn short(time: Duration) -> String {
     }
 }
 
+/// Addresses of both families, IPv4 first.
+pub(crate) fn addresses(ipv4: &str, ipv6: &str) -> String {
+    let given: Vec<_> = [ipv4, ipv6].into_iter().filter(|address| !address.is_empty()).collect();
+    or_none(given.join(","))
+}
+
+/// In the largest unit of which there is at least one.
+pub(crate) fn size(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    let Some(n) = (1..=UNITS.len()).rev().find(|n| bytes >> (10 * n) > 0) else {
+        return format!("{bytes} B");
+    };
+    let tenths = (u128::from(bytes) * 10) >> (10 * n);
+    format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[n - 1])
+}
+
 pub(crate) fn print_text(text: &str) -> Result<()> {
     write!(io::stdout(), "{text}")?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_of_their_unit() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1_048_575, "1023.9 KiB"),
+            (1 << 20, "1.0 MiB"),
+            (u64::MAX, "16777215.9 TiB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
+    }
 }

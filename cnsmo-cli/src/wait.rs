@@ -86,7 +86,7 @@ async fn ready(core: &mut Resources, selector: &Labels, timeout: Duration) -> Re
         while let Some(response) = stream.message().await.map_err(refused)? {
             let node = match response.resource.as_ref().and_then(|r| r.resource.as_ref()) {
                 Some(Inner::Node(node)) => Some(node),
-                Some(Inner::FirewallPolicy(_)) | None => None,
+                _ => None,
             };
             match (response.event(), node) {
                 (Event::Upsert, Some(node)) => waiting.upsert(selector, node),

@@ -12,8 +12,10 @@ use serde::Serialize;
 
 use crate::{
     args::Format,
+    backends,
     client::{Client, refused},
-    output::{kind_of, name_of, print_text, print_yaml},
+    get::is_draining,
+    output::{kind_of, kind_word, name_of, print_text, print_yaml},
 };
 
 /// One line, or document, per event; until the core ends.
@@ -68,12 +70,27 @@ fn print(format: Format, response: &WatchResponse) -> Result<()> {
 }
 
 fn summary(resource: &Resource) -> String {
-    let name = format!("{}/{}", kind_of(resource), name_of(resource));
+    let name = format!("{}/{}", kind_word(kind_of(resource)), name_of(resource));
     match &resource.resource {
         Some(Inner::Node(node)) => {
             let status = node.status.clone().unwrap_or_default();
             let phase = manifest::phase(status.phase());
-            format!("{name} {phase} applied={}", status.applied_revision)
+            let draining = if is_draining(node) { " draining" } else { "" };
+            format!("{name} {phase}{draining} applied={}", status.applied_revision)
+        }
+        Some(Inner::Network(network)) => {
+            let status = network.status.clone().unwrap_or_default();
+            let ready = status.members.iter().filter(|member| !member.public_key.is_empty());
+            let (ready, members) = (ready.count(), status.members.len());
+            format!("{name} ready={ready}/{members} refused={}", status.refused.len())
+        }
+        Some(Inner::LoadBalancer(balancer)) => {
+            let status = balancer.status.clone().unwrap_or_default();
+            let applied = status.nodes.iter().filter(|node| node.applied).count();
+            let backends = backends::of(&status);
+            let (active, flows) = (backends::active(&backends), backends::flows(&backends));
+            let (all, nodes) = (backends.len(), status.nodes.len());
+            format!("{name} backends={active}/{all} flows={flows} applied={applied}/{nodes}")
         }
         Some(Inner::FirewallPolicy(policy)) => {
             let rules = policy.spec.as_ref().map_or(0, |spec| spec.rules.len());

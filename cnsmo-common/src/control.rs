@@ -1,6 +1,10 @@
 //! The one value that steers all programs, mapped into the agent's memory.
 
-use crate::{Direction, flow::state};
+use crate::{
+    Direction,
+    balance::{FILTER_WORDS, filter_bit},
+    flow::{Address, state},
+};
 
 /// Times are in jiffies, which cost nothing to read; the agent learns the kernel's HZ and converts.
 #[repr(C)]
@@ -19,8 +23,53 @@ pub struct Control {
     pub fragment_timeout: u32,
     /// `Conn::seen` is written when it is older than this many jiffies: a busy flow does not keep its cache line dirty.
     pub refresh: u32,
+    /// Bits of [`switch`].
+    pub switches: u32,
+    /// Kernel's index of the tunnel device.
+    pub tunnel: u32,
+    /// MTU of the tunnel device; 0: TCP's segments are not adapted to it.
+    pub tunnel_mtu: u32,
+    /// Address of this VM in the network: as which it speaks to backends for others.
+    pub own_v4: [u8; 4],
+    /// As `own_v4`.
+    pub own_v6: [u8; 16],
+    /// The network's prefix, host order: address and mask.
+    pub prefix_v4: [u64; 2],
+    /// As `prefix_v4`, each with its high half first.
+    pub prefix_v6: [[u64; 2]; 2],
+    /// Destinations that XDP leaves to TC, which can rewrite.
+    pub left_to_tc: [u64; FILTER_WORDS],
+    /// Destinations that TC behind XDP judges: all of `left_to_tc` at any time, so that every packet is judged.
+    pub judged_by_tc: [u64; FILTER_WORDS],
 }
-const _: () = assert!(size_of::<Control>() == 96);
+const _: () = assert!(size_of::<Control>() == 1_200);
+
+/// Switches of a [`Control`]: what most VMs do not have costs them one test.
+pub mod switch {
+    /// There are services.
+    pub const SERVICES: u32 = 1;
+    /// XDP leaves destinations to TC.
+    pub const LEAVE_TO_TC: u32 = 2;
+    /// `prefix_v4` is in force.
+    pub const PREFIX_V4: u32 = 4;
+    /// `prefix_v6` is in force.
+    pub const PREFIX_V6: u32 = 8;
+}
+
+impl Control {
+    /// Whether XDP leaves packets to `destination` to TC.
+    #[inline(always)]
+    pub fn leaves_to_tc<A: Address>(&self, destination: A) -> bool {
+        let (word, bit) = filter_bit(destination);
+        self.switches & switch::LEAVE_TO_TC != 0 && self.left_to_tc[word] & bit != 0
+    }
+    /// Whether TC behind XDP judges packets to `destination`.
+    #[inline(always)]
+    pub fn judges_in_tc<A: Address>(&self, destination: A) -> bool {
+        let (word, bit) = filter_bit(destination);
+        self.judged_by_tc[word] & bit != 0
+    }
+}
 
 /// Places in `Control::timeouts`; a power of two.
 pub const TIMEOUTS: usize = 16;

@@ -6,6 +6,8 @@ pub trait Address: Copy + Eq + core::fmt::Debug {
     fn widen(self) -> [u8; 16];
     /// Whether it is the higher of two.
     fn is_above(self, other: Self) -> bool;
+    /// High half and low half; of IPv4 the low half alone.
+    fn halves(self) -> [u64; 2];
 }
 
 impl Address for [u8; 4] {
@@ -17,6 +19,10 @@ impl Address for [u8; 4] {
     fn is_above(self, other: Self) -> bool {
         u32::from_be_bytes(self) > u32::from_be_bytes(other)
     }
+    #[inline(always)]
+    fn halves(self) -> [u64; 2] {
+        [0, u32::from_be_bytes(self) as u64]
+    }
 }
 
 impl Address for [u8; 16] {
@@ -27,6 +33,11 @@ impl Address for [u8; 16] {
     #[inline(always)]
     fn is_above(self, other: Self) -> bool {
         u128::from_be_bytes(self) > u128::from_be_bytes(other)
+    }
+    #[inline(always)]
+    fn halves(self) -> [u64; 2] {
+        let bits = u128::from_be_bytes(self);
+        [(bits >> 64) as u64, bits as u64]
     }
 }
 
@@ -79,6 +90,47 @@ pub struct Conn {
 }
 const _: () = assert!(size_of::<Conn>() == 16);
 
+/// Value of the flow tables.
+///
+/// A translated connection has two entries, one for each side's view of it: the OUTER one, whose key holds the virtual
+/// address, and the inner one, whose key holds the backend's. Each carries the whole state, so that a packet costs one
+/// lookup from whichever side it comes; what changes in one is copied to the other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flow<A> {
+    /// State.
+    pub conn: Conn,
+    /// Meaningful if [`flag::TRANSLATED`] is set; else zero.
+    pub translation: Translation<A>,
+}
+const _: () = assert!(size_of::<Flow<[u8; 4]>>() == 32);
+const _: () = assert!(size_of::<Flow<[u8; 16]>>() == 56);
+
+/// The other entry's view: what a packet of the originator carries there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation<A> {
+    /// Source.
+    pub src: A,
+    /// Destination.
+    pub dst: A,
+    /// Source port, network order.
+    pub sport: [u8; 2],
+    /// Destination port, network order.
+    pub dport: [u8; 2],
+    /// Kernel's index of the network card that the client came by; 0: the client is this VM.
+    pub ifindex: u32,
+}
+
+impl<A: Default> Translation<A> {
+    /// Of a flow that is not translated.
+    #[inline(always)]
+    pub fn none() -> Self {
+        let (src, dst) = (A::default(), A::default());
+        Self { src, dst, sport: [0; 2], dport: [0; 2], ifindex: 0 }
+    }
+}
+
 /// States of a flow; also the places of their timeouts.
 pub mod state {
     /// TCP: a SYN was seen.
@@ -115,6 +167,12 @@ pub mod flag {
     pub const FIN_REPLY: u8 = 8;
     /// The handshake was complete once: a segment after a RST shows that the RST was not obeyed.
     pub const ASSURED: u8 = 16;
+    /// Addresses and ports are rewritten.
+    pub const TRANSLATED: u8 = 32;
+    /// Of a translated flow: the entry whose key holds the virtual address.
+    pub const OUTER: u8 = 64;
+    /// What the two entries of a translated flow do not share.
+    pub const OF_ENTRY: u8 = ORIGIN_HIGH | OUTER;
 }
 
 /// Finds the ports of a later fragment.

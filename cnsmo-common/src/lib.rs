@@ -4,6 +4,7 @@
 //! anything here is a change of [`ABI_VERSION`]: an agent never reuses pinned maps of another version.
 #![no_std]
 
+pub mod balance;
 pub mod blob;
 pub mod control;
 pub mod flow;

@@ -1,13 +1,21 @@
 //! The only promises of plain old data: `repr(C)`, every bit pattern valid, no implicit padding (see the assertions).
 
-use crate::{control, flow, probe, stat};
+use crate::{balance, control, flow, probe, stat};
 
 // SAFETY: as the module says.
 unsafe impl aya::Pod for flow::FlowKey<[u8; 4]> {}
 // SAFETY: as the module says.
 unsafe impl aya::Pod for flow::FlowKey<[u8; 16]> {}
 // SAFETY: as the module says.
-unsafe impl aya::Pod for flow::Conn {}
+unsafe impl aya::Pod for flow::Flow<[u8; 4]> {}
+// SAFETY: as the module says.
+unsafe impl aya::Pod for flow::Flow<[u8; 16]> {}
+// SAFETY: as the module says.
+unsafe impl aya::Pod for balance::ServiceKey {}
+// SAFETY: as the module says.
+unsafe impl aya::Pod for balance::Service {}
+// SAFETY: as the module says.
+unsafe impl aya::Pod for balance::Backend {}
 // SAFETY: as the module says.
 unsafe impl aya::Pod for control::Control {}
 // SAFETY: as the module says.

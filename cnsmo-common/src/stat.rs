@@ -41,11 +41,17 @@ pub enum Reason {
     Classifier = 11,
     /// Neither IP nor ARP, and the default denies.
     NotIp = 12,
+    /// A flow to a virtual address that no backend takes.
+    NoBackend = 13,
+    /// A flow to a virtual address for which no source port is left.
+    NatPorts = 14,
+    /// On a network card, from or to an address that is reached through the tunnel alone.
+    NotTunnelled = 15,
 }
 
 impl Reason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 16] = [
         Self::Malformed,
         Self::TcpFlags,
         Self::FragmentTiny,
@@ -59,6 +65,9 @@ impl Reason {
         Self::TcpState,
         Self::Classifier,
         Self::NotIp,
+        Self::NoBackend,
+        Self::NatPorts,
+        Self::NotTunnelled,
     ];
 
     /// The stable word.
@@ -77,6 +86,9 @@ impl Reason {
             Self::TcpState => "tcp-state",
             Self::Classifier => "classifier",
             Self::NotIp => "not-ip",
+            Self::NoBackend => "no-backend",
+            Self::NatPorts => "nat-ports",
+            Self::NotTunnelled => "not-tunnelled",
         }
     }
 

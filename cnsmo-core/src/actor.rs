@@ -1,6 +1,7 @@
 //! The one task that owns resources and agents: it makes each change durable before anybody sees it.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
@@ -11,7 +12,7 @@ use cnsmo_proto::{
         agent::{Hello, connect_request},
         resource::{
             ApplyResponse, Kind, Resource, WaitAppliedResponse, WatchResponse, apply_request::Mode,
-            resource, watch_response,
+            watch_response,
         },
     },
 };
@@ -21,7 +22,7 @@ use tonic::Status;
 use crate::{
     error::Error,
     fleet::{DownSender, Fleet, Timing},
-    state::{Enrolment, Event, Plan, State, TokenRecord, Wanted},
+    state::{Announcement, Enrolment, Event, Plan, State, TokenRecord, Wanted},
     store::{Outcome, Revision, Store},
 };
 
@@ -162,8 +163,7 @@ impl Core {
             state,
             store,
             epoch: meta.epoch,
-            policies: broadcast::channel(WATCH_RING).0,
-            nodes: broadcast::channel(WATCH_RING).0,
+            rings: BTreeMap::new(),
             waiters: Vec::new(),
             last_tick: now,
         };
@@ -258,8 +258,7 @@ struct Actor {
     fleet: Fleet,
     store: Store,
     epoch: u64,
-    policies: broadcast::Sender<Arc<Change>>,
-    nodes: broadcast::Sender<Arc<Change>>,
+    rings: BTreeMap<Kind, broadcast::Sender<Arc<Change>>>,
     waiters: Vec<Waiter>,
     last_tick: Instant,
 }
@@ -338,10 +337,7 @@ impl Actor {
             Input::Connect { node, spki_sha256, hello, down, reply } => {
                 let _ = reply.send(self.connect(&node, &spki_sha256, &hello, down).await);
             }
-            Input::Agent(FromAgent { node, session, received, message }) => match message {
-                Some(message) => self.fleet.on_message(&node, session, received, message),
-                None => self.fleet.disconnected(&node, session),
-            },
+            Input::Agent(from) => self.take(from).await,
             Input::Shutdown => {}
         }
     }
@@ -381,9 +377,27 @@ impl Actor {
         }
         let labels = Labels::new(hello.labels.clone())
             .map_err(|e| Error::Invalid(format!("hello: {}", e.at("labels"))))?;
-        let plan = self.state.plan_connect(node, &labels, SystemTime::now())?;
+        let announcement = hello.announcement.clone().map(Announcement::try_from).transpose();
+        let announcement =
+            announcement.map_err(|e| Error::Invalid(format!("hello: {}", e.at("announcement"))))?;
+        let plan = self.state.plan_connect(node, &labels, announcement, SystemTime::now())?;
         self.commit(plan).await?;
         Ok(self.fleet.connect(node, hello, down, self.epoch, Instant::now()))
+    }
+
+    async fn take(&mut self, from: FromAgent) {
+        let FromAgent { node, session, received, message } = from;
+        let Some(message) = message else {
+            return self.fleet.end(&node, session, Status::ok(""));
+        };
+        let announced = self.fleet.on_message(&node, session, received, message);
+        let Some(announcement) = announced else { return };
+        let announcement = Announcement::try_from(announcement)
+            .map_err(|e| Error::Invalid(e.at("announcement").to_string()));
+        let plan = announcement.and_then(|new| self.state.plan_announcement(&node, new));
+        if let Err(error) = self.commit_plan(plan).await {
+            self.fleet.end(&node, session, error.into());
+        }
     }
 
     async fn commit_plan(&mut self, plan: Result<Plan, Error>) -> Result<(), Error> {
@@ -403,29 +417,12 @@ impl Actor {
         };
         let events = self.state.commit(plan, revision);
         let now = Instant::now();
-        for event in &events {
-            self.fleet.on_event(event, &self.state, before, now);
-        }
+        self.fleet.on_commit(&events, &self.state, before, now);
         self.fleet.flush(&self.state);
         for event in events {
             self.publish(event);
         }
         Ok(())
-    }
-
-    fn resource(&mut self, kind: Kind, name: &str) -> Option<Resource> {
-        let resource = match kind {
-            Kind::FirewallPolicy => {
-                let policy = self.state.policies().get(name)?;
-                resource::Resource::FirewallPolicy(self.fleet.policy(policy))
-            }
-            Kind::Node => {
-                let node = self.state.nodes().get(name)?;
-                resource::Resource::Node(self.fleet.node(node, self.state.revision()))
-            }
-            Kind::Unspecified => return None,
-        };
-        Some(Resource { resource: Some(resource) })
     }
 
     fn list(
@@ -434,49 +431,35 @@ impl Actor {
         name: Option<&str>,
         labels: &Labels,
     ) -> Result<Vec<Resource>, Error> {
-        let named = |own: &str| name.is_none_or(|name| name == own);
-        let names: Vec<String> = match kind {
-            Kind::FirewallPolicy => {
-                let has = |of: &std::collections::BTreeMap<String, String>| {
-                    labels.as_map().iter().all(|(key, value)| of.get(key) == Some(value))
-                };
-                let all = self.state.policies().iter();
-                all.filter(|(own, policy)| named(own) && has(&policy.metadata.labels))
-                    .map(|(own, _)| own.clone())
-                    .collect()
-            }
-            Kind::Node => {
-                let all = self.state.nodes().iter();
-                all.filter(|(own, node)| named(own) && labels.selects(&node.labels))
-                    .map(|(own, _)| own.clone())
-                    .collect()
-            }
-            Kind::Unspecified => return Err(Error::Invalid("kind: missing".into())),
+        let names = match name {
+            _ if kind == Kind::Unspecified => return Err(Error::Invalid("kind: missing".into())),
+            Some(name) => vec![name.to_owned()],
+            None => self.state.names(kind),
         };
-        Ok(names.iter().filter_map(|name| self.resource(kind, name)).collect())
+        let (state, fleet) = (&self.state, &mut self.fleet);
+        let has = |name: &&String| {
+            let metadata = state.metadata(kind, name);
+            metadata.is_some_and(|metadata| {
+                labels.as_map().iter().all(|(key, value)| metadata.labels.get(key) == Some(value))
+            })
+        };
+        let names = names.iter().filter(has);
+        Ok(names.filter_map(|name| fleet.resource(kind, name, state)).collect())
     }
 
     fn view(&mut self, kind: Kind, name: Option<&str>) -> Result<View, Error> {
         let resources = self.list(kind, name, &Labels::default())?;
-        let changes = match kind {
-            Kind::Node => self.nodes.subscribe(),
-            Kind::FirewallPolicy | Kind::Unspecified => self.policies.subscribe(),
-        };
+        let changes = self.ring(kind).subscribe();
         Ok(View { resources, revision: self.state.revision(), changes })
     }
 
     fn publish(&mut self, event: Event) {
-        match event {
-            Event::Policy(name) => self.publish_upsert(Kind::FirewallPolicy, name),
-            Event::Node(name) => self.publish_upsert(Kind::Node, name),
-            Event::PolicyDeleted(policy) => {
-                let resource = resource::Resource::FirewallPolicy((&policy).into());
-                self.publish_delete(Kind::FirewallPolicy, policy.metadata.name, resource);
-            }
-            Event::NodeDeleted(node) => {
-                let resource =
-                    resource::Resource::Node(self.fleet.node(&node, self.state.revision()));
-                self.publish_delete(Kind::Node, node.metadata.name, resource);
+        let Event { kind, name, deleted } = event;
+        match deleted {
+            None => self.publish_upsert(kind, name),
+            Some(resource) => {
+                let resource = Resource { resource: Some(resource) };
+                self.send(kind, name, watch_response::Event::Delete, resource);
             }
         }
     }
@@ -485,13 +468,8 @@ impl Actor {
         if self.ring(kind).receiver_count() == 0 {
             return;
         }
-        let Some(resource) = self.resource(kind, &name) else { return };
+        let Some(resource) = self.fleet.resource(kind, &name, &self.state) else { return };
         self.send(kind, name, watch_response::Event::Upsert, resource);
-    }
-
-    fn publish_delete(&mut self, kind: Kind, name: String, resource: resource::Resource) {
-        let resource = Resource { resource: Some(resource) };
-        self.send(kind, name, watch_response::Event::Delete, resource);
     }
 
     fn send(&mut self, kind: Kind, name: String, event: watch_response::Event, resource: Resource) {
@@ -504,21 +482,14 @@ impl Actor {
         let _ = self.ring(kind).send(Arc::new(Change { name, message }));
     }
 
-    fn ring(&self, kind: Kind) -> &broadcast::Sender<Arc<Change>> {
-        match kind {
-            Kind::Node => &self.nodes,
-            Kind::FirewallPolicy | Kind::Unspecified => &self.policies,
-        }
+    fn ring(&mut self, kind: Kind) -> &broadcast::Sender<Arc<Change>> {
+        self.rings.entry(kind).or_insert_with(|| broadcast::channel(WATCH_RING).0)
     }
 
     /// Status of agents changes often and matters little in between: once per tick is enough.
     fn publish_status(&mut self) {
-        let changed = self.fleet.take_changed();
-        for name in changed.nodes {
-            self.publish_upsert(Kind::Node, name);
-        }
-        for name in changed.policies {
-            self.publish_upsert(Kind::FirewallPolicy, name);
+        for (kind, name) in self.fleet.take_changed() {
+            self.publish_upsert(kind, name);
         }
     }
 

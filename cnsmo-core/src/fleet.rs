@@ -1,9 +1,12 @@
 //! What each agent shall run, what it says it runs, and the update that closes the gap.
 //!
 //! No I/O beyond handing messages to bounded channels: one task calls in, in order. An inverted index from labels to nodes
-//! and the set of nodes per policy keep the work of an edit to the nodes that it touches.
+//! and the set of nodes per policy keep the work of an edit to the nodes that it touches. What all members of a network are
+//! sent is one set, of which each of them holds a cheap copy.
 
-mod member;
+mod agent;
+mod derive;
+mod set;
 mod status;
 
 use std::{
@@ -17,23 +20,30 @@ use cnsmo_proto::{
     model::Labels,
     pb::{
         agent::{
-            ConnectResponse, Hello, Resource, Update, Welcome, connect_request, connect_response,
-            resource, update::Kind,
+            Announcement, ConnectResponse, Hello, Resource, Update, Welcome, connect_request,
+            connect_response, resource, update::Kind as UpdateKind,
         },
+        balancer::{Backend, LoadBalancerSpec},
+        network::{Member, NetworkSpec},
         policy::FirewallPolicySpec,
+        resource::Kind,
     },
 };
+use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
-use self::member::{Member, Session};
+use self::{
+    agent::{Agent, Session},
+    set::{Key, Set},
+};
 use crate::{
     state::{Event, State},
     store::Revision,
 };
 
-/// The one resource type that agents are sent.
-pub const POLICY_TYPE: &str = "cnsmo.policy.v1.FirewallPolicy";
+/// The one type of set that agents are sent.
+pub const SET_TYPE: &str = "cnsmo.agent.v1.Resource";
 /// Version of the stream's protocol.
 pub const PROTOCOL_VERSION: u32 = 1;
 /// Messages that wait for one agent: the welcome, the one update without an answer, bookmarks, the end. An agent that
@@ -42,8 +52,15 @@ pub const DOWN_MAX: usize = 8;
 /// A gap between two ticks longer than this means that the core itself stood still.
 const FREEZE_MIN: Duration = Duration::from_secs(2);
 
-/// Names and revisions of the policies of one node.
-type Set = BTreeMap<String, Revision>;
+// How names of resources begin, as agents know them.
+const POLICY: &str = "firewall-policy/";
+const NETWORK: &str = "network/";
+const MEMBER: &str = "member/";
+const BALANCER: &str = "load-balancer/";
+const BACKEND: &str = "backend/";
+
+/// Everything that agents are sent, as it is now.
+type Catalog = HashMap<Key, Spec>;
 
 /// How often agents call, and how long one may be silent.
 #[derive(Clone, Copy, Debug)]
@@ -74,12 +91,82 @@ pub enum Down {
 #[derive(Debug)]
 pub struct Push {
     nonce: u64,
-    kind: Kind,
+    kind: UpdateKind,
     base_revision: Revision,
     revision: Revision,
-    upserts: Vec<(String, Revision, Arc<FirewallPolicySpec>)>,
-    removals: Vec<String>,
+    upserts: Vec<(Key, Revision, Spec)>,
+    removals: Vec<Key>,
     digest: Digest,
+}
+
+/// What a name stands for. Shared by all nodes that are sent it.
+#[derive(Clone, Debug, PartialEq)]
+enum Spec {
+    Policy(Arc<FirewallPolicySpec>),
+    Network(Arc<NetworkSpec>),
+    Member(Arc<Member>),
+    Balancer(Arc<LoadBalancerSpec>),
+    Backend(Arc<Backend>),
+}
+
+impl Spec {
+    fn encoded_len(&self) -> usize {
+        match self {
+            Self::Policy(spec) => spec.encoded_len(),
+            Self::Network(spec) => spec.encoded_len(),
+            Self::Member(spec) => spec.encoded_len(),
+            Self::Balancer(spec) => spec.encoded_len(),
+            Self::Backend(spec) => spec.encoded_len(),
+        }
+    }
+
+    fn encode_to_vec(&self) -> Vec<u8> {
+        match self {
+            Self::Policy(spec) => spec.encode_to_vec(),
+            Self::Network(spec) => spec.encode_to_vec(),
+            Self::Member(spec) => spec.encode_to_vec(),
+            Self::Balancer(spec) => spec.encode_to_vec(),
+            Self::Backend(spec) => spec.encode_to_vec(),
+        }
+    }
+}
+
+impl From<Spec> for resource::Spec {
+    fn from(spec: Spec) -> Self {
+        match spec {
+            Spec::Policy(spec) => Self::FirewallPolicy(Arc::unwrap_or_clone(spec)),
+            Spec::Network(spec) => Self::Network(Arc::unwrap_or_clone(spec)),
+            Spec::Member(spec) => Self::Member(Arc::unwrap_or_clone(spec)),
+            Spec::Balancer(spec) => Self::LoadBalancer(Arc::unwrap_or_clone(spec)),
+            Spec::Backend(spec) => Self::Backend(Arc::unwrap_or_clone(spec)),
+        }
+    }
+}
+
+/// The names that belong to one resource of an operator.
+#[derive(Debug)]
+struct Topic {
+    name: String,
+    /// How the names of what is derived from it begin.
+    parts: Option<String>,
+}
+
+impl Topic {
+    fn policy(name: &str) -> Self {
+        Self { name: format!("{POLICY}{name}"), parts: None }
+    }
+
+    fn network(name: &str) -> Self {
+        Self { name: format!("{NETWORK}{name}"), parts: Some(format!("{MEMBER}{name}/")) }
+    }
+
+    fn balancer(name: &str) -> Self {
+        Self { name: format!("{BALANCER}{name}"), parts: Some(format!("{BACKEND}{name}/")) }
+    }
+
+    fn has(&self, key: &str) -> bool {
+        key == self.name || self.parts.as_ref().is_some_and(|parts| key.starts_with(parts))
+    }
 }
 
 impl From<Down> for ConnectResponse {
@@ -94,18 +181,19 @@ impl From<Down> for ConnectResponse {
 
 impl From<Push> for Update {
     fn from(push: Push) -> Self {
-        let resource = |(name, revision, spec): (String, Revision, Arc<FirewallPolicySpec>)| {
-            let spec = FirewallPolicySpec::clone(&spec);
-            Resource { name, revision, spec: Some(resource::Spec::FirewallPolicy(spec)) }
+        let resource = |(key, version, spec): (Key, Revision, Spec)| Resource {
+            name: key.to_string(),
+            version,
+            spec: Some(spec.into()),
         };
         Self {
             nonce: push.nonce,
-            r#type: POLICY_TYPE.into(),
+            r#type: SET_TYPE.into(),
             kind: push.kind.into(),
             base_revision: push.base_revision,
             revision: push.revision,
             upserts: push.upserts.into_iter().map(resource).collect(),
-            removals: push.removals,
+            removals: push.removals.iter().map(ToString::to_string).collect(),
             digest: push.digest.to_vec(),
         }
     }
@@ -123,87 +211,104 @@ pub struct DownSender {
 /// All agents.
 #[derive(Debug)]
 pub struct Fleet {
-    members: BTreeMap<String, Member>,
+    agents: BTreeMap<String, Agent>,
+    catalog: Catalog,
     /// Nodes that each policy selects.
     selected: BTreeMap<String, BTreeSet<String>>,
+    /// What each balancer has in the set of its network.
+    served: BTreeMap<String, derive::Served>,
+    /// What all members of each network are sent.
+    shared: BTreeMap<String, Set>,
+    /// Networks whose members have not been told yet.
+    stale: BTreeSet<String>,
     /// Nodes that have each label.
     by_label: HashMap<(String, String), BTreeSet<String>>,
     /// Nodes that may need an update.
     outbox: BTreeSet<String>,
-    /// Since [`Self::take_changed`] was called last.
-    changed: Changed,
-    /// When the condition of each policy became what it is.
-    conditions: BTreeMap<String, status::Seen>,
+    /// Resources whose status is another than when [`Self::take_changed`] was called last.
+    changed: BTreeSet<(Kind, String)>,
+    /// When the condition of each resource became what it is.
+    conditions: BTreeMap<(Kind, String), status::Seen>,
     timing: Timing,
     sessions: u64,
-}
-
-/// Resources whose status is another than before.
-#[derive(Debug, Default)]
-pub struct Changed {
-    /// Names of nodes.
-    pub nodes: BTreeSet<String>,
-    /// Names of policies.
-    pub policies: BTreeSet<String>,
-}
-
-impl Changed {
-    /// Whether nothing has changed.
-    pub fn is_empty(&self) -> bool {
-        self.nodes.is_empty() && self.policies.is_empty()
-    }
 }
 
 impl Fleet {
     /// All nodes of the state, none of them connected, each with a full lease.
     pub fn new(state: &State, timing: Timing, now: Instant) -> Self {
         let mut fleet = Self {
-            members: BTreeMap::new(),
-            selected: state.policies().keys().map(|name| (name.clone(), BTreeSet::new())).collect(),
+            agents: BTreeMap::new(),
+            catalog: Catalog::new(),
+            selected: BTreeMap::new(),
+            served: BTreeMap::new(),
+            shared: BTreeMap::new(),
+            stale: BTreeSet::new(),
             by_label: HashMap::new(),
             outbox: BTreeSet::new(),
-            changed: Changed::default(),
+            changed: BTreeSet::new(),
             conditions: BTreeMap::new(),
             timing,
             sessions: 0,
         };
-        for name in state.nodes().keys() {
-            fleet.node_changed(name, state, 0, now);
-        }
+        let event = |kind, name| Event { kind, name, deleted: None };
+        // Nodes last: policies and balancers that come after them would look for each of them.
+        let kinds = [Kind::FirewallPolicy, Kind::Network, Kind::LoadBalancer, Kind::Node];
+        let all = kinds
+            .into_iter()
+            .flat_map(|kind| state.names(kind).into_iter().map(move |name| event(kind, name)));
+        fleet.on_commit(&all.collect::<Vec<_>>(), state, 0, now);
         fleet
     }
 
     /// Takes over what a commit has changed. `before` is the revision before that commit.
-    pub fn on_event(&mut self, event: &Event, state: &State, before: Revision, now: Instant) {
-        match event {
-            Event::Policy(name) => self.policy_changed(name, state, before),
-            Event::PolicyDeleted(policy) => {
-                self.policy_changed(&policy.metadata.name, state, before);
-                self.selected.remove(&policy.metadata.name);
-                self.conditions.remove(&policy.metadata.name);
+    pub fn on_commit(&mut self, events: &[Event], state: &State, before: Revision, now: Instant) {
+        for Event { kind, name, deleted } in events {
+            self.changed.insert((*kind, name.clone()));
+            match kind {
+                Kind::FirewallPolicy => self.policy_changed(name, state, before),
+                Kind::Network => self.network_changed(name, state),
+                Kind::LoadBalancer => self.balancer_changed(name, state),
+                Kind::Node if deleted.is_none() => self.node_changed(name, state, before, now),
+                Kind::Node => self.node_deleted(name),
+                Kind::Unspecified => {}
             }
-            Event::Node(name) => self.node_changed(name, state, before, now),
-            Event::NodeDeleted(node) => self.node_deleted(&node.metadata.name, &node.labels),
+            if deleted.is_some() {
+                self.conditions.remove(&(*kind, name.clone()));
+                self.changed.remove(&(*kind, name.clone()));
+            }
         }
+        if events.iter().any(|event| event.kind == Kind::Network) {
+            self.networks_changed(state);
+        }
+        self.tell_members(state, before);
     }
 
     fn policy_changed(&mut self, name: &str, state: &State, before: Revision) {
+        let key = format!("{POLICY}{name}");
         let mut nodes = self.selected.remove(name).unwrap_or_default();
         let policy = state.policies().get(name);
         let wanted: BTreeSet<String> =
-            policy.map(|policy| self.matching(state, &policy.target)).unwrap_or_default();
+            policy.map(|policy| self.matching(state, &policy.model)).unwrap_or_default();
         nodes.extend(wanted.iter().cloned());
+        match policy {
+            Some(policy) => {
+                self.catalog.insert(Key::from(&*key), Spec::Policy(policy.spec.clone()));
+                self.selected.insert(name.to_owned(), wanted.clone());
+            }
+            None => drop(self.catalog.remove(&*key)),
+        }
         let revision = policy.map(|policy| policy.metadata.revision);
         for node in nodes {
             let want = revision.filter(|_| wanted.contains(&node));
-            let Some(member) = self.members.get_mut(&node) else { continue };
-            if member.want(name, want, before) {
-                self.changed.nodes.insert(node.clone());
+            let Some(agent) = self.agents.get_mut(&node) else { continue };
+            if agent.want(&key, want, before) {
+                if want.is_none() {
+                    agent.counters.remove(name);
+                }
+                self.changed.insert((Kind::Node, node.clone()));
                 self.outbox.insert(node);
             }
         }
-        self.selected.insert(name.to_owned(), wanted);
-        self.changed.policies.insert(name.to_owned());
     }
 
     /// Nodes that `target` selects, found from its rarest label.
@@ -213,7 +318,7 @@ impl Fleet {
             .iter()
             .map(|(key, value)| self.by_label.get(&(key.clone(), value.clone())));
         match postings.min_by_key(|nodes| nodes.map_or(0, BTreeSet::len)) {
-            None => self.members.keys().cloned().collect(),
+            None => self.agents.keys().cloned().collect(),
             Some(None) => BTreeSet::new(),
             Some(Some(nodes)) => {
                 let selects = |name: &&String| {
@@ -226,43 +331,44 @@ impl Fleet {
 
     fn node_changed(&mut self, name: &str, state: &State, before: Revision, now: Instant) {
         let Some(node) = state.nodes().get(name) else { return };
-        let member = self.members.entry(name.to_owned()).or_insert_with(|| Member::new(now));
-        for label in std::mem::replace(&mut member.labels, node.labels.clone()).as_map() {
+        let agent = self.agents.entry(name.to_owned()).or_insert_with(|| Agent::new(now));
+        for label in std::mem::replace(&mut agent.labels, node.labels.clone()).as_map() {
             unindex(&mut self.by_label, label, name);
         }
         for (key, value) in node.labels.as_map() {
             self.by_label.entry((key.clone(), value.clone())).or_default().insert(name.to_owned());
         }
         for (policy_name, policy) in state.policies() {
-            let want = policy.target.selects(&node.labels).then_some(policy.metadata.revision);
-            if member.want(policy_name, want, before) {
+            let want = policy.model.selects(&node.labels).then_some(policy.metadata.revision);
+            if agent.want(&format!("{POLICY}{policy_name}"), want, before) {
                 let nodes = self.selected.entry(policy_name.clone()).or_default();
                 if want.is_some() {
                     nodes.insert(name.to_owned());
                 } else {
                     nodes.remove(name);
+                    agent.counters.remove(policy_name);
                 }
-                self.changed.policies.insert(policy_name.clone());
+                self.changed.insert((Kind::FirewallPolicy, policy_name.clone()));
                 self.outbox.insert(name.to_owned());
             }
         }
-        self.changed.nodes.insert(name.to_owned());
+        self.place_changed(name, state, before);
     }
 
-    fn node_deleted(&mut self, name: &str, labels: &Labels) {
-        for label in labels.as_map() {
+    fn node_deleted(&mut self, name: &str) {
+        self.withdraw_node(name);
+        let Some(mut agent) = self.agents.remove(name) else { return };
+        for label in agent.labels.as_map() {
             unindex(&mut self.by_label, label, name);
         }
-        let Some(mut member) = self.members.remove(name) else { return };
-        member.end(Status::permission_denied(format!("Node {name}: was deleted")));
-        for policy in member.policies() {
+        agent.end(Status::permission_denied(format!("Node {name}: was deleted")));
+        for policy in agent.policies() {
             if let Some(nodes) = self.selected.get_mut(policy) {
                 nodes.remove(name);
             }
-            self.changed.policies.insert(policy.clone());
+            self.changed.insert((Kind::FirewallPolicy, policy.to_owned()));
         }
         self.outbox.remove(name);
-        self.changed.nodes.remove(name);
     }
 
     /// Begins a session; an older one of the same agent ends. Returns its number.
@@ -276,8 +382,8 @@ impl Fleet {
     ) -> u64 {
         self.sessions += 1;
         let id = self.sessions;
-        let Some(member) = self.members.get_mut(name) else { return id };
-        member.end(Status::aborted("another stream of this agent has connected"));
+        let Some(agent) = self.agents.get_mut(name) else { return id };
+        agent.end(Status::aborted("another stream of this agent has connected"));
         let wire = |d: Duration| prost_types::Duration::try_from(d).ok();
         let welcome = Welcome {
             store_epoch: epoch,
@@ -285,49 +391,54 @@ impl Fleet {
             lease_ttl: wire(self.timing.lease),
             protocol_version: PROTOCOL_VERSION,
         };
-        member.begin(Session::new(id, down), welcome, hello.have.get(POLICY_TYPE), now);
+        agent.begin(Session::new(id, down), welcome, hello.have.get(SET_TYPE), now);
         self.touched(name);
         id
     }
 
-    /// Takes a message of an agent. A message of an older session is dropped; an error ends the session.
+    /// Takes a message of an agent. A message of an older session is dropped; an error ends the session. An announcement is
+    /// given back: it has to be committed first.
     pub fn on_message(
         &mut self,
         name: &str,
         session: u64,
         received: Instant,
         message: connect_request::Message,
-    ) {
-        let Some(member) = self.members.get_mut(name).filter(|m| m.is_session(session)) else {
-            return;
-        };
-        let was_late = member.heard(received);
+    ) -> Option<Announcement> {
+        let agent = self.agents.get_mut(name).filter(|agent| agent.is_session(session))?;
+        let was_late = agent.heard(received);
+        let mut announcement = None;
         let result = match message {
             connect_request::Message::Hello(_) => {
                 Err(Status::invalid_argument("hello: comes once, as the first message"))
             }
-            connect_request::Message::Ack(ack) => member.on_ack(ack).map(|()| true),
+            connect_request::Message::Ack(ack) => agent.on_ack(ack).map(|()| true),
             connect_request::Message::Heartbeat(heartbeat) => {
-                member.on_state(heartbeat.applied.get(POLICY_TYPE), received)
+                agent.on_state(heartbeat.applied.get(SET_TYPE), received)
             }
-            connect_request::Message::Status(report) => Ok(member.on_report(report)),
+            connect_request::Message::Status(report) => Ok(agent.on_report(*report)),
+            connect_request::Message::Announcement(new) => {
+                announcement = Some(new);
+                Ok(false)
+            }
         };
         let changed = match result {
             Ok(changed) => changed,
             Err(status) => {
-                member.end(status);
+                agent.end(status);
                 true
             }
         };
         if changed || was_late {
             self.touched(name);
         }
+        announcement
     }
 
-    /// A session's stream is gone. The lease goes on.
-    pub fn disconnected(&mut self, name: &str, session: u64) {
-        if let Some(member) = self.members.get_mut(name).filter(|m| m.is_session(session)) {
-            member.end(Status::ok(""));
+    /// Ends a session, whose stream may be gone already. The lease goes on.
+    pub fn end(&mut self, name: &str, session: u64, status: Status) {
+        if let Some(agent) = self.agents.get_mut(name).filter(|agent| agent.is_session(session)) {
+            agent.end(status);
             self.touched(name);
         }
     }
@@ -339,8 +450,8 @@ impl Fleet {
             tracing::warn!(?frozen, "the core stood still: all leases are extended");
         }
         let mut late = Vec::new();
-        for (name, member) in &mut self.members {
-            if member.expire(now, frozen, self.timing.lease) {
+        for (name, agent) in &mut self.agents {
+            if agent.expire(now, frozen, self.timing.lease) {
                 late.push(name.clone());
             }
         }
@@ -352,16 +463,16 @@ impl Fleet {
     /// Sends what has become due.
     pub fn flush(&mut self, state: &State) {
         for name in std::mem::take(&mut self.outbox) {
-            if let Some(member) = self.members.get_mut(&name)
-                && !member.push(state)
+            if let Some(agent) = self.agents.get_mut(&name)
+                && agent.push(&self.catalog, state.revision())
             {
-                self.changed.nodes.insert(name);
+                self.changed.insert((Kind::Node, name));
             }
         }
     }
 
     /// What has another status since the last call.
-    pub fn take_changed(&mut self) -> Changed {
+    pub fn take_changed(&mut self) -> BTreeSet<(Kind, String)> {
         std::mem::take(&mut self.changed)
     }
 
@@ -372,16 +483,23 @@ impl Fleet {
 
     /// Ends all sessions.
     pub fn shut_down(&mut self) {
-        for member in self.members.values_mut() {
-            member.end(Status::unavailable("the core is shutting down"));
+        for agent in self.agents.values_mut() {
+            agent.end(Status::unavailable("the core is shutting down"));
         }
     }
 
     fn touched(&mut self, name: &str) {
-        if let Some(member) = self.members.get(name) {
-            self.changed.policies.extend(member.policies().cloned());
+        if let Some(agent) = self.agents.get(name) {
+            let policies = agent.policies().map(|policy| (Kind::FirewallPolicy, policy.to_owned()));
+            self.changed.extend(policies);
+            if let Some(network) = &agent.network {
+                self.changed.insert((Kind::Network, network.clone()));
+                let balancers = self.served.iter().filter(|(_, served)| served.network == *network);
+                let balancers = balancers.map(|(name, _)| (Kind::LoadBalancer, name.clone()));
+                self.changed.extend(balancers);
+            }
         }
-        self.changed.nodes.insert(name.to_owned());
+        self.changed.insert((Kind::Node, name.to_owned()));
         self.outbox.insert(name.to_owned());
     }
 }

@@ -3,27 +3,37 @@
 //! Nothing here does I/O. A request becomes a [`Plan`], the plan's transaction is made durable, and only then does
 //! [`State::commit`] change the memory: what was not committed was never seen.
 
+mod check;
+mod node;
+mod overlay;
 mod record;
 mod request;
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use cnsmo_proto::{
-    model::{Invalid, Labels, Name},
+    model::{Addresses, Invalid, Labels, LoadBalancer, Name, Network, PublicKey},
     pb::{
+        balancer::{self, LoadBalancerSpec},
         meta::Metadata,
+        network::{self, NetworkSpec},
         policy::{FirewallPolicy, FirewallPolicySpec},
-        resource::{Change, Kind, apply_request::Mode, change::Outcome},
+        resource::{Change, Kind, apply_request::Mode, change::Outcome, resource::Resource},
     },
 };
-use prost::Message as _;
 use uuid::Uuid;
 
-pub use request::{Wanted, parse_apply};
+pub use node::{
+    Announcement, Enrolment, Membership, NODES_MAX, Node, TOKEN_TTL_MAX, TOKEN_USES_MAX,
+    TOKENS_MAX, TokenRecord,
+};
+pub use overlay::MEMBERS_MAX;
+pub use request::{Body, Wanted, parse_apply};
 
 use crate::{
     error::Error,
@@ -32,83 +42,41 @@ use crate::{
 
 /// Firewall policies: as many as one agent takes, since all of them may select one node.
 pub const POLICIES_MAX: usize = 4_096;
-/// Encoded specs of all policies together: a snapshot of every policy must fit into one message of 32 MiB.
-pub const POLICY_BYTES_MAX: usize = 30 << 20;
-/// Nodes: what one core is measured with, twice.
-pub const NODES_MAX: usize = 20_000;
-/// Join tokens that have not expired.
-pub const TOKENS_MAX: usize = 10_000;
-/// Nodes that one join token may admit.
-pub const TOKEN_USES_MAX: u32 = 10_000;
-/// Longest life of a join token.
-pub const TOKEN_TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3_600);
+/// Networks: each node is compared with all of them.
+pub const NETWORKS_MAX: usize = 64;
+/// Load balancers: all of them may be in one network, and each of its members then balances for all.
+pub const BALANCERS_MAX: usize = 1_024;
+/// Encoded specs of all policies, networks and balancers together: half of the 64 MiB that an agent takes in one message,
+/// since all of them may be for one node. The other half is for what is derived.
+pub const SPEC_BYTES_MAX: usize = 30 << 20;
 
-/// A firewall policy.
+/// A resource that operators write as a whole.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Policy {
+pub struct Stored<S, M> {
     /// Name, labels, revision and times.
     pub metadata: Metadata,
-    /// VMs it is for.
-    pub target: Labels,
-    /// Valid, and in canonical form so that equal policies are equal messages. Kept encoded for the wire because the
-    /// core hands policies on and looks into nothing but the target.
-    pub spec: Arc<FirewallPolicySpec>,
+    /// Valid, and in canonical form so that equal resources are equal messages. Kept encoded for the wire because the core
+    /// hands it on.
+    pub spec: Arc<S>,
+    /// What the core itself looks at.
+    pub model: M,
 }
 
-/// What is durable about a node.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Node {
-    /// Name, labels, revision and times.
-    pub metadata: Metadata,
-    /// The same labels as in the metadata.
-    pub labels: Labels,
-    /// From the join token: these win over the agent's.
-    pub token_labels: Labels,
-    /// An operator has written the labels: the agent's count no more.
-    pub labels_by_operator: bool,
-    /// SHA-256 of the public key info in its certificate.
-    pub spki_sha256: [u8; 32],
-    /// Its agent has connected at least once.
-    pub connected: bool,
-}
-
-/// What is kept of a join token. Its secret is not.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenRecord {
-    /// SHA-256 of the secret.
-    pub secret_sha256: [u8; 32],
-    /// End of its life.
-    pub expire_time: SystemTime,
-    /// Nodes that it may admit.
-    pub uses_max: u32,
-    /// SHA-256 of the public key info of each node that it has admitted.
-    pub used_by: Vec<[u8; 32]>,
-    /// Labels for each node that joins with it.
-    pub labels: Labels,
-}
-
-/// A request to join.
-#[derive(Clone, Debug)]
-pub struct Enrolment {
-    /// Public part of the token.
-    pub token_id: String,
-    /// SHA-256 of the presented secret.
-    pub secret_sha256: [u8; 32],
-    /// Name of the node.
-    pub node: Name,
-    /// The agent's own labels.
-    pub labels: Labels,
-    /// SHA-256 of the public key info in the signing request.
-    pub spki_sha256: [u8; 32],
-}
+/// A firewall policy, and the VMs it is for.
+pub type StoredPolicy = Stored<FirewallPolicySpec, Labels>;
+/// A network.
+pub type StoredNetwork = Stored<NetworkSpec, Network>;
+/// A load balancer.
+pub type StoredBalancer = Stored<LoadBalancerSpec, LoadBalancer>;
 
 /// One resource after a commit. The revision of a changed spec is set at the commit.
 #[derive(Clone, Debug, PartialEq)]
 enum Write {
-    Policy(Policy),
-    DeletePolicy(String),
-    Node(Node),
-    DeleteNode(String),
+    Policy(StoredPolicy),
+    Network(StoredNetwork),
+    Balancer(StoredBalancer),
+    Node(Box<Node>),
+    Delete(Kind, String),
     Token(String, TokenRecord),
     DeleteToken(String),
 }
@@ -133,26 +101,41 @@ impl Plan {
     }
 }
 
-/// What a commit has changed.
+/// A resource that a commit has changed.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// A policy is new or changed.
-    Policy(String),
-    /// A policy is gone; its last state.
-    PolicyDeleted(Policy),
-    /// A node is new or its record changed.
-    Node(String),
-    /// A node is gone; its last state.
-    NodeDeleted(Node),
+pub struct Event {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name.
+    pub name: String,
+    /// It is gone: its last state.
+    pub deleted: Option<Resource>,
+}
+
+/// Nodes of a network.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Roster {
+    /// They have addresses.
+    pub members: BTreeSet<String>,
+    /// They come in when addresses become free.
+    pub waiting: BTreeSet<String>,
 }
 
 /// All resources.
 #[derive(Debug, Default)]
 pub struct State {
     revision: Revision,
-    policies: BTreeMap<String, Policy>,
+    policies: BTreeMap<String, StoredPolicy>,
+    networks: BTreeMap<String, StoredNetwork>,
+    balancers: BTreeMap<String, StoredBalancer>,
     nodes: BTreeMap<String, Node>,
     tokens: BTreeMap<String, TokenRecord>,
+    /// By network.
+    rosters: BTreeMap<String, Roster>,
+    /// Nodes by the overlay addresses they have. Networks do not overlap.
+    owners: HashMap<IpAddr, String>,
+    /// Nodes by the tunnel keys they have announced.
+    keys: HashMap<PublicKey, String>,
 }
 
 impl State {
@@ -172,13 +155,35 @@ impl State {
     }
 
     /// By name.
-    pub fn policies(&self) -> &BTreeMap<String, Policy> {
+    pub fn policies(&self) -> &BTreeMap<String, StoredPolicy> {
         &self.policies
+    }
+
+    /// By name.
+    pub fn networks(&self) -> &BTreeMap<String, StoredNetwork> {
+        &self.networks
+    }
+
+    /// By name.
+    pub fn balancers(&self) -> &BTreeMap<String, StoredBalancer> {
+        &self.balancers
     }
 
     /// By name.
     pub fn nodes(&self) -> &BTreeMap<String, Node> {
         &self.nodes
+    }
+
+    /// Nodes of a network; none if it has no node.
+    pub fn roster(&self, network: &str) -> Option<&Roster> {
+        self.rosters.get(network)
+    }
+
+    /// A node and its addresses, if it is a member of a network.
+    pub fn member(&self, node: &str) -> Option<(&Node, &str, Addresses)> {
+        let node = self.nodes.get(node)?;
+        let membership = node.membership.as_ref()?;
+        Some((node, &membership.network, membership.addresses?))
     }
 
     /// What `wanted` would change.
@@ -190,221 +195,71 @@ impl State {
     ) -> Result<Plan, Error> {
         let mut plan = Plan::default();
         for wanted in wanted {
-            let (kind, name) = (wanted.kind(), wanted.name().to_string());
-            let (outcome, write) = match wanted {
-                Wanted::Policy { name, labels, target, spec } => {
-                    self.plan_policy(&name, &labels, target, spec, mode, now)?
-                }
-                Wanted::Node { name, labels } => self.plan_labels(&name, labels, mode, now)?,
-            };
+            let (kind, name) = (wanted.kind(), wanted.name.to_string());
+            let (outcome, write) = self.plan_one(wanted, mode, now)?;
             plan.changes.push(Change { kind: kind.into(), name, outcome: outcome.into() });
             plan.writes.extend(write);
         }
-        self.check_policy_limits(&plan)?;
-        Ok(plan)
+        self.finish(plan)
     }
 
-    fn plan_policy(
+    fn plan_one(
         &self,
-        name: &Name,
-        labels: &Labels,
-        target: Labels,
-        spec: FirewallPolicySpec,
+        wanted: Wanted,
         mode: Mode,
         now: SystemTime,
     ) -> Result<(Outcome, Option<Write>), Error> {
-        let old = self.policies.get(name.as_str());
-        check_mode("FirewallPolicy", name, mode, old.is_some())?;
-        let labels = labels.as_map();
-        let (outcome, metadata, spec) = match old {
-            None => {
-                let metadata = Metadata { labels: labels.clone(), ..created(name.as_str(), now) };
-                (Outcome::Created, metadata, Arc::new(spec))
+        let kind = wanted.kind();
+        let Wanted { name, labels, body } = wanted;
+        let known = self.metadata(kind, name.as_str()).is_some();
+        check_mode(kind, &name, mode, known)?;
+        let metadata =
+            || Metadata { labels: labels.as_map().clone(), ..created(name.as_str(), now) };
+        Ok(match body {
+            Body::Policy { spec, target } => {
+                let new = Stored { metadata: metadata(), spec: Arc::new(spec), model: target };
+                let (outcome, new) = replace(self.policies.get(name.as_str()), new);
+                (outcome, new.map(Write::Policy))
             }
-            Some(old) if *old.spec == spec && old.metadata.labels == *labels => {
-                return Ok((Outcome::Unchanged, None));
+            Body::Network { spec, network } => {
+                let new = Stored { metadata: metadata(), spec: Arc::new(spec), model: network };
+                let (outcome, new) = replace(self.networks.get(name.as_str()), new);
+                (outcome, new.map(Write::Network))
             }
-            Some(old) => {
-                let same_spec = *old.spec == spec;
-                let mut metadata = old.metadata.clone();
-                metadata.labels.clone_from(labels);
-                metadata.update_time = Some(now.into());
-                if !same_spec {
-                    metadata.generation += 1;
-                    metadata.revision = 0;
-                }
-                let spec = if same_spec { old.spec.clone() } else { Arc::new(spec) };
-                (Outcome::Updated, metadata, spec)
+            Body::Balancer { spec, balancer } => {
+                let new = Stored { metadata: metadata(), spec: Arc::new(spec), model: balancer };
+                let (outcome, new) = replace(self.balancers.get(name.as_str()), new);
+                (outcome, new.map(Write::Balancer))
             }
-        };
-        Ok((outcome, Some(Write::Policy(Policy { metadata, target, spec }))))
-    }
-
-    fn plan_labels(
-        &self,
-        name: &Name,
-        labels: Labels,
-        mode: Mode,
-        now: SystemTime,
-    ) -> Result<(Outcome, Option<Write>), Error> {
-        let Some(old) = self.nodes.get(name.as_str()) else {
-            return Err(Error::NotFound(format!(
-                "Node {name}: has not joined: only the labels of a node that has joined can be written"
-            )));
-        };
-        check_mode("Node", name, mode, true)?;
-        if old.labels == labels {
-            return Ok((Outcome::Unchanged, None));
-        }
-        let node = Node { labels_by_operator: true, ..relabelled(old, labels, now) };
-        Ok((Outcome::Updated, Some(Write::Node(node))))
-    }
-
-    fn check_policy_limits(&self, plan: &Plan) -> Result<(), Error> {
-        let written: BTreeMap<&str, &Policy> = plan
-            .writes
-            .iter()
-            .filter_map(|write| match write {
-                Write::Policy(policy) => Some((policy.metadata.name.as_str(), policy)),
-                _ => None,
-            })
-            .collect();
-        if written.is_empty() {
-            return Ok(());
-        }
-        let kept = self.policies.iter().filter(|(name, _)| !written.contains_key(name.as_str()));
-        let all = kept.map(|(_, policy)| policy).chain(written.values().copied());
-        let (count, bytes) = all.fold((0_usize, 0_usize), |(count, bytes), policy| {
-            (count + 1, bytes + policy.spec.encoded_len())
-        });
-        if count > POLICIES_MAX {
-            return Err(Error::Exhausted(format!(
-                "{count} firewall policies; at most {POLICIES_MAX} are allowed"
-            )));
-        }
-        if bytes > POLICY_BYTES_MAX {
-            return Err(Error::Exhausted(format!(
-                "all firewall policies together take {bytes} bytes; at most {POLICY_BYTES_MAX} are allowed"
-            )));
-        }
-        Ok(())
+            Body::Node(spec) => self.plan_node(&name, labels, spec, now)?,
+        })
     }
 
     /// Removal of a resource; [`Error::NotFound`] if there is none.
     pub fn plan_delete(&self, kind: Kind, name: &str) -> Result<Plan, Error> {
-        let (kind_name, write) = match kind {
-            Kind::FirewallPolicy => (
-                "FirewallPolicy",
-                self.policies.get(name).map(|_| Write::DeletePolicy(name.to_owned())),
-            ),
-            Kind::Node => {
-                ("Node", self.nodes.get(name).map(|_| Write::DeleteNode(name.to_owned())))
-            }
-            Kind::Unspecified => return Err(Error::Invalid("kind: missing".into())),
-        };
-        let Some(write) = write else {
-            return Err(Error::NotFound(format!("{kind_name} {name}: does not exist")));
-        };
-        let change =
-            Change { kind: kind.into(), name: name.to_owned(), outcome: Outcome::Deleted.into() };
-        Ok(Plan { changes: vec![change], writes: vec![write] })
+        if kind == Kind::Unspecified {
+            return Err(Error::Invalid("kind: missing".into()));
+        }
+        if self.metadata(kind, name).is_none() {
+            return Err(Error::NotFound(format!("{} {name}: does not exist", word(kind))));
+        }
+        let name = name.to_owned();
+        let outcome = Outcome::Deleted.into();
+        let change = Change { kind: kind.into(), name: name.clone(), outcome };
+        self.finish(Plan { changes: vec![change], writes: vec![Write::Delete(kind, name)] })
     }
 
-    /// A new join token. Tokens that have expired are removed with it.
-    pub fn plan_token(
-        &self,
-        id: String,
-        token: TokenRecord,
-        now: SystemTime,
-    ) -> Result<Plan, Error> {
-        let expired = |(_, token): &(&String, &TokenRecord)| token.expire_time <= now;
-        let mut writes: Vec<Write> = self
-            .tokens
-            .iter()
-            .filter(expired)
-            .map(|(id, _)| Write::DeleteToken(id.clone()))
-            .collect();
-        if self.tokens.len() - writes.len() >= TOKENS_MAX {
-            return Err(Error::Exhausted(format!("{TOKENS_MAX} join tokens are alive already")));
-        }
-        writes.push(Write::Token(id, token));
-        Ok(Plan { changes: Vec::new(), writes })
-    }
-
-    /// Admits a node. The same key may come again while the token lives: a lost answer locks nobody out.
-    pub fn plan_enrolment(&self, enrolment: &Enrolment, now: SystemTime) -> Result<Plan, Error> {
-        let Enrolment { token_id, secret_sha256, node: name, labels, spki_sha256 } = enrolment;
-        let known =
-            self.tokens.get(token_id).filter(|token| equal(&token.secret_sha256, secret_sha256));
-        let Some(token) = known else {
-            return Err(Error::Denied("this core does not know the join token".into()));
-        };
-        if token.expire_time <= now {
-            return Err(Error::Denied(
-                "the join token has expired: create another with `cnsmo token create`".into(),
-            ));
-        }
-        let old = self.nodes.get(name.as_str());
-        if old.is_some_and(|old| old.spki_sha256 != *spki_sha256) {
-            return Err(Error::Exists(format!(
-                "Node {name}: has joined with another key: if this VM takes its place, run `cnsmo delete node {name}` first"
-            )));
-        }
-        // A node that was deleted is not let in again by a used token.
-        if old.is_some() && token.used_by.contains(spki_sha256) {
-            return Ok(Plan::default());
-        }
-        if token.used_by.len() >= token.uses_max as usize {
-            return Err(Error::Denied(format!(
-                "the join token is used up ({} of {} uses): create another with `cnsmo token create`",
-                token.used_by.len(),
-                token.uses_max
-            )));
-        }
-        if old.is_none() && self.nodes.len() >= NODES_MAX {
-            return Err(Error::Exhausted(format!("{NODES_MAX} nodes have joined already")));
-        }
-        let mut used = token.clone();
-        used.used_by.push(*spki_sha256);
-        let both = joined(labels, &token.labels)?;
-        let fresh = || Node {
-            metadata: created(name.as_str(), now),
-            labels: Labels::default(),
-            token_labels: Labels::default(),
-            labels_by_operator: false,
-            spki_sha256: *spki_sha256,
-            connected: false,
-        };
-        let old = old.cloned().unwrap_or_else(fresh);
-        let labels = if old.labels_by_operator { old.labels.clone() } else { both };
-        let node = Node { token_labels: token.labels.clone(), ..relabelled(&old, labels, now) };
-        Ok(Plan {
-            changes: Vec::new(),
-            writes: vec![Write::Token(token_id.clone(), used), Write::Node(node)],
-        })
-    }
-
-    /// What the first stream of a node, or one with other labels of the agent, changes in its record.
-    pub fn plan_connect(
-        &self,
-        name: &str,
-        agent_labels: &Labels,
-        now: SystemTime,
-    ) -> Result<Plan, Error> {
-        let Some(old) = self.nodes.get(name) else {
-            return Err(Error::Denied(format!("Node {name}: is not known to this core")));
-        };
-        let labels = if old.labels_by_operator {
-            old.labels.clone()
-        } else {
-            joined(agent_labels, &old.token_labels)?
-        };
-        if old.connected && old.labels == labels {
-            return Ok(Plan::default());
-        }
-        let node = if old.labels == labels { old.clone() } else { relabelled(old, labels, now) };
-        let write = Write::Node(Node { connected: true, ..node });
-        Ok(Plan { changes: Vec::new(), writes: vec![write] })
+    /// Checks a plan against the rules between resources, and adds which nodes join and leave networks by it.
+    fn finish(&self, mut plan: Plan) -> Result<Plan, Error> {
+        let next = check::Next::new(self, &plan.writes);
+        next.check(self, &plan.writes)?;
+        let settled = overlay::settle(self, &next, &plan.writes);
+        plan.writes.retain(|write| match write {
+            Write::Node(node) => !settled.contains_key(&node.metadata.name),
+            _ => true,
+        });
+        plan.writes.extend(settled.into_values().map(|node| Write::Node(Box::new(node))));
+        Ok(plan)
     }
 
     /// Takes over what the store has committed as `revision`.
@@ -414,25 +269,29 @@ impl State {
     }
 
     fn put(&mut self, write: Write, revision: Revision) -> Option<Event> {
-        let date = |metadata: &mut Metadata| {
-            if metadata.revision == 0 {
-                metadata.revision = revision;
-            }
-            metadata.name.clone()
-        };
+        let changed = |kind, name: &str| Some(Event { kind, name: name.to_owned(), deleted: None });
         match write {
-            Write::Policy(mut policy) => {
-                let name = date(&mut policy.metadata);
-                self.policies.insert(name.clone(), policy);
-                Some(Event::Policy(name))
+            Write::Policy(policy) => {
+                changed(Kind::FirewallPolicy, insert(&mut self.policies, policy, revision))
+            }
+            Write::Network(network) => {
+                changed(Kind::Network, insert(&mut self.networks, network, revision))
+            }
+            Write::Balancer(balancer) => {
+                changed(Kind::LoadBalancer, insert(&mut self.balancers, balancer, revision))
             }
             Write::Node(mut node) => {
-                let name = date(&mut node.metadata);
-                self.nodes.insert(name.clone(), node);
-                Some(Event::Node(name))
+                date(&mut node.metadata, revision);
+                let name = node.metadata.name.clone();
+                self.forget_node(&name);
+                self.index_node(&name, &node);
+                self.nodes.insert(name.clone(), *node);
+                changed(Kind::Node, &name)
             }
-            Write::DeletePolicy(name) => self.policies.remove(&name).map(Event::PolicyDeleted),
-            Write::DeleteNode(name) => self.nodes.remove(&name).map(Event::NodeDeleted),
+            Write::Delete(kind, name) => {
+                let deleted = Some(self.remove(kind, &name)?);
+                Some(Event { kind, name, deleted })
+            }
             Write::Token(id, token) => {
                 self.tokens.insert(id, token);
                 None
@@ -443,19 +302,155 @@ impl State {
             }
         }
     }
-}
 
-impl From<&Policy> for FirewallPolicy {
-    fn from(policy: &Policy) -> Self {
-        Self {
-            metadata: Some(policy.metadata.clone()),
-            spec: Some(FirewallPolicySpec::clone(&policy.spec)),
-            status: None,
+    fn remove(&mut self, kind: Kind, name: &str) -> Option<Resource> {
+        Some(match kind {
+            Kind::FirewallPolicy => Resource::FirewallPolicy((&self.policies.remove(name)?).into()),
+            Kind::Network => Resource::Network((&self.networks.remove(name)?).into()),
+            Kind::LoadBalancer => Resource::LoadBalancer((&self.balancers.remove(name)?).into()),
+            Kind::Node => {
+                self.forget_node(name);
+                Resource::Node((&self.nodes.remove(name)?).into())
+            }
+            Kind::Unspecified => return None,
+        })
+    }
+
+    fn index_node(&mut self, name: &str, node: &Node) {
+        if let Some(key) = node.announcement.public_key {
+            self.keys.insert(key, name.to_owned());
+        }
+        let Some(Membership { network, addresses }) = &node.membership else { return };
+        let roster = self.rosters.entry(network.clone()).or_default();
+        let Some(addresses) = addresses else {
+            roster.waiting.insert(name.to_owned());
+            return;
+        };
+        roster.members.insert(name.to_owned());
+        self.owners.extend(addresses.iter().map(|address| (address, name.to_owned())));
+    }
+
+    /// Takes a node out of the indices, but nothing that an earlier write of the same plan has given to another one.
+    fn forget_node(&mut self, name: &str) {
+        let Some(node) = self.nodes.get(name) else { return };
+        if let Some(key) = node.announcement.public_key
+            && self.keys.get(&key).is_some_and(|owner| owner == name)
+        {
+            self.keys.remove(&key);
+        }
+        let Some(Membership { network, addresses }) = &node.membership else { return };
+        for address in addresses.iter().flat_map(|addresses| addresses.iter()) {
+            if self.owners.get(&address).is_some_and(|owner| owner == name) {
+                self.owners.remove(&address);
+            }
+        }
+        if let Some(roster) = self.rosters.get_mut(network) {
+            roster.members.remove(name);
+            roster.waiting.remove(name);
+            if *roster == Roster::default() {
+                self.rosters.remove(network);
+            }
+        }
+    }
+
+    /// Metadata of a resource; none if there is no such resource.
+    pub fn metadata(&self, kind: Kind, name: &str) -> Option<&Metadata> {
+        match kind {
+            Kind::FirewallPolicy => self.policies.get(name).map(|policy| &policy.metadata),
+            Kind::Network => self.networks.get(name).map(|network| &network.metadata),
+            Kind::LoadBalancer => self.balancers.get(name).map(|balancer| &balancer.metadata),
+            Kind::Node => self.nodes.get(name).map(|node| &node.metadata),
+            Kind::Unspecified => None,
+        }
+    }
+
+    /// Names of all resources of a kind, in order.
+    pub fn names(&self, kind: Kind) -> Vec<String> {
+        match kind {
+            Kind::FirewallPolicy => self.policies.keys().cloned().collect(),
+            Kind::Network => self.networks.keys().cloned().collect(),
+            Kind::LoadBalancer => self.balancers.keys().cloned().collect(),
+            Kind::Node => self.nodes.keys().cloned().collect(),
+            Kind::Unspecified => Vec::new(),
         }
     }
 }
 
-fn check_mode(kind: &str, name: &Name, mode: Mode, exists: bool) -> Result<(), Error> {
+/// A kind as operators write it.
+pub fn word(kind: Kind) -> &'static str {
+    match kind {
+        Kind::FirewallPolicy => "FirewallPolicy",
+        Kind::Network => "Network",
+        Kind::LoadBalancer => "LoadBalancer",
+        Kind::Node => "Node",
+        Kind::Unspecified => "resource",
+    }
+}
+
+impl From<&StoredPolicy> for FirewallPolicy {
+    fn from(policy: &StoredPolicy) -> Self {
+        let spec = Some(FirewallPolicySpec::clone(&policy.spec));
+        Self { metadata: Some(policy.metadata.clone()), spec, status: None }
+    }
+}
+
+impl From<&StoredNetwork> for network::Network {
+    fn from(network: &StoredNetwork) -> Self {
+        let spec = Some(NetworkSpec::clone(&network.spec));
+        Self { metadata: Some(network.metadata.clone()), spec, status: None }
+    }
+}
+
+impl From<&StoredBalancer> for balancer::LoadBalancer {
+    fn from(balancer: &StoredBalancer) -> Self {
+        let spec = Some(LoadBalancerSpec::clone(&balancer.spec));
+        Self { metadata: Some(balancer.metadata.clone()), spec, status: None }
+    }
+}
+
+/// What a write of `new` does to `old`; nothing to write if they are equal.
+fn replace<S: PartialEq, M>(
+    old: Option<&Stored<S, M>>,
+    mut new: Stored<S, M>,
+) -> (Outcome, Option<Stored<S, M>>) {
+    let Some(old) = old else { return (Outcome::Created, Some(new)) };
+    let same_spec = old.spec == new.spec;
+    if same_spec && old.metadata.labels == new.metadata.labels {
+        return (Outcome::Unchanged, None);
+    }
+    new.metadata = Metadata {
+        labels: new.metadata.labels,
+        update_time: new.metadata.update_time,
+        ..old.metadata.clone()
+    };
+    if same_spec {
+        new.spec = old.spec.clone();
+    } else {
+        new.metadata.generation += 1;
+        new.metadata.revision = 0;
+    }
+    (Outcome::Updated, Some(new))
+}
+
+fn insert<S, M>(
+    all: &mut BTreeMap<String, Stored<S, M>>,
+    mut one: Stored<S, M>,
+    revision: Revision,
+) -> &str {
+    date(&mut one.metadata, revision);
+    let name = one.metadata.name.clone();
+    &all.entry(name).insert_entry(one).into_mut().metadata.name
+}
+
+/// A changed spec gets the revision of the commit.
+fn date(metadata: &mut Metadata, revision: Revision) {
+    if metadata.revision == 0 {
+        metadata.revision = revision;
+    }
+}
+
+fn check_mode(kind: Kind, name: &Name, mode: Mode, exists: bool) -> Result<(), Error> {
+    let kind = word(kind);
     match mode {
         Mode::Create if exists => Err(Error::Exists(format!("{kind} {name}: exists already"))),
         Mode::Update if !exists => Err(Error::NotFound(format!("{kind} {name}: does not exist"))),
@@ -473,46 +468,6 @@ fn created(name: &str, now: SystemTime) -> Metadata {
         create_time: Some(now.into()),
         update_time: Some(now.into()),
     }
-}
-
-/// Labels are all that can be written of a node, so they count as its spec.
-fn relabelled(old: &Node, labels: Labels, now: SystemTime) -> Node {
-    let mut node = old.clone();
-    if old.metadata.revision != 0 && old.labels != labels {
-        node.metadata.generation += 1;
-        node.metadata.update_time = Some(now.into());
-        node.metadata.revision = 0;
-    }
-    node.metadata.labels = labels.as_map().clone();
-    node.labels = labels;
-    node
-}
-
-fn joined(agent: &Labels, token: &Labels) -> Result<Labels, Error> {
-    let both = agent.clone().overridden_by(token);
-    Labels::new(both.as_map().clone())
-        .map_err(|e| Error::Invalid(format!("labels of the agent and of the token together: {e}")))
-}
-
-/// Compares hashes of secrets without telling by time where they differ.
-fn equal(stored: &[u8; 32], presented: &[u8; 32]) -> bool {
-    let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, b"cnsmo join token");
-    ring::hmac::verify(&key, presented, ring::hmac::sign(&key, stored).as_ref()).is_ok()
-}
-
-/// Refuses a second resource of one kind and name.
-fn distinct(wanted: &[Wanted]) -> Result<(), Error> {
-    let mut seen = HashSet::new();
-    for one in wanted {
-        if !seen.insert((one.kind(), one.name())) {
-            return Err(Error::Invalid(format!(
-                "{} {}: appears twice in one request",
-                one.kind_name(),
-                one.name()
-            )));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

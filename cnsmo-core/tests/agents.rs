@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cnsmo_core::fleet::{POLICY_TYPE, Timing};
+use cnsmo_core::fleet::{SET_TYPE, Timing};
 use cnsmo_proto::pb::{
     agent::{PolicyCounters, ResourceError, StatusReport, TypeState, update::Kind as UpdateKind},
     meta::condition::Status as Truth,
@@ -31,8 +31,8 @@ async fn a_snapshot_then_deltas_of_what_selects_the_node() {
 
     let mut agent = core.agent(&joined, None).await.unwrap();
     let update = agent.update().await;
-    assert_eq!((update.kind(), update.r#type.as_str()), (UpdateKind::Snapshot, POLICY_TYPE));
-    assert_eq!(agent.set.keys().collect::<Vec<_>>(), ["all"]);
+    assert_eq!((update.kind(), update.r#type.as_str()), (UpdateKind::Snapshot, SET_TYPE));
+    assert_eq!(agent.set.keys().collect::<Vec<_>>(), ["firewall-policy/all"]);
     assert_eq!(phase(&core.admin.node("web-1").await.unwrap()), Phase::Degraded);
     agent.ack(&update).await;
     let node = core.admin.until_node("web-1", |node| phase(node) == Phase::Ready).await;
@@ -44,12 +44,18 @@ async fn a_snapshot_then_deltas_of_what_selects_the_node() {
         .unwrap();
     let update = agent.update().await;
     assert_eq!(update.kind(), UpdateKind::Delta);
-    assert_eq!(update.upserts.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(), ["web"]);
+    assert_eq!(
+        update.upserts.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(),
+        ["firewall-policy/web"]
+    );
     agent.ack(&update).await;
 
     core.admin.delete(Kind::FirewallPolicy, "all").await.unwrap();
     let update = agent.update().await;
-    assert_eq!((update.kind(), &update.removals[..]), (UpdateKind::Delta, &["all".to_owned()][..]));
+    assert_eq!(
+        (update.kind(), &update.removals[..]),
+        (UpdateKind::Delta, &["firewall-policy/all".to_owned()][..])
+    );
     agent.ack(&update).await;
     core.admin.until_node("web-1", |node| phase(node) == Phase::Ready).await;
     core.stop().await;
@@ -70,8 +76,8 @@ async fn changes_behind_an_unanswered_update_coalesce() {
     agent.ack(&first).await;
     let update = agent.update().await;
     assert_eq!(update.kind(), UpdateKind::Delta);
-    let upserts: Vec<_> = update.upserts.iter().map(|u| (u.name.as_str(), u.revision)).collect();
-    assert_eq!((upserts, update.removals.len()), (vec![("p", revision)], 0));
+    let upserts: Vec<_> = update.upserts.iter().map(|u| (u.name.as_str(), u.version)).collect();
+    assert_eq!((upserts, update.removals.len()), (vec![("firewall-policy/p", revision)], 0));
     assert!(update.nonce > first.nonce);
     agent.ack(&update).await;
     core.admin.until_node("a", |node| phase(node) == Phase::Ready).await;
@@ -88,16 +94,20 @@ async fn a_rejected_policy_is_shown_and_not_sent_again() {
     agent.ack(&update).await;
 
     let revision = core.admin.apply(vec![policy("bad", "", 2)]).await.unwrap().revision;
-    let last_good = agent.set["bad"];
+    let last_good = agent.set["firewall-policy/bad"];
     let update = agent.update().await;
-    agent.set.insert("bad".into(), last_good);
-    let error = ResourceError { name: "bad".into(), revision, message: "too many ports".into() };
+    agent.set.insert("firewall-policy/bad".into(), last_good);
+    let error = ResourceError {
+        name: "firewall-policy/bad".into(),
+        version: revision,
+        message: "too many ports".into(),
+    };
     agent.answer(&update, "", vec![error]).await;
     let node =
         core.admin.until_node("a", |node| node.status.as_ref().unwrap().reason == "Rejected").await;
     assert_eq!(phase(&node), Phase::Degraded);
     let node = status(node);
-    assert!(node.message.contains("FirewallPolicy bad: too many ports"), "{}", node.message);
+    assert!(node.message.contains("firewall-policy/bad: too many ports"), "{}", node.message);
     assert_eq!(node.applied_revision, revision - 1);
     let bad = core.admin.policy("bad").await.unwrap().status.unwrap();
     assert_eq!(bad.conditions[0].status(), Truth::False);
@@ -116,7 +126,10 @@ async fn a_rejected_policy_is_shown_and_not_sent_again() {
     assert_eq!(update.kind(), UpdateKind::Bookmark);
     core.admin.apply(vec![policy("good", "", 2)]).await.unwrap();
     let update = agent.update().await;
-    assert_eq!(update.upserts.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(), ["good"]);
+    assert_eq!(
+        update.upserts.iter().map(|u| u.name.as_str()).collect::<Vec<_>>(),
+        ["firewall-policy/good"]
+    );
     assert_ne!(
         update.digest,
         agent.state().digest,
@@ -127,7 +140,7 @@ async fn a_rejected_policy_is_shown_and_not_sent_again() {
     // The next version is sent.
     core.admin.apply(vec![policy("bad", "", 3)]).await.unwrap();
     let update = agent.update().await;
-    assert_eq!(update.upserts[0].name, "bad");
+    assert_eq!(update.upserts[0].name, "firewall-policy/bad");
     agent.ack(&update).await;
     core.admin.until_node("a", |node| phase(node) == Phase::Ready).await;
     let bad = core.admin.policy("bad").await.unwrap().status.unwrap();
@@ -226,12 +239,12 @@ async fn new_labels_of_a_node_bring_other_policies() {
     core.admin.apply(vec![policy("web", "role=web", 1), policy("db", "role=db", 2)]).await.unwrap();
     let mut agent = core.agent(&joined, None).await.unwrap();
     let update = agent.update().await;
-    assert_eq!(agent.set.keys().collect::<Vec<_>>(), ["web"]);
+    assert_eq!(agent.set.keys().collect::<Vec<_>>(), ["firewall-policy/web"]);
     agent.ack(&update).await;
     core.admin.apply(vec![node_labels("a", "role=db")]).await.unwrap();
     let update = agent.update().await;
-    assert_eq!(update.removals, ["web"]);
-    assert_eq!(agent.set.keys().collect::<Vec<_>>(), ["db"]);
+    assert_eq!(update.removals, ["firewall-policy/web"]);
+    assert_eq!(agent.set.keys().collect::<Vec<_>>(), ["firewall-policy/db"]);
     agent.ack(&update).await;
     let web = core.admin.policy("web").await.unwrap().status.unwrap();
     assert!(web.nodes.is_empty());
@@ -343,7 +356,7 @@ async fn reports_are_shown_on_node_and_policy() {
         ..NodeStatus::default()
     };
     let policies = vec![counters("p"), counters("unknown")];
-    agent.report(StatusReport { node: Some(node), policies }).await;
+    agent.report(StatusReport { node: Some(node), policies, ..StatusReport::default() }).await;
     let node =
         core.admin.until_node("a", |node| node.status.as_ref().unwrap().kernel == "6.18").await;
     assert_eq!(phase(&node), Phase::Ready, "the agent's word on its phase does not count");

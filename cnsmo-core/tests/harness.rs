@@ -5,7 +5,7 @@ use std::{
 };
 
 use cnsmo_core::{
-    fleet::{POLICY_TYPE, PROTOCOL_VERSION, Timing},
+    fleet::{PROTOCOL_VERSION, SET_TYPE, Timing},
     server::{Config, Running},
 };
 use cnsmo_proto::{
@@ -13,16 +13,18 @@ use cnsmo_proto::{
     model::Labels,
     pb::{
         agent::{
-            Ack, ConnectRequest, ConnectResponse, Heartbeat, Hello, ResourceError, StatusReport,
-            TypeState, Update, agent_service_client::AgentServiceClient, connect_request,
-            connect_response, update::Kind as UpdateKind,
+            Ack, Announcement, ConnectRequest, ConnectResponse, Heartbeat, Hello, ResourceError,
+            StatusReport, TypeState, Update, agent_service_client::AgentServiceClient,
+            connect_request, connect_response, update::Kind as UpdateKind,
         },
+        balancer::{LoadBalancer, LoadBalancerSpec, ServicePort},
         identity::{
             CreateJoinTokenRequest, EnrollRequest, EnrollResponse,
             enrollment_service_client::EnrollmentServiceClient,
             join_token_service_client::JoinTokenServiceClient,
         },
         meta::Metadata,
+        network::{Network, NetworkSpec},
         node::Node,
         policy::{Action, Direction, FirewallPolicy, FirewallPolicySpec, FirewallRule, PortRange},
         resource::{
@@ -124,8 +126,18 @@ impl TestCore {
         joined: &Joined,
         have: Option<TypeState>,
     ) -> Result<Agent, Status> {
+        self.agent_at(joined, have, None).await
+    }
+
+    /// An agent that can be reached.
+    pub(crate) async fn agent_at(
+        &self,
+        joined: &Joined,
+        have: Option<TypeState>,
+        announcement: Option<Announcement>,
+    ) -> Result<Agent, Status> {
         let channel = self.tls(Some((&joined.certificate, &joined.key))).await;
-        Agent::connect(channel, have).await
+        Agent::connect(channel, have, announcement).await
     }
 }
 
@@ -169,17 +181,32 @@ impl Admin {
         Ok(self.resources.delete(request).await?.into_inner().revision)
     }
 
+    async fn get(&mut self, kind: Kind, name: &str) -> Result<resource::Resource, Status> {
+        let request = GetRequest { kind: kind.into(), name: name.into() };
+        Ok(self.resources.get(request).await?.into_inner().resource.unwrap().resource.unwrap())
+    }
+
     pub(crate) async fn policy(&mut self, name: &str) -> Result<FirewallPolicy, Status> {
-        let request = GetRequest { kind: Kind::FirewallPolicy.into(), name: name.into() };
-        let resource = self.resources.get(request).await?.into_inner().resource.unwrap();
-        let Some(resource::Resource::FirewallPolicy(policy)) = resource.resource else { panic!() };
+        let resource = self.get(Kind::FirewallPolicy, name).await?;
+        let resource::Resource::FirewallPolicy(policy) = resource else { panic!() };
         Ok(policy)
     }
 
+    pub(crate) async fn network(&mut self, name: &str) -> Result<Network, Status> {
+        let resource::Resource::Network(network) = self.get(Kind::Network, name).await? else {
+            panic!()
+        };
+        Ok(network)
+    }
+
+    pub(crate) async fn balancer(&mut self, name: &str) -> Result<LoadBalancer, Status> {
+        let resource = self.get(Kind::LoadBalancer, name).await?;
+        let resource::Resource::LoadBalancer(balancer) = resource else { panic!() };
+        Ok(balancer)
+    }
+
     pub(crate) async fn node(&mut self, name: &str) -> Result<Node, Status> {
-        let request = GetRequest { kind: Kind::Node.into(), name: name.into() };
-        let resource = self.resources.get(request).await?.into_inner().resource.unwrap();
-        let Some(resource::Resource::Node(node)) = resource.resource else { panic!() };
+        let resource::Resource::Node(node) = self.get(Kind::Node, name).await? else { panic!() };
         Ok(node)
     }
 
@@ -212,6 +239,8 @@ pub(crate) async fn unix(socket: &Path) -> Result<Channel, tonic::transport::Err
 pub(crate) fn name_of(resource: &Resource) -> String {
     match resource.resource.as_ref().unwrap() {
         resource::Resource::FirewallPolicy(policy) => policy.metadata.clone().unwrap().name,
+        resource::Resource::Network(network) => network.metadata.clone().unwrap().name,
+        resource::Resource::LoadBalancer(balancer) => balancer.metadata.clone().unwrap().name,
         resource::Resource::Node(node) => node.metadata.clone().unwrap().name,
     }
 }
@@ -233,10 +262,32 @@ pub(crate) fn policy(name: &str, target: &str, port: u32) -> Resource {
     Resource { resource: Some(resource::Resource::FirewallPolicy(policy)) }
 }
 
+/// 10.70.0.0/24 for all VMs.
+pub(crate) fn network(name: &str) -> Resource {
+    let metadata = Metadata { name: name.into(), ..Metadata::default() };
+    let spec = NetworkSpec { ipv4_prefix: "10.70.0.0/24".into(), ..NetworkSpec::default() };
+    let network = Network { metadata: Some(metadata), spec: Some(spec), status: None };
+    Resource { resource: Some(resource::Resource::Network(network)) }
+}
+
+/// TCP port 80 of 10.70.0.200, served by the VMs with role=web.
+pub(crate) fn balancer(name: &str, network: &str) -> Resource {
+    let metadata = Metadata { name: name.into(), ..Metadata::default() };
+    let spec = LoadBalancerSpec {
+        network: network.into(),
+        addresses: vec!["10.70.0.200".into()],
+        ports: vec![ServicePort { protocol: 6, port: 80, target_port: 8_080 }],
+        backends: [("role".into(), "web".into())].into(),
+        ..LoadBalancerSpec::default()
+    };
+    let balancer = LoadBalancer { metadata: Some(metadata), spec: Some(spec), status: None };
+    Resource { resource: Some(resource::Resource::LoadBalancer(balancer)) }
+}
+
 pub(crate) fn node_labels(name: &str, labels: &str) -> Resource {
     let labels = labels.parse::<Labels>().unwrap().as_map().clone();
     let metadata = Metadata { name: name.into(), labels, ..Metadata::default() };
-    let node = Node { metadata: Some(metadata), status: None };
+    let node = Node { metadata: Some(metadata), ..Node::default() };
     Resource { resource: Some(resource::Resource::Node(node)) }
 }
 
@@ -249,10 +300,15 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    async fn connect(channel: Channel, have: Option<TypeState>) -> Result<Self, Status> {
+    async fn connect(
+        channel: Channel,
+        have: Option<TypeState>,
+        announcement: Option<Announcement>,
+    ) -> Result<Self, Status> {
         let (up, messages) = mpsc::channel(16);
-        let have = have.map(|state| (POLICY_TYPE.to_owned(), state)).into_iter().collect();
-        let hello = Hello { protocol_version: PROTOCOL_VERSION, have, ..Hello::default() };
+        let have = have.map(|state| (SET_TYPE.to_owned(), state)).into_iter().collect();
+        let protocol_version = PROTOCOL_VERSION;
+        let hello = Hello { protocol_version, have, announcement, ..Hello::default() };
         send(&up, connect_request::Message::Hello(hello)).await;
         let mut client = AgentServiceClient::new(channel);
         let down = client.connect(ReceiverStream::new(messages)).await?.into_inner();
@@ -296,7 +352,7 @@ impl Agent {
         }
         for resource in &update.upserts {
             assert!(resource.spec.is_some());
-            self.set.insert(resource.name.clone(), resource.revision);
+            self.set.insert(resource.name.clone(), resource.version);
         }
         self.revision = update.revision;
         update
@@ -325,13 +381,17 @@ impl Agent {
     }
 
     pub(crate) async fn heartbeat(&self) {
-        let applied = [(POLICY_TYPE.to_owned(), self.state())].into();
+        let applied = [(SET_TYPE.to_owned(), self.state())].into();
         let heartbeat = Heartbeat { sequence: 1, applied };
         send(&self.up, connect_request::Message::Heartbeat(heartbeat)).await;
     }
 
+    pub(crate) async fn announce(&self, announcement: Announcement) {
+        send(&self.up, connect_request::Message::Announcement(announcement)).await;
+    }
+
     pub(crate) async fn report(&self, report: StatusReport) {
-        send(&self.up, connect_request::Message::Status(report)).await;
+        send(&self.up, connect_request::Message::Status(Box::new(report))).await;
     }
 }
 

@@ -9,4 +9,5 @@ mod agents;
 mod api;
 mod enrolment;
 mod harness;
+mod overlay;
 mod program;

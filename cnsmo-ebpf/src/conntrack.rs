@@ -22,6 +22,8 @@ pub enum Step {
     Over,
     /// It contradicts the flow's state.
     Contradict,
+    /// It carries the addresses of a translated flow where or in a direction that such packets do not come.
+    Astray,
 }
 
 /// One packet, as far as the state of its flow is concerned.
@@ -94,8 +96,9 @@ pub fn age(now: u32, seen: u32) -> u32 {
     if age > u32::MAX - AHEAD_MAX { 0 } else { age }
 }
 
+/// Whether nothing was seen of the flow for longer than its state allows.
 #[inline(always)]
-fn is_over(conn: &Conn, now: u32, control: &Control) -> bool {
+pub fn is_over(conn: &Conn, now: u32, control: &Control) -> bool {
     age(now, conn.seen) > control.timeouts[conn.state as usize & (TIMEOUTS - 1)]
 }
 

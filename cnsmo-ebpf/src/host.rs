@@ -7,15 +7,20 @@ use std::{
 };
 
 use cnsmo_common::{
+    balance::{Backend, FILTER_WORDS, Ring, Service, ServiceKey},
     blob::NO_RULE,
     control::{Control, Live, RuleAction, TIMEOUTS},
-    flow::{Conn, FlowKey, Fragment, FragmentKey},
+    flow::{Conn, Flow, FlowKey, Fragment, FragmentKey, Translation},
     stat::{Count, Reason},
 };
 
 use crate::{
+    balance,
+    packet::{Packet, Role},
     parse::Datagram,
-    tables::{Case, FlowTables, Question, Tables, Visit, Work},
+    pipeline::{self, Verdict},
+    rewrite::{Checksum, Rewrite, rewrite},
+    tables::{Case, FlowTables, Onward, Question, Tables, Visit, Work},
 };
 
 /// The rules as a function: the index of the first that matches, [`NO_RULE`], or `None` if they are damaged.
@@ -23,15 +28,24 @@ pub type Classifier<A> = Box<dyn Fn(&Question<A>, Live) -> Option<u32>>;
 
 /// Flow tables of one family without bound: nothing is evicted here.
 struct Family<A> {
-    established: RefCell<HashMap<FlowKey<A>, Conn>>,
-    half_open: RefCell<HashMap<FlowKey<A>, Conn>>,
+    established: RefCell<Flows<A>>,
+    half_open: RefCell<Flows<A>>,
     classify: Classifier<A>,
+    /// Of the last packet.
+    case: RefCell<Case<A>>,
 }
 
-impl<A> Family<A> {
+/// Flows by their keys.
+pub type Flows<A> = HashMap<FlowKey<A>, Flow<A>>;
+
+impl<A: Copy + Default> Family<A> {
     fn new() -> Self {
-        let classify = Box::new(|_: &Question<A>, _| Some(NO_RULE));
-        Self { established: RefCell::default(), half_open: RefCell::default(), classify }
+        Self {
+            established: RefCell::default(),
+            half_open: RefCell::default(),
+            classify: Box::new(|_: &Question<A>, _| Some(NO_RULE)),
+            case: RefCell::new(empty_case()),
+        }
     }
 }
 
@@ -46,6 +60,16 @@ pub struct HostTables {
     pub now: Cell<u64>,
     /// What each rule does, by index.
     pub rules: Vec<RuleAction>,
+    /// Virtual addresses.
+    pub services: RefCell<HashMap<ServiceKey, Service>>,
+    /// Rings in force, by place of the balancer.
+    pub rings: RefCell<Vec<Ring>>,
+    /// Slots of all rings.
+    pub slots: RefCell<Vec<u16>>,
+    /// By number.
+    pub backends: RefCell<Vec<Backend>>,
+    /// Turns taken by all balancers.
+    turns: Cell<u32>,
     /// By slot.
     pub rule_counts: RefCell<HashMap<u32, Count>>,
     /// By place, see [`cnsmo_common::stat`].
@@ -62,6 +86,15 @@ impl HostTables {
             timeouts: [1_000; TIMEOUTS],
             fragment_timeout: 1_000,
             refresh: 1,
+            switches: 0,
+            tunnel: 0,
+            tunnel_mtu: 0,
+            own_v4: [0; 4],
+            own_v6: [0; 16],
+            prefix_v4: [0; 2],
+            prefix_v6: [[0; 2]; 2],
+            left_to_tc: [0; FILTER_WORDS],
+            judged_by_tc: [0; FILTER_WORDS],
         };
         Self {
             v4: Family::new(),
@@ -70,6 +103,11 @@ impl HostTables {
             control,
             now: Cell::new(0),
             rules: Vec::new(),
+            services: RefCell::default(),
+            rings: RefCell::default(),
+            slots: RefCell::default(),
+            backends: RefCell::default(),
+            turns: Cell::new(0),
             rule_counts: RefCell::default(),
             stat_counts: RefCell::default(),
         }
@@ -88,12 +126,18 @@ impl HostTables {
     }
 
     /// IPv4 flows: established, half-open.
-    pub fn flows_v4(&self) -> [HashMap<FlowKey<[u8; 4]>, Conn>; 2] {
+    pub fn flows_v4(&self) -> [Flows<[u8; 4]>; 2] {
         [self.v4.established.borrow().clone(), self.v4.half_open.borrow().clone()]
     }
 
+    /// As a flood does: takes away half-open IPv4 flows.
+    #[cfg(test)]
+    pub(crate) fn forget_half_open_v4(&self, is_gone: impl Fn(&FlowKey<[u8; 4]>) -> bool) {
+        self.v4.half_open.borrow_mut().retain(|key, _| !is_gone(key));
+    }
+
     /// IPv6 flows: established, half-open.
-    pub fn flows_v6(&self) -> [HashMap<FlowKey<[u8; 16]>, Conn>; 2] {
+    pub fn flows_v6(&self) -> [Flows<[u8; 16]>; 2] {
         [self.v6.established.borrow().clone(), self.v6.half_open.borrow().clone()]
     }
 }
@@ -129,6 +173,34 @@ impl Tables for HostTables {
             None => false,
         }
     }
+    fn service(&self, key: &ServiceKey, into: &mut Service) -> bool {
+        match self.services.borrow().get(key) {
+            Some(service) => {
+                *into = *service;
+                true
+            }
+            None => false,
+        }
+    }
+    fn ring(&self, balancer: u16) -> Ring {
+        self.rings.borrow().get(usize::from(balancer)).copied().unwrap_or(Ring(0))
+    }
+    fn slot(&self, place: u32) -> u16 {
+        self.slots.borrow().get(place as usize).copied().unwrap_or(u16::MAX)
+    }
+    fn backend(&self, id: u16, into: &mut Backend) -> bool {
+        match self.backends.borrow().get(usize::from(id)) {
+            Some(backend) => {
+                *into = *backend;
+                true
+            }
+            None => false,
+        }
+    }
+    fn turn(&self, _: u16) -> u32 {
+        self.turns.set(self.turns.get().wrapping_add(1));
+        self.turns.get()
+    }
 }
 
 fn add(counts: &RefCell<HashMap<u32, Count>>, at: u32, count: Count) {
@@ -142,19 +214,33 @@ macro_rules! flow_tables {
     ($address:ty, $family:ident) => {
         impl FlowTables<$address> for HostTables {
             fn with_case(&self, work: impl Work<$address>) -> Result<u32, Reason> {
-                work.judge(&mut empty_case())
+                work.judge(&mut self.$family.case.borrow_mut())
             }
-            fn touch_established(&self, key: &FlowKey<$address>, visit: &mut impl Visit) -> bool {
+            fn touch_established(
+                &self,
+                key: &FlowKey<$address>,
+                visit: &mut impl Visit<$address>,
+            ) -> bool {
                 touch(&self.$family.established, key, visit)
             }
-            fn touch_half_open(&self, key: &FlowKey<$address>, visit: &mut impl Visit) -> bool {
+            fn touch_half_open(
+                &self,
+                key: &FlowKey<$address>,
+                visit: &mut impl Visit<$address>,
+            ) -> bool {
                 touch(&self.$family.half_open, key, visit)
             }
-            fn insert_half_open(&self, key: &FlowKey<$address>, conn: &Conn) {
-                self.$family.half_open.borrow_mut().insert(*key, *conn);
+            fn insert_half_open(&self, key: &FlowKey<$address>, flow: &Flow<$address>) {
+                self.$family.half_open.borrow_mut().insert(*key, *flow);
             }
-            fn promote(&self, key: &FlowKey<$address>, conn: &Conn) {
-                self.$family.established.borrow_mut().entry(*key).or_insert(*conn);
+            fn claim_half_open(&self, key: &FlowKey<$address>, flow: &Flow<$address>) -> bool {
+                let mut flows = self.$family.half_open.borrow_mut();
+                let is_free = !flows.contains_key(key);
+                flows.entry(*key).or_insert(*flow);
+                is_free
+            }
+            fn promote(&self, key: &FlowKey<$address>, flow: &Flow<$address>) {
+                self.$family.established.borrow_mut().entry(*key).or_insert(*flow);
                 self.$family.half_open.borrow_mut().remove(key);
             }
             fn remove(&self, key: &FlowKey<$address>) {
@@ -164,6 +250,21 @@ macro_rules! flow_tables {
             fn classify(&self, question: &Question<$address>, live: Live) -> Option<u32> {
                 (self.$family.classify)(question, live)
             }
+            fn decide(&self, case: &mut Case<$address>, control: &Control, stale: bool) {
+                pipeline::decide(case, self, control, stale);
+            }
+            fn decide_again(&self, case: &mut Case<$address>, control: &Control) {
+                pipeline::decide_again(case, self, control);
+            }
+            fn choose(&self, case: &mut Case<$address>, control: &Control) {
+                balance::choose(case, self, control);
+            }
+            fn attempt(&self, case: &mut Case<$address>, control: &Control, place: u32, port: u32) {
+                balance::attempt(case, self, control, place, port);
+            }
+            fn settle(&self, case: &mut Case<$address>) {
+                balance::settle(case, self);
+            }
         }
     };
 }
@@ -171,16 +272,108 @@ flow_tables!([u8; 4], v4);
 flow_tables!([u8; 16], v6);
 
 fn touch<A: Eq + std::hash::Hash>(
-    flows: &RefCell<HashMap<FlowKey<A>, Conn>>,
+    flows: &RefCell<Flows<A>>,
     key: &FlowKey<A>,
-    visit: &mut impl Visit,
+    visit: &mut impl Visit<A>,
 ) -> bool {
     match flows.borrow_mut().get_mut(key) {
-        Some(conn) => {
-            visit.visit(conn);
+        Some(flow) => {
+            visit.visit(flow);
             true
         }
         None => false,
+    }
+}
+
+/// A frame that may be rewritten, as TC has it.
+pub struct Frame {
+    bytes: RefCell<Vec<u8>>,
+    ifindex: u32,
+}
+
+impl Frame {
+    /// `ifindex`: of the device that it came by.
+    pub fn new(bytes: &[u8], ifindex: u32) -> Self {
+        Self { bytes: RefCell::new(bytes.to_vec()), ifindex }
+    }
+
+    /// What it is now.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.bytes.borrow().clone()
+    }
+
+    /// Judges the frame and rewrites it; where it goes, unless it is dropped.
+    pub fn run<const L3: usize, const EGRESS: bool>(
+        &self,
+        tables: &HostTables,
+    ) -> Result<Onward, Reason> {
+        match pipeline::run::<_, _, L3, EGRESS>(self, tables) {
+            Verdict::Pass => Ok(Onward::Same),
+            Verdict::Drop(reason) => Err(reason),
+            Verdict::RewriteV4 => self.rewrite(&tables.v4.case.borrow(), &tables.control),
+            Verdict::RewriteV6 => self.rewrite(&tables.v6.case.borrow(), &tables.control),
+        }
+    }
+
+    fn rewrite<A: crate::parse::Family>(
+        &self,
+        case: &Case<A>,
+        control: &Control,
+    ) -> Result<Onward, Reason> {
+        rewrite(self, case, control).map(|()| case.onward).ok_or(Reason::Malformed)
+    }
+}
+
+impl Packet for Frame {
+    const ROLE: Role = Role::Whole;
+    fn load<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.bytes.borrow().load(at)
+    }
+    fn length(&self) -> usize {
+        self.bytes.borrow().len()
+    }
+    fn ifindex(&self) -> u32 {
+        self.ifindex
+    }
+}
+
+impl Rewrite for Frame {
+    fn read<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.load(at)
+    }
+    fn write<const N: usize>(&self, at: usize, bytes: &[u8; N]) -> Option<()> {
+        let mut frame = self.bytes.borrow_mut();
+        frame.get_mut(at..at.checked_add(N)?)?.copy_from_slice(bytes);
+        Some(())
+    }
+    fn write_unsummed<const N: usize>(&self, at: usize, bytes: &[u8; N]) -> Option<()> {
+        self.write(at, bytes)
+    }
+    fn change<const N: usize>(&self, from: &[u8; N], to: &[u8; N]) -> u32 {
+        let sum = |bytes: &[u8; N], of: fn(u16) -> u16| {
+            let words = bytes.chunks_exact(2).map(|word| u16::from_ne_bytes([word[0], word[1]]));
+            words.map(|word| u32::from(of(word))).sum::<u32>()
+        };
+        sum(from, |word| !word) + sum(to, |word| word)
+    }
+    fn correct_header(&self, at: usize, change: u32) -> Option<()> {
+        self.correct(at, change, Checksum { pseudo: false, udp: false })
+    }
+    /// RFC 1624, equation 3.
+    fn correct(&self, at: usize, change: u32, which: Checksum) -> Option<()> {
+        let old = u16::from_ne_bytes(self.load(at)?);
+        if which.udp && old == 0 {
+            return Some(());
+        }
+        let mut sum = u64::from(!old) + u64::from(change);
+        while sum > 0xffff {
+            sum = (sum >> 16) + (sum & 0xffff);
+        }
+        let new = match !(sum as u16) {
+            0 if which.udp => 0xffff,
+            new => new,
+        };
+        self.write(at, &new.to_ne_bytes())
     }
 }
 
@@ -201,6 +394,7 @@ pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
     let fragment =
         Fragment { sport: [0; 2], dport: [0; 2], echo: 0, proto: 0, pad: [0; 2], seen: 0 };
     let direction = cnsmo_common::Direction::Ingress;
+    let flow = Flow { conn, translation: Translation::none() };
     Case {
         datagram: Datagram::default(),
         live: Live(0),
@@ -208,10 +402,22 @@ pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
         count: Count::default(),
         direction,
         zone: 0,
+        l3: 0,
+        ifindex: 0,
+        serves: false,
         key,
         from_high: false,
         step: None,
-        conn,
+        from_origin: false,
+        flow,
+        twin_key: key,
+        twin: flow,
+        service_key: ServiceKey { address: [0; 16], port: [0; 2], proto: 0, family: 0 },
+        service: Service::default(),
+        backend: Backend::default(),
+        translate: false,
+        clamp: false,
+        onward: Onward::Same,
         fragment_key,
         fragment,
         question: Question { src: a, dst: a, lanes: 0, direction },

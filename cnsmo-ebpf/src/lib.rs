@@ -4,6 +4,7 @@
 //! Read [`pipeline`] first: it is the order of the stages.
 #![cfg_attr(not(any(test, feature = "host")), no_std)]
 
+pub mod balance;
 pub mod classify;
 pub mod conntrack;
 #[cfg(test)]
@@ -13,4 +14,5 @@ pub mod host;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
+pub mod rewrite;
 pub mod tables;

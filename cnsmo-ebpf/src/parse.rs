@@ -3,7 +3,12 @@
 //! Lengths are compared with the frame as far as a decision rests on them; checksums are left to the kernel, which
 //! drops what fails them whatever we decide.
 
-use cnsmo_common::{flow::Address, stat::Reason};
+use cnsmo_common::{
+    balance::Backend,
+    control::{Control, switch},
+    flow::Address,
+    stat::Reason,
+};
 use network_types::{
     eth::EthHdr,
     icmp::{Icmpv4Hdr, Icmpv6Hdr},
@@ -14,7 +19,7 @@ use network_types::{
     vlan::VlanHdr,
 };
 
-use crate::packet::Packet;
+use crate::{packet::Packet, rewrite::Ends};
 
 /// 802.1ad outer and 802.1Q inner tag.
 const TAGS_MAX: usize = 2;
@@ -151,7 +156,7 @@ pub fn frame<P: Packet + ?Sized, const L3: usize>(packet: &P) -> Result<Carried,
 }
 
 /// What differs between the address families in parsing.
-pub trait Family: Address + Default {
+pub trait Family: Address + Default + Ends {
     /// Protocol number of the family's ICMP. The other one's is no ICMP here: no stack takes it for that.
     const ICMP: u8;
 
@@ -164,6 +169,15 @@ pub trait Family: Address + Default {
 
     /// Reads the packet that an ICMP error quotes, at offset `at`; `None` if it cannot be matched to a flow.
     fn quoted<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Quoted<Self>>;
+
+    /// Address of a backend; zeros: it has none.
+    fn of_backend(backend: &Backend) -> Self;
+
+    /// Address of this VM in the network; zeros: it has none.
+    fn own(control: &Control) -> Self;
+
+    /// Whether it is an address of the network.
+    fn is_in_network(self, control: &Control) -> bool;
 }
 
 impl Family for [u8; 4] {
@@ -181,6 +195,19 @@ impl Family for [u8; 4] {
     fn quoted<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Quoted<Self>> {
         quoted_v4(packet, at)
     }
+    #[inline(always)]
+    fn of_backend(backend: &Backend) -> Self {
+        backend.v4
+    }
+    #[inline(always)]
+    fn own(control: &Control) -> Self {
+        control.own_v4
+    }
+    #[inline(always)]
+    fn is_in_network(self, control: &Control) -> bool {
+        let ([_, bits], [address, mask]) = (self.halves(), control.prefix_v4);
+        control.switches & switch::PREFIX_V4 != 0 && bits & mask == address
+    }
 }
 
 impl Family for [u8; 16] {
@@ -197,6 +224,21 @@ impl Family for [u8; 16] {
     #[inline(always)]
     fn quoted<P: Packet + ?Sized>(packet: &P, at: usize) -> Option<Quoted<Self>> {
         quoted_v6(packet, at)
+    }
+    #[inline(always)]
+    fn of_backend(backend: &Backend) -> Self {
+        backend.v6
+    }
+    #[inline(always)]
+    fn own(control: &Control) -> Self {
+        control.own_v6
+    }
+    #[inline(always)]
+    fn is_in_network(self, control: &Control) -> bool {
+        let (bits, [address, mask]) = (self.halves(), control.prefix_v6);
+        control.switches & switch::PREFIX_V6 != 0
+            && bits[0] & mask[0] == address[0]
+            && bits[1] & mask[1] == address[1]
     }
 }
 

@@ -8,17 +8,20 @@ use cnsmo_common::{
     Direction,
     blob::{NO_RULE, lanes},
     control::{Control, SLOT_DEFAULT_EGRESS, SLOT_DEFAULT_INGRESS},
-    flow::{Conn, FlowKey, Fragment, FragmentKey, ZONE_OVERLAY, ZONE_UNDERLAY, flag},
+    flow::{
+        Conn, Flow, FlowKey, Fragment, FragmentKey, Translation, ZONE_OVERLAY, ZONE_UNDERLAY, flag,
+    },
     stat::{Count, Reason},
 };
 
 use network_types::icmp::Icmpv4Hdr;
 
 use crate::{
+    balance,
     conntrack::{self, NO_STATE, Segment, Step},
-    packet::Packet,
-    parse::{Carried, Datagram, Family, ICMP, ICMPV6, Kind, UDP, frame},
-    tables::{Case, FlowTables, Question, Tables, Visit, Work},
+    packet::{Packet, Role},
+    parse::{Carried, Datagram, Family, ICMP, ICMPV6, Kind, UDP, frame, tcp},
+    tables::{Case, FlowTables, Onward, Question, Tables, Visit, Work},
 };
 
 /// What happens to the packet. Only an entry point turns it into an action of its hook.
@@ -26,6 +29,10 @@ use crate::{
 pub enum Verdict {
     /// On to the stack, or out.
     Pass,
+    /// As its case says: to be rewritten ([`crate::rewrite`]), then on to where that says.
+    RewriteV4,
+    /// As `RewriteV4`.
+    RewriteV6,
     /// Gone.
     Drop(Reason),
 }
@@ -34,6 +41,13 @@ pub enum Verdict {
 pub const ETHERNET: usize = 14;
 /// Offset of the IP header on a tunnel device.
 pub const TUNNEL: usize = 0;
+
+/// In the place of a counter: the packet is to be rewritten.
+pub(crate) const REWRITE: u32 = 1 << 31;
+/// Beside [`REWRITE`]: it is one of IPv6.
+const REWRITE_V6: u32 = 1 << 30;
+/// In the place of a counter: another hook counts the packet.
+pub(crate) const UNCOUNTED: u32 = REWRITE_V6 - 1;
 
 /// Judges one packet. `EGRESS`: it is on its way out.
 #[inline(always)]
@@ -47,14 +61,21 @@ where
         Ok(Carried::V4(at)) => judge::<P, T, [u8; 4], L3>(packet, at, tables, direction),
         Ok(Carried::V6(at)) => judge::<P, T, [u8; 16], L3>(packet, at, tables, direction),
         Ok(Carried::Arp) => return Verdict::Pass,
+        Ok(Carried::NotIp) if P::ROLE as u8 == Role::Behind as u8 => return Verdict::Pass,
         Ok(Carried::NotIp) => not_ip(tables, direction),
         Err(reason) => Err(reason),
     };
     let count = Count { packets: 1, bytes: packet.length() as u64 };
     match outcome {
         Ok(slot) => {
-            tables.count_rule(slot, count);
-            Verdict::Pass
+            if slot & UNCOUNTED != UNCOUNTED {
+                tables.count_rule(slot & UNCOUNTED, count);
+            }
+            match slot & (REWRITE | REWRITE_V6) {
+                0 => Verdict::Pass,
+                REWRITE => Verdict::RewriteV4,
+                _ => Verdict::RewriteV6,
+            }
         }
         Err(reason) => {
             tables.count_stat(reason.at(direction), count);
@@ -103,8 +124,19 @@ where
         case.count = Count { packets: 1, bytes: packet.length() as u64 };
         case.direction = direction;
         case.zone = if L3 == TUNNEL { ZONE_OVERLAY } else { ZONE_UNDERLAY };
+        case.flow.conn.flags = 0;
 
         A::parse(packet, at, &mut case.datagram)?;
+        if is_anothers::<P, A>(case, control) {
+            return Ok(UNCOUNTED);
+        }
+        case.l3 = at;
+        case.ifindex = packet.ifindex();
+        case.translate = false;
+        // In front of a tag there is another network, which answers would not find back to.
+        case.serves = P::ROLE as u8 != Role::Front as u8
+            && at == L3
+            && (direction as u8 != 0) == (L3 == TUNNEL);
         match case.datagram.kind {
             Kind::IcmpError => {
                 place_quoted(packet, case);
@@ -117,30 +149,82 @@ where
             _ => place(case),
         }
         case.step = None;
+        case.outcome = Err(Reason::Classifier);
         if case.datagram.kind != Kind::Icmp {
             find(case, tables, control);
         }
         match case.step {
-            Some(Step::Pass) => case.outcome = Ok(case.conn.slot),
+            Some(Step::Pass) => case.outcome = Ok(case.flow.conn.slot),
             Some(Step::Promote) => {
-                case.outcome = Ok(case.conn.slot);
-                tables.promote(&case.key, &case.conn);
+                case.outcome = Ok(case.flow.conn.slot);
+                promote(case, tables);
             }
             Some(Step::Contradict) => return Err(Reason::TcpState),
+            Some(Step::Astray) => return Err(Reason::NoFlow),
             Some(Step::Rejudge) => {
-                decide_again(case, tables);
+                tables.decide_again(case, control);
                 if case.outcome.is_ok() {
                     resume(case, tables, control);
                 }
             }
-            Some(Step::Over) => decide(case, tables, control, true),
-            None => decide(case, tables, control, false),
+            Some(Step::Over) => tables.decide(case, control, true),
+            None => tables.decide(case, control, false),
+        }
+        if case.flow.conn.flags & flag::TRANSLATED != 0 {
+            tables.settle(case);
         }
         if case.datagram.fragmented && case.datagram.kind != Kind::Later {
             remember(case, tables);
         }
-        case.outcome
+        if P::ROLE as u8 == Role::Front as u8 {
+            return case.outcome;
+        }
+        case.clamp = L3 == TUNNEL
+            && case.datagram.kind == Kind::Tcp
+            && case.datagram.flags & tcp::SYN != 0
+            && control.tunnel_mtu != 0;
+        if case.clamp {
+            clamp(case);
+        }
+        let v6 = if size_of::<A>() == 4 { 0 } else { REWRITE_V6 };
+        match case.outcome {
+            Ok(slot) if slot & REWRITE != 0 => Ok(slot | v6),
+            outcome => outcome,
+        }
     }
+}
+
+/// Whether another hook judges the packet: XDP leaves packets to virtual addresses to TC, and TC behind XDP judges none
+/// but those. By the destination alone, so that fragments and errors go the same way.
+#[inline(always)]
+fn is_anothers<P: Packet + ?Sized, A: Family>(case: &Case<A>, control: &Control) -> bool {
+    if P::ROLE as u8 == Role::Front as u8 {
+        case.zone == ZONE_UNDERLAY
+            && case.direction as u8 == 0
+            && control.leaves_to_tc(case.datagram.dst)
+    } else {
+        P::ROLE as u8 == Role::Behind as u8 && !control.judges_in_tc(case.datagram.dst)
+    }
+}
+
+/// Has the size of TCP's segments looked at.
+#[inline(always)]
+fn clamp<A>(case: &mut Case<A>) {
+    if let Ok(slot) = case.outcome {
+        if slot & REWRITE == 0 {
+            case.onward = Onward::Same;
+        }
+        case.outcome = Ok(slot | REWRITE);
+    }
+}
+
+#[inline(always)]
+fn promote<A: Family, T: FlowTables<A>>(case: &mut Case<A>, tables: &T) {
+    if case.flow.conn.flags & flag::TRANSLATED == 0 {
+        // Left there by an earlier packet.
+        case.flow.translation = Translation::none();
+    }
+    tables.promote(&case.key, &case.flow);
 }
 
 /// Neither IP nor ARP: the defaults decide.
@@ -152,46 +236,62 @@ fn not_ip<T: Tables>(tables: &T, direction: Direction) -> Result<u32, Reason> {
 }
 
 /// ONE lookup for a packet of an established flow, two for any other. The result is in `case.step`, the flow as it is
-/// now in `case.conn`.
+/// now in `case.flow`.
 #[inline(always)]
 fn find<A: Family, T: FlowTables<A>>(case: &mut Case<A>, tables: &T, control: &Control) {
     let Datagram { kind, flags, .. } = case.datagram;
     let mut advance = Advance {
         segment: Segment { kind, flags, from_origin: false },
         from_high: case.from_high,
+        egress: case.direction as u8 != 0,
         now: case.now as u32,
         generation: case.live.generation(),
         control,
         step: &mut case.step,
-        conn: &mut case.conn,
+        from_origin: &mut case.from_origin,
+        flow: &mut case.flow,
     };
     if !tables.touch_established(&case.key, &mut advance) {
         tables.touch_half_open(&case.key, &mut advance);
     }
 }
 
-struct Advance<'a> {
+struct Advance<'a, A> {
     segment: Segment,
     from_high: bool,
+    egress: bool,
     now: u32,
     generation: u32,
     control: &'a Control,
     step: &'a mut Option<Step>,
-    conn: &'a mut Conn,
+    from_origin: &'a mut bool,
+    flow: &'a mut Flow<A>,
 }
 
-impl Visit for Advance<'_> {
+impl<A: Family> Visit<A> for Advance<'_, A> {
     #[inline(always)]
-    fn visit(&mut self, conn: &mut Conn) {
+    fn visit(&mut self, flow: &mut Flow<A>) {
+        let conn = &mut flow.conn;
         let (now, generation) = (self.now, self.generation);
         let from_origin = (conn.flags & flag::ORIGIN_HIGH != 0) == self.from_high;
+        if conn.flags & flag::TRANSLATED != 0 {
+            // An error travels towards the sender of what it quotes.
+            let with_origin = from_origin != (self.segment.kind == Kind::IcmpError);
+            *self.from_origin = with_origin;
+            self.flow.translation = flow.translation;
+            if !balance::is_expected(conn.flags, with_origin, self.egress) {
+                self.flow.conn = *conn;
+                *self.step = Some(Step::Astray);
+                return;
+            }
+        }
         let step = if matches!(self.segment.kind, Kind::Later | Kind::IcmpError) {
             conntrack::observe(conn, now, generation, self.control)
         } else {
             let segment = Segment { from_origin, ..self.segment };
             conntrack::advance(conn, segment, now, generation, self.control)
         };
-        *self.conn = *conn;
+        self.flow.conn = *conn;
         *self.step = Some(step);
     }
 }
@@ -202,17 +302,17 @@ struct Stamp {
     generation: u32,
 }
 
-impl Visit for Stamp {
+impl<A> Visit<A> for Stamp {
     #[inline(always)]
-    fn visit(&mut self, conn: &mut Conn) {
-        conn.slot = self.slot;
-        conn.generation = self.generation;
+    fn visit(&mut self, flow: &mut Flow<A>) {
+        flow.conn.slot = self.slot;
+        flow.conn.generation = self.generation;
     }
 }
 
 /// Asks the rules about the first packet of a flow. `stale`: an entry that is over is in the way.
-#[inline(never)]
-fn decide<A: Family, T: Tables + FlowTables<A>>(
+#[inline(always)]
+pub fn decide<A: Family, T: Tables + FlowTables<A>>(
     case: &mut Case<A>,
     tables: &T,
     control: &Control,
@@ -247,6 +347,18 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
         }
     };
     case.question = question(datagram, case.direction);
+    if case.zone == ZONE_UNDERLAY && is_beside_tunnel(&case.question, control) {
+        return Err(Reason::NotTunnelled);
+    }
+    if stale && case.flow.conn.flags & flag::TRANSLATED != 0 {
+        balance::forget_twin(case, tables);
+        tables.remove(&case.key);
+    }
+    case.flow.conn.flags = 0;
+    case.flow.conn.slot = 0;
+    if state != NO_STATE && balance::is_served(case, tables, control) {
+        return begin_translated(case, tables, control);
+    }
     let slot = ask(case, tables)?;
     if state != NO_STATE {
         if stale {
@@ -254,7 +366,7 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
         }
         let origin = if case.from_high { flag::ORIGIN_HIGH } else { 0 };
         let way = if case.direction == Direction::Egress { flag::EGRESS } else { 0 };
-        case.conn = Conn {
+        case.flow.conn = Conn {
             seen: case.now as u32,
             generation: case.live.generation(),
             slot,
@@ -262,17 +374,81 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
             flags: origin | way,
             pad: [0; 2],
         };
-        tables.insert_half_open(&case.key, &case.conn);
+        case.flow.translation = Translation::none();
+        tables.insert_half_open(&case.key, &case.flow);
     }
     Ok(slot)
 }
 
+/// As [`begin`], for the first packet to a virtual address.
+#[inline(always)]
+fn begin_translated<A: Family, T: Tables + FlowTables<A>>(
+    case: &mut Case<A>,
+    tables: &T,
+    control: &Control,
+) -> Result<u32, Reason> {
+    let own = case.direction == Direction::Egress;
+    case.from_origin = true;
+    if own {
+        tables.choose(case, control);
+        case.outcome?;
+        set_other_question(case);
+    }
+    let slot = match ask(case, tables) {
+        Ok(slot) => slot,
+        Err(reason) => {
+            if own {
+                balance::forget_twin(case, tables);
+                case.flow.conn.flags = 0;
+            }
+            return Err(reason);
+        }
+    };
+    case.flow.conn.slot = slot;
+    if own {
+        let mut stamp = Stamp { slot, generation: case.live.generation() };
+        balance::stamp_twin(case, tables, &mut stamp);
+    } else {
+        tables.choose(case, control);
+        case.outcome?;
+    }
+    tables.insert_half_open(&case.key, &case.flow);
+    Ok(slot)
+}
+
+/// A network card has no packets from the network's addresses, nor any to them: those are in the tunnel or forged.
+#[inline(always)]
+fn is_beside_tunnel<A: Family>(question: &Question<A>, control: &Control) -> bool {
+    let far = match question.direction {
+        Direction::Ingress => question.src,
+        Direction::Egress => question.dst,
+    };
+    far.is_in_network(control)
+}
+
 /// Asks the rules in force about a flow that other rules admitted, as its originator began it. If they refuse, it is
 /// forgotten: that is how a revoked rule cuts live flows, without a walk over the table.
-#[inline(never)]
-fn decide_again<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T) {
-    case.question = original(&case.key, case.conn.flags);
-    let Ok(slot) = ask(case, tables) else {
+#[inline(always)]
+pub fn decide_again<A: Family, T: Tables + FlowTables<A>>(
+    case: &mut Case<A>,
+    tables: &T,
+    control: &Control,
+) {
+    let flags = case.flow.conn.flags;
+    let translated = flags & flag::TRANSLATED != 0;
+    let mut zone = case.zone;
+    if balance::is_judged_here(flags) {
+        case.question = original(&case.key, flags);
+    } else {
+        set_other_question(case);
+        zone = if flags & flag::EGRESS != 0 { ZONE_OVERLAY } else { ZONE_UNDERLAY };
+    }
+    let forged = zone == ZONE_UNDERLAY && is_beside_tunnel(&case.question, control);
+    let slot = if forged { Err(Reason::NotTunnelled) } else { ask(case, tables) };
+    let Ok(slot) = slot else {
+        if translated {
+            balance::forget_twin(case, tables);
+        }
         tables.remove(&case.key);
         case.outcome = Err(Reason::Revoked);
         return;
@@ -281,7 +457,21 @@ fn decide_again<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables
     if !tables.touch_established(&case.key, &mut stamp) {
         tables.touch_half_open(&case.key, &mut stamp);
     }
+    if translated {
+        balance::stamp_twin(case, tables, &mut stamp);
+    }
     case.outcome = Ok(slot);
+}
+
+/// The rules judge the other entry's packets.
+#[inline(always)]
+fn set_other_question<A: Family>(case: &mut Case<A>) {
+    let to = &case.flow.translation;
+    let (sport, dport) = (u16::from_be_bytes(to.sport), u16::from_be_bytes(to.dport));
+    let egress = case.flow.conn.flags & flag::EGRESS != 0;
+    let direction = if egress { Direction::Egress } else { Direction::Ingress };
+    let lanes = lanes(sport, dport, case.key.proto);
+    case.question = Question { src: to.src, dst: to.dst, lanes, direction };
 }
 
 /// Goes on with a packet whose flow was judged again. Not part of that: the stack holds one of the two at a time.
@@ -290,8 +480,8 @@ fn resume<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T, 
     find(case, tables, control);
     match case.step {
         Some(Step::Contradict) => case.outcome = Err(Reason::TcpState),
-        Some(Step::Promote) => tables.promote(&case.key, &case.conn),
-        Some(Step::Pass | Step::Rejudge | Step::Over) | None => {}
+        Some(Step::Promote) => promote(case, tables),
+        Some(Step::Pass | Step::Astray | Step::Rejudge | Step::Over) | None => {}
     }
 }
 
@@ -461,23 +651,34 @@ fn set_key<A: Family>(
     (src, dst): (A, A),
     (sport, dport): ([u8; 2], [u8; 2]),
 ) {
-    // The identifier of an echo stays with the requester.
-    let (from_high, swap) = match kind {
-        Kind::EchoRequest => (false, false),
-        Kind::EchoReply => (true, false),
-        _ => {
-            let from_high = src.is_above(dst)
-                || src == dst && u16::from_be_bytes(sport) > u16::from_be_bytes(dport);
-            (from_high, from_high)
-        }
-    };
     let key = &mut case.key;
-    (key.low, key.high) = if from_high { (dst, src) } else { (src, dst) };
-    (key.low_port, key.high_port) = if swap { (dport, sport) } else { (sport, dport) };
+    case.from_high = match kind {
+        // The identifier of an echo stays with the requester.
+        Kind::EchoRequest | Kind::EchoReply => {
+            let reply = matches!(kind, Kind::EchoReply);
+            (key.low, key.high) = if reply { (dst, src) } else { (src, dst) };
+            (key.low_port, key.high_port) = (sport, dport);
+            reply
+        }
+        _ => order(key, (src, dst), (sport, dport)),
+    };
     key.proto = proto;
     key.zone = case.zone;
     key.pad = [0; 2];
-    case.from_high = from_high;
+}
+
+/// Sets the ends of a key in their order; true if the first is the high one.
+#[inline(always)]
+pub(crate) fn order<A: Family>(
+    key: &mut FlowKey<A>,
+    (src, dst): (A, A),
+    (sport, dport): ([u8; 2], [u8; 2]),
+) -> bool {
+    let from_high =
+        src.is_above(dst) || src == dst && u16::from_be_bytes(sport) > u16::from_be_bytes(dport);
+    (key.low, key.high) = if from_high { (dst, src) } else { (src, dst) };
+    (key.low_port, key.high_port) = if from_high { (dport, sport) } else { (sport, dport) };
+    from_high
 }
 
 #[cfg(test)]

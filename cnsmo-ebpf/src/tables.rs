@@ -2,8 +2,9 @@
 
 use cnsmo_common::{
     Direction,
+    balance::{Backend, Ring, Service, ServiceKey},
     control::{Control, Live, RuleAction},
-    flow::{Conn, FlowKey, Fragment, FragmentKey},
+    flow::{Flow, FlowKey, Fragment, FragmentKey},
     stat::{Count, Reason},
 };
 
@@ -24,14 +25,38 @@ pub struct Case<A> {
     pub direction: Direction,
     /// Zone of the hook.
     pub zone: u8,
+    /// Offset of the IP header.
+    pub l3: usize,
+    /// Kernel's index of the device that the packet came by; 0: not known.
+    pub ifindex: u32,
+    /// The hook can rewrite: new flows to virtual addresses may begin here.
+    pub serves: bool,
     /// Key of its flow.
     pub key: FlowKey<A>,
     /// It was sent by the high end of the key.
     pub from_high: bool,
     /// What the packet means for its flow; `None` if there is no flow.
     pub step: Option<Step>,
-    /// A flow on its way into a table.
-    pub conn: Conn,
+    /// The packet travels as the flow's first one did.
+    pub from_origin: bool,
+    /// The flow as it is now; without flags if there is none.
+    pub flow: Flow<A>,
+    /// Key of the other entry of a translated flow.
+    pub twin_key: FlowKey<A>,
+    /// The other entry.
+    pub twin: Flow<A>,
+    /// The virtual address that the packet is for.
+    pub service_key: ServiceKey,
+    /// What is behind it.
+    pub service: Service,
+    /// The backend chosen for it.
+    pub backend: Backend,
+    /// The packet is to be translated as its flow says.
+    pub translate: bool,
+    /// The packet tells the size of TCP's segments, which must fit into the tunnel.
+    pub clamp: bool,
+    /// Where it goes after it was rewritten.
+    pub onward: Onward,
     /// Key of its fragments.
     pub fragment_key: FragmentKey,
     /// What its first fragment says.
@@ -40,6 +65,18 @@ pub struct Case<A> {
     pub question: Question<A>,
     /// The counter of the rule that lets it pass, or why it is dropped.
     pub outcome: Result<u32, Reason>,
+}
+
+/// Where a rewritten packet goes.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Onward {
+    /// As it would have.
+    Same,
+    /// Into the tunnel.
+    Tunnel,
+    /// Out of the network card that its client came by.
+    Client,
 }
 
 /// What the rules are asked about: the first packet of a flow.
@@ -56,9 +93,9 @@ pub struct Question<A> {
 }
 
 /// A change of a flow in place. A trait and not a closure, because only a method can be told to be inlined always.
-pub trait Visit {
+pub trait Visit<A> {
     /// Looks at the flow and changes it.
-    fn visit(&mut self, conn: &mut Conn);
+    fn visit(&mut self, flow: &mut Flow<A>);
 }
 
 /// Judging a packet in a borrowed [`Case`]. A trait and not a closure, as [`Visit`].
@@ -72,17 +109,31 @@ pub trait FlowTables<A> {
     /// Lends the place where one packet's case is put together: too big for a program's 512 bytes of stack.
     fn with_case(&self, work: impl Work<A>) -> Result<u32, Reason>;
     /// Changes an established flow in place; false if there is none. 107 ns where copying it out and in took 269.
-    fn touch_established(&self, key: &FlowKey<A>, visit: &mut impl Visit) -> bool;
+    fn touch_established(&self, key: &FlowKey<A>, visit: &mut impl Visit<A>) -> bool;
     /// Changes a half-open flow in place; false if there is none.
-    fn touch_half_open(&self, key: &FlowKey<A>, visit: &mut impl Visit) -> bool;
+    fn touch_half_open(&self, key: &FlowKey<A>, visit: &mut impl Visit<A>) -> bool;
     /// Remembers a new flow. A flood evicts the oldest half-open flows, never an established one.
-    fn insert_half_open(&self, key: &FlowKey<A>, conn: &Conn);
+    fn insert_half_open(&self, key: &FlowKey<A>, flow: &Flow<A>);
+    /// As `insert_half_open`, unless there is a half-open flow of that key: then false.
+    fn claim_half_open(&self, key: &FlowKey<A>, flow: &Flow<A>) -> bool;
     /// Moves a flow out of a flood's reach. If there is no room it stays half-open, and that is counted.
-    fn promote(&self, key: &FlowKey<A>, conn: &Conn);
+    fn promote(&self, key: &FlowKey<A>, flow: &Flow<A>);
     /// Forgets a flow in either table.
     fn remove(&self, key: &FlowKey<A>);
     /// The lowest index of a matching rule, `NO_RULE`, or `None` if the policy in the kernel is damaged.
     fn classify(&self, question: &Question<A>, live: Live) -> Option<u32>;
+
+    /// [`crate::pipeline::decide`]. This and what follows are stages that work on the case alone: in the kernel functions
+    /// of their own, which the verifier proves once and not once per way to them.
+    fn decide(&self, case: &mut Case<A>, control: &Control, stale: bool);
+    /// [`crate::pipeline::decide_again`].
+    fn decide_again(&self, case: &mut Case<A>, control: &Control);
+    /// [`crate::balance::choose`].
+    fn choose(&self, case: &mut Case<A>, control: &Control);
+    /// [`crate::balance::attempt`].
+    fn attempt(&self, case: &mut Case<A>, control: &Control, place: u32, port: u32);
+    /// [`crate::balance::settle`].
+    fn settle(&self, case: &mut Case<A>);
 }
 
 /// All tables.
@@ -103,4 +154,14 @@ pub trait Tables: FlowTables<[u8; 4]> + FlowTables<[u8; 16]> {
     fn remember_fragment(&self, key: &FragmentKey, fragment: &Fragment);
     /// Copies what the first fragment said; false if it was not seen.
     fn recall_fragment(&self, key: &FragmentKey, into: &mut Fragment) -> bool;
+    /// Copies what is behind a virtual address; false if it is none.
+    fn service(&self, key: &ServiceKey, into: &mut Service) -> bool;
+    /// The ring in force of the balancer at a place. To be called once per packet.
+    fn ring(&self, balancer: u16) -> Ring;
+    /// The backend in a slot of all rings.
+    fn slot(&self, place: u32) -> u16;
+    /// Copies the addresses of a backend; false if there is none.
+    fn backend(&self, id: u16, into: &mut Backend) -> bool;
+    /// A number that grows with each call, for the balancer at a place.
+    fn turn(&self, balancer: u16) -> u32;
 }

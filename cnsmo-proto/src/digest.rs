@@ -18,12 +18,7 @@ impl Digest {
 
     /// Puts a resource into the set.
     pub fn add(&mut self, name: &str, revision: i64) {
-        let mut carry = 0;
-        for (byte, term) in self.0.iter_mut().zip(term(name, revision)).rev() {
-            let sum = u16::from(*byte) + u16::from(term) + carry;
-            *byte = sum.to_be_bytes()[1];
-            carry = sum >> 8;
-        }
+        *self = *self + Self(term(name, revision));
     }
 
     /// Takes a resource out of the set. It must be in it.
@@ -56,6 +51,20 @@ fn term(name: &str, revision: i64) -> [u8; Digest::BYTES] {
     let mut term = [0; Digest::BYTES];
     term.copy_from_slice(context.finish().as_ref());
     term
+}
+
+/// The digest of two sets together that have no member in common.
+impl std::ops::Add for Digest {
+    type Output = Self;
+    fn add(mut self, other: Self) -> Self {
+        let mut carry = 0;
+        for (byte, other) in self.0.iter_mut().zip(other.0).rev() {
+            let sum = u16::from(*byte) + u16::from(other) + carry;
+            *byte = sum.to_be_bytes()[1];
+            carry = sum >> 8;
+        }
+        self
+    }
 }
 
 /// The digest of a whole set.

@@ -31,11 +31,27 @@ pub mod pb {
         }
         pub use v1::*;
     }
+    /// Load balancers.
+    pub mod balancer {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.balancer.v1.rs");
+        }
+        pub use v1::*;
+    }
     /// Enrolment and join tokens.
     pub mod identity {
         /// Version 1.
         pub mod v1 {
             include!("generated/cnsmo.identity.v1.rs");
+        }
+        pub use v1::*;
+    }
+    /// Overlay networks.
+    pub mod network {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.network.v1.rs");
         }
         pub use v1::*;
     }

@@ -3,18 +3,23 @@
 //! [`parse`] checks a file wholly, down to what [`crate::model`] asks, and names every bad document; [`Manifest`] is
 //! the way back, for output. The reference of all fields is docs/manifest.md.
 
+mod balancer;
 mod decode;
 mod document;
 mod firewall;
 mod icmp;
+mod network;
 mod original;
+mod status;
 mod tree;
 
 use std::{collections::BTreeMap, fmt};
 
-pub use document::{Manifest, phase};
+pub use balancer::{algorithm, ports};
+pub use document::Manifest;
 pub use firewall::{direction, traffic};
 pub use original::Original;
+pub use status::{phase, public_key};
 
 use crate::{model::Invalid, pb::resource as pb};
 use tree::Node;

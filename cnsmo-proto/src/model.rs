@@ -1,15 +1,24 @@
 //! Resources as types that only hold valid values. A message is checked once, at the edge of a program, by `TryFrom`;
 //! nothing behind it sees a protobuf or an invalid value.
 
+mod balancer;
 mod error;
 mod firewall;
+mod network;
 
 use std::{collections::BTreeMap, fmt};
 
+pub use balancer::{
+    ADDRESSES_MAX, Algorithm, Backend, HealthCheck, LoadBalancer, Mode, PORTS_MAX, ServicePort,
+};
 pub use error::Invalid;
 pub use firewall::{
     Action, Direction, FirewallPolicy, IcmpMatch, PEERS_MAX, PRIORITY_MAX, PolicyDefaults,
     PortRange, Protocol, RANGES_MAX, RULES_MAX, Rule, protocol,
+};
+pub use network::{
+    Addresses, ENDPOINTS_MAX, LISTEN_PORT, MTU_MAX, MTU_MIN, Member, Network, PublicKey,
+    STATIC_ADDRESSES_MAX, TUNNEL_OVERHEAD,
 };
 
 /// Longest resource name, a DNS label (RFC 1123, section 2.1).

@@ -5,3 +5,4 @@ mod agree;
 mod hooks;
 mod log;
 mod verifier;
+mod wireguard;

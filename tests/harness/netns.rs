@@ -16,7 +16,11 @@ use std::{
 use anyhow::{Context as _, ensure};
 use nix::{
     sched::{CloneFlags, setns},
-    sys::{prctl::set_pdeathsig, signal::Signal},
+    sys::{
+        prctl::set_pdeathsig,
+        signal::{Signal, kill},
+    },
+    unistd::Pid,
 };
 
 /// Where the kernel's BPF file system is mounted: pins of a run are in folders with its unique names.
@@ -25,7 +29,8 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 const NAMESPACES: &str = "/run/netns";
 const PREFIX: &str = "cnsmo-";
 
-/// A network namespace. Dropping it removes it and the devices in it.
+/// A network namespace. Dropping it ends the processes in it, those that left their parents too, and removes it with its
+/// devices.
 #[derive(Debug)]
 pub struct Netns {
     name: String,
@@ -57,6 +62,11 @@ impl Netns {
     /// Name below `/run/netns`, for `ip -n` and `nsenter --net=`.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The processes that are inside, whoever started them.
+    pub fn processes(&self) -> anyhow::Result<Vec<Pid>> {
+        processes(&self.name)
     }
 
     /// Runs iproute2's `ip` on this namespace.
@@ -229,17 +239,31 @@ fn is_gone(pid: u32) -> bool {
     !Path::new("/proc").join(pid.to_string()).exists()
 }
 
+fn processes(name: &str) -> anyhow::Result<Vec<Pid>> {
+    let pids = read(Command::new("ip").args(["netns", "pids", name]))?;
+    pids.lines().map(|pid| Ok(Pid::from_raw(pid.trim().parse()?))).collect()
+}
+
 fn remove(name: &str) {
     // Also called while unwinding; what stays is swept by the next run.
+    for pid in processes(name).unwrap_or_default() {
+        if pid != Pid::this() {
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
     let _ = Command::new("ip").args(["netns", "del", name]).output();
 }
 
 fn run(command: &mut Command) -> anyhow::Result<()> {
+    read(command).map(drop)
+}
+
+fn read(command: &mut Command) -> anyhow::Result<String> {
     let output = command.output().map_err(|error| match error.kind() {
         io::ErrorKind::NotFound => anyhow::anyhow!("`ip` is missing: apt-get install iproute2"),
         _ => error.into(),
     })?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {}", said.trim());
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

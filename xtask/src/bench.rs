@@ -1,17 +1,16 @@
 //! `cargo xtask bench`: ours beside the peers, in interleaved rounds of one run.
 
-use std::process::{Command, Stdio};
+mod driver;
+mod fw;
+mod lb;
+mod vpn;
 
-use anyhow::{Context as _, ensure};
+use anyhow::ensure;
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    Json,
-    cargo::{self, cargo},
-    progress, setup, shell,
-};
+use crate::{Json, netns, setup, shell};
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -27,15 +26,10 @@ pub(crate) struct Options {
 enum Section {
     /// The firewall's data path and compiler
     Fw,
-}
-
-impl Section {
-    /// Package and program that measures; it prints the rows as JSON.
-    fn program(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Fw => ("cnsmo-agent", "cnsmo-bench-fw"),
-        }
-    }
+    /// The load balancer on a gateway, beside a proxy and the kernel's address translation
+    Lb,
+    /// The tunnel, beside other WireGuard programs in user space
+    Vpn,
 }
 
 /// One measurement.
@@ -48,18 +42,56 @@ struct Row {
     peer: f64,
     /// ours / peer, of interleaved rounds.
     ratio: f64,
-    /// Which is better: `lower` or `higher`.
-    better: String,
+    better: Better,
     rounds: u32,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Better {
+    Lower,
+    Higher,
+}
+
+impl Row {
+    /// Medians of what was sampled in turn, one sample of each side per round; the ratio is the median of the rounds' own,
+    /// which a machine that is slower for a while changes least.
+    fn of(
+        id: &str,
+        (unit, better): (&str, Better),
+        ours: &[f64],
+        (peer_name, peer): (&str, &[f64]),
+    ) -> anyhow::Result<Self> {
+        ensure!(!ours.is_empty() && ours.len() == peer.len(), "{id}: rounds are missing");
+        let ratios: Vec<_> = ours.iter().zip(peer).map(|(ours, peer)| ours / peer).collect();
+        let row = Self {
+            id: id.to_owned(),
+            unit: unit.to_owned(),
+            ours: median(ours),
+            peer_name: peer_name.to_owned(),
+            peer: median(peer),
+            ratio: median(&ratios),
+            better,
+            rounds: u32::try_from(ours.len())?,
+        };
+        let finite = [row.ours, row.peer, row.ratio].iter().all(|value| value.is_finite());
+        ensure!(finite, "{id}: nothing came through in a round ({row:?})");
+        Ok(row)
+    }
 }
 
 pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
     setup::need_root("bench")?;
     setup::setup(setup::Scope::Test)?;
+    netns::sweep();
     let mut rows = Vec::new();
     for section in options.section.as_ref().map_or(Section::value_variants(), std::slice::from_ref)
     {
-        rows.extend(measure(*section)?);
+        rows.extend(match section {
+            Section::Fw => fw::measure()?,
+            Section::Lb => lb::measure()?,
+            Section::Vpn => vpn::measure()?,
+        });
     }
     ensure!(!rows.is_empty(), "nothing was measured");
     println!("{}", table(&rows));
@@ -69,23 +101,11 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn measure(section: Section) -> anyhow::Result<Vec<Row>> {
-    let (package, program) = section.program();
-    progress::heading(&format!("Building {program}, optimised"));
-    let mut build = cargo();
-    let built =
-        cargo::build(build.args(["build", "--release", "--package", package, "--bin", program]))?;
-    progress::heading(&format!("Measuring with {program}"));
-    let mut command = Command::new(built.executable(program)?);
-    let output = command
-        .arg("--json")
-        .current_dir(shell::root())
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .with_context(|| format!("starting {program}"))?;
-    ensure!(output.status.success(), "{program} failed ({})", output.status);
-    serde_json::from_slice(&output.stdout).with_context(|| format!("reading the rows of {program}"))
+/// The upper one of two in the middle.
+fn median(samples: &[f64]) -> f64 {
+    let mut samples = samples.to_vec();
+    samples.sort_by(f64::total_cmp);
+    samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 fn table(rows: &[Row]) -> Table {
@@ -96,11 +116,11 @@ fn table(rows: &[Row]) -> Table {
         table.add_row([
             row.id.clone(),
             row.unit.clone(),
-            format!("{:.1}", row.ours),
-            format!("{:.1}", row.peer),
+            value(row.ours),
+            value(row.peer),
             row.peer_name.clone(),
             format!("{:.3}", row.ratio),
-            row.better.clone(),
+            format!("{:?}", row.better).to_lowercase(),
             row.rounds.to_string(),
         ]);
     }
@@ -110,4 +130,30 @@ fn table(rows: &[Row]) -> Table {
         }
     }
     table
+}
+
+/// Three digits at least.
+fn value(value: f64) -> String {
+    let decimals = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
+    format!("{value:.decimals$}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_the_medians_and_the_median_of_the_ratios() {
+        let unit = ("ns", Better::Lower);
+        let row = Row::of("x", unit, &[4.0, 1.0, 9.0], ("peer", &[1.0, 2.0, 3.0])).unwrap();
+        assert_eq!((row.ours, row.peer, row.ratio, row.rounds), (4.0, 2.0, 3.0, 3));
+    }
+
+    #[test]
+    fn a_round_without_traffic_is_an_error() {
+        let unit = ("Gb/s", Better::Higher);
+        assert!(Row::of("x", unit, &[1.0], ("peer", &[0.0])).is_err());
+        assert!(Row::of("x", unit, &[1.0, 2.0], ("peer", &[1.0])).is_err());
+        assert!(Row::of("x", unit, &[], ("peer", &[])).is_err());
+    }
 }

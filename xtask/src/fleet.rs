@@ -1,26 +1,41 @@
 //! A fleet of VMs on one host: network namespaces in two sites behind a router, one core, one agent for each VM.
 //!
 //! ```text
-//!  site a                          router                          site b
-//!  web1 10.77.1.11, bastion .5 ──┐         ┌── web2 10.77.2.11, db1 .21
-//!                                ├─ router ─┤
-//!  outside: client 10.77.9.9 ────┘         └── core 10.77.9.2
+//!  site a                           router                          site b
+//!  gw1 10.77.1.5, web1 .11 ───────┐         ┌─────── web2 10.77.2.11, web3 .12, db1 .21
+//!                                 ├─ router ┤
+//!  outside: client 10.77.9.9 ─────┘         └─────── core 10.77.9.2
 //! ```
-//! Each host has the same last part in IPv6: 10.77.1.11 is fd77:1::11. As in a cloud, a VM has a host address
-//! and everything goes through its router.
+//! Each host has the same last part in IPv6: 10.77.1.11 is fd77:1::11. As in a cloud, a VM has a host address,
+//! everything goes through its router, and a route there leads the virtual addresses 10.77.100.80 and fd77:100::80 to gw1.
+
+mod topology;
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    fs,
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
     time::Duration,
 };
 
 use anyhow::{Context as _, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use ring::{
+    digest::{SHA256, digest},
+    rand::{SecureRandom as _, SystemRandom},
+};
 use serde_json::Value;
 
+pub(crate) use self::topology::{Family, GATEWAY, To, WEB, in_overlay, pairs, vms};
+use self::topology::{HOSTS, Spec};
 use crate::{
+    capture::Capture,
     cargo::Built,
     interrupt,
     netns::{Netns, PinDir, RunDir},
@@ -36,42 +51,22 @@ const CORE_PORT: u16 = 7443;
 /// The router's address on every device, reachable without a subnet.
 const GATEWAY_V6: &str = "fe80::1";
 const GATEWAY_V4: &str = "169.254.77.1";
-
-/// Address family of a probe.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Family {
-    V4,
-    V6,
-}
-
-/// A host of the fleet, before it is built.
-struct Spec {
-    name: &'static str,
-    v4: Ipv4Addr,
-    v6: Ipv6Addr,
-    /// Labels of its agent; a host without is no VM of the fleet.
-    labels: Option<&'static str>,
-}
-
-const fn spec(name: &'static str, site: u8, host: u8, labels: Option<&'static str>) -> Spec {
-    // The decimal digits are reused as hexadecimal ones, so that both addresses read alike.
-    let digits = (host / 10 * 16 + host % 10) as u16;
-    Spec {
-        name,
-        v4: Ipv4Addr::new(10, 77, site, host),
-        v6: Ipv6Addr::new(0xfd77, site as u16, 0, 0, 0, 0, 0, digits),
-        labels,
-    }
-}
-
-const HOSTS: &[Spec] = &[
-    spec("web1", 1, 11, Some("role=web,site=a")),
-    spec("bastion", 1, 5, Some("role=bastion,site=a")),
-    spec("web2", 2, 11, Some("role=web,site=b")),
-    spec("db1", 2, 21, Some("role=db,site=b")),
-    spec("client", 9, 9, None),
-    spec("core", 9, 2, None),
-];
+/// Port of the web servers.
+pub(crate) const WEB_PORT: u16 = 8080;
+/// Where UDP is answered.
+pub(crate) const UDP_PORT: u16 = 5353;
+/// Port of the stand-in for a database.
+pub(crate) const DATABASE_PORT: u16 = 5432;
+/// Port of the stand-in for sshd.
+pub(crate) const SSH_PORT: u16 = 22;
+/// UDP port of the tunnels.
+pub(crate) const TUNNEL_PORT: u16 = 51820;
+/// The file that web servers have for transfers: at the rate of the checks it takes several seconds.
+pub(crate) const LARGE_FILE: &str = "/large";
+/// Its size.
+pub(crate) const LARGE_BYTES: u64 = 64 << 20;
+/// The large file is a sequence of blocks that all begin with the marker: each full-sized packet holds a part of one.
+const BLOCK: usize = 512;
 
 /// The fleet's programs, as cargo built them.
 #[derive(Debug)]
@@ -96,18 +91,15 @@ impl Programs {
 #[derive(Debug)]
 pub(crate) struct Host {
     pub(crate) netns: Netns,
-    v4: Ipv4Addr,
-    v6: Ipv6Addr,
+    spec: &'static Spec,
 }
 
-impl Host {
-    /// Its address of a family.
-    pub(crate) fn address(&self, family: Family) -> IpAddr {
-        match family {
-            Family::V4 => self.v4.into(),
-            Family::V6 => self.v6.into(),
-        }
-    }
+/// The file for large transfers.
+#[derive(Debug)]
+pub(crate) struct LargeFile {
+    /// Random, in each of its blocks.
+    pub(crate) marker: [u8; 16],
+    pub(crate) sha256: Vec<u8>,
 }
 
 /// Running agent of one VM.
@@ -121,14 +113,15 @@ struct Agent {
 /// Everything that runs. Dropping it stops all of it and leaves nothing on the host.
 #[derive(Debug)]
 pub(crate) struct Fleet {
-    // Dropped in this order: processes before the namespaces they are in, the folder of their files last.
+    // Dropped in this order: processes before the namespaces they are in, the folder of their files last. The tunnels'
+    // engines leave their agents, and end with their namespace.
     agents: BTreeMap<&'static str, Agent>,
     core: Option<Process>,
-    servers: Vec<Process>,
+    web: BTreeMap<&'static str, Process>,
     hosts: BTreeMap<&'static str, Host>,
-    /// Held for its drop only.
-    _router: Netns,
+    router: Netns,
     programs: Programs,
+    large: LargeFile,
     dir: RunDir,
 }
 
@@ -144,13 +137,20 @@ impl Fleet {
             interrupt::check()?;
             hosts.insert(spec.name, host(spec, &router)?);
         }
+        for family in [Family::V4, Family::V6] {
+            let public = To::Public.address(family).context("the public address")?.to_string();
+            let gateway = To::Underlay(GATEWAY).address(family).context("the gateway")?;
+            router.ip(&["route", "add", &public, "via", &gateway.to_string()])?;
+        }
+        let large = large_file(&dir.path().join("large"))?;
         let mut fleet = Self {
             agents: BTreeMap::new(),
             core: None,
-            servers: Vec::new(),
+            web: BTreeMap::new(),
             hosts,
-            _router: router,
+            router,
             programs,
+            large,
             dir,
         };
         fleet.start_servers()?;
@@ -160,6 +160,31 @@ impl Fleet {
     /// A host by name.
     pub(crate) fn host(&self, name: &str) -> anyhow::Result<&Host> {
         self.hosts.get(name).with_context(|| format!("the fleet has no host `{name}`"))
+    }
+
+    /// The namespace of a host.
+    pub(crate) fn netns(&self, name: &str) -> anyhow::Result<&Netns> {
+        Ok(&self.host(name)?.netns)
+    }
+
+    /// Where traffic goes.
+    pub(crate) fn address(&self, to: To, family: Family) -> anyhow::Result<IpAddr> {
+        to.address(family).with_context(|| format!("there is no {}", to.name()))
+    }
+
+    /// As [`Fleet::address`], of IPv4 and with a port.
+    pub(crate) fn socket_address(&self, to: To, port: u16) -> anyhow::Result<SocketAddr> {
+        Ok(SocketAddr::new(self.address(to, Family::V4)?, port))
+    }
+
+    /// Records what passes the router from now on; `filter` is tcpdump's.
+    pub(crate) fn capture(&self, name: &str, filter: &str) -> anyhow::Result<Capture> {
+        Capture::start(&self.router, &self.dir().join(format!("{name}.pcap")), filter)
+    }
+
+    /// The file that each web server has at [`LARGE_FILE`].
+    pub(crate) fn large(&self) -> &LargeFile {
+        &self.large
     }
 
     /// Folder of logs, sockets and state.
@@ -172,19 +197,33 @@ impl Fleet {
         self.dir().join("core.sock")
     }
 
-    /// Names of the VMs that run an agent.
-    pub(crate) fn vms() -> impl Iterator<Item = &'static str> {
-        HOSTS.iter().filter(|spec| spec.labels.is_some()).map(|spec| spec.name)
+    /// Folder of the core's state.
+    pub(crate) fn core_state(&self) -> PathBuf {
+        self.dir().join("core")
+    }
+
+    /// Folder of an agent's state.
+    pub(crate) fn agent_state(&self, vm: &str) -> PathBuf {
+        self.dir().join(format!("agent-{vm}"))
+    }
+
+    /// Every process in a namespace of the fleet.
+    pub(crate) fn processes(&self) -> anyhow::Result<Vec<Pid>> {
+        let mut all = Vec::new();
+        for host in self.hosts.values() {
+            all.extend(host.netns.processes()?);
+        }
+        Ok(all)
     }
 
     /// Starts the core, or starts it again, and waits until it serves.
     pub(crate) fn start_core(&mut self) -> anyhow::Result<()> {
         let host = self.host("core")?;
-        let listen = format!("{}:{CORE_PORT}", host.address(Family::V4));
+        let listen = SocketAddr::new(host.spec.address(Family::V4), CORE_PORT).to_string();
         let mut command = host.netns.command(&self.programs.core)?;
         command
             .arg("--state-dir")
-            .arg(self.dir().join("core"))
+            .arg(self.core_state())
             .args(["--listen", &listen])
             .arg("--socket")
             .arg(self.socket());
@@ -194,20 +233,21 @@ impl Fleet {
         Ok(())
     }
 
-    /// Makes a join token that is good for the whole fleet, and starts an agent on each VM.
-    pub(crate) fn start_agents(&mut self) -> anyhow::Result<()> {
-        let uses = Self::vms().count().to_string();
+    /// Makes a join token that is good for the whole fleet.
+    pub(crate) fn make_token(&self) -> anyhow::Result<()> {
+        let uses = vms().len().to_string();
         let file = self.token_file().display().to_string();
-        self.cli_ok(&["token", "create", "--max-uses", &uses, "--ttl", "1h", "--output", &file])?;
-        for vm in Self::vms() {
-            self.start_agent(vm, PinDir::new(vm))?;
-        }
-        Ok(())
+        self.cli_ok(&["token", "create", "--max-uses", &uses, "--ttl", "1h", "--output", &file])
+            .map(drop)
     }
 
-    /// Waits until the core calls every VM ready.
-    pub(crate) fn wait_ready(&mut self) -> anyhow::Result<()> {
-        let wanted: Vec<_> = Self::vms().collect();
+    /// Starts the agent of each of these VMs, which never ran there.
+    pub(crate) fn start_agents(&mut self, vms: &[&'static str]) -> anyhow::Result<()> {
+        vms.iter().try_for_each(|vm| self.start_agent(vm, PinDir::new(vm)))
+    }
+
+    /// Waits until the core calls these VMs ready.
+    pub(crate) fn wait_ready(&mut self, wanted: &[&str]) -> anyhow::Result<()> {
         let mut seen = String::new();
         let all = interrupt::wait_until(READY_LIMIT, || {
             let output = self.cli(&["nodes", "-o", "json"])?;
@@ -236,6 +276,48 @@ impl Fleet {
         let agent = self.agents.remove(vm).with_context(|| format!("no agent on {vm}"))?;
         drop(agent.process);
         self.start_agent(vm, agent.pins)
+    }
+
+    /// Kills the process that moves the packets of a VM's tunnel, as a crash would.
+    pub(crate) fn kill_engine(&self, vm: &str) -> anyhow::Result<()> {
+        let engines = self.engines(vm)?;
+        ensure!(!engines.is_empty(), "no tunnel engine runs on {vm}");
+        for engine in engines {
+            kill(engine, Signal::SIGKILL).with_context(|| format!("killing the engine of {vm}"))?;
+        }
+        Ok(())
+    }
+
+    /// The processes that move the packets of a VM's tunnel; none if its kernel does.
+    pub(crate) fn engines(&self, vm: &str) -> anyhow::Result<Vec<Pid>> {
+        let mut engines = Vec::new();
+        for process in self.netns(vm)?.processes()? {
+            // One that has ended meanwhile has none.
+            let line = fs::read(format!("/proc/{process}/cmdline")).unwrap_or_default();
+            if line.split(|byte| *byte == 0).nth(1) == Some(b"tunnel") {
+                engines.push(process);
+            }
+        }
+        Ok(engines)
+    }
+
+    /// Kills the web server of a VM as a crash would.
+    pub(crate) fn kill_web(&mut self, vm: &str) -> anyhow::Result<()> {
+        self.web.get_mut(vm).with_context(|| format!("no web server on {vm}"))?.kill()
+    }
+
+    /// Starts the web server of a VM, or starts it again.
+    pub(crate) fn start_web(&mut self, vm: &'static str) -> anyhow::Result<()> {
+        let root = self.dir().join(format!("www-{vm}"));
+        let port = WEB_PORT.to_string();
+        let mut command = self.netns(vm)?.command("python3")?;
+        command.args(["-u", "-m", "http.server", &port, "--bind", "::", "--protocol", "HTTP/1.1"]);
+        command.arg("--directory").arg(root);
+        let log = self.log(&format!("http-{vm}"));
+        let mut server = Process::spawn("http.server", &mut command, &log)?;
+        server.wait_for("Serving HTTP", START_LIMIT)?;
+        self.web.insert(vm, server);
+        Ok(())
     }
 
     /// Ends a VM's agent and takes its data path away.
@@ -288,16 +370,16 @@ impl Fleet {
     }
 
     fn start_agent(&mut self, vm: &'static str, pins: PinDir) -> anyhow::Result<()> {
-        let labels = HOSTS.iter().find(|spec| spec.name == vm).and_then(|spec| spec.labels);
-        let core = format!("{}:{CORE_PORT}", self.host("core")?.address(Family::V4));
-        let mut command = self.host(vm)?.netns.command(&self.programs.agent)?;
+        let host = self.host(vm)?;
+        let labels = host.spec.vm.as_ref().with_context(|| format!("{vm} is no VM"))?.labels;
+        let core = self.socket_address(To::Underlay("core"), CORE_PORT)?.to_string();
+        let mut command = host.netns.command(&self.programs.agent)?;
         command
-            .args(["--core", &core, "--node", vm, "--interface", "eth0"])
-            .args(["--label", labels.unwrap_or_default()])
+            .args(["--core", &core, "--node", vm, "--interface", "eth0", "--label", labels])
             .arg("--token-file")
             .arg(self.token_file())
             .arg("--state-dir")
-            .arg(self.dir().join(format!("agent-{vm}")))
+            .arg(self.agent_state(vm))
             .arg("--bpffs")
             .arg(pins.path());
         let process = Process::spawn("cnsmo-agent", &mut command, &self.log(vm))?;
@@ -305,36 +387,25 @@ impl Fleet {
         Ok(())
     }
 
-    /// Web servers, and echo servers on the ports that policy will open or close.
+    /// Servers that answer the name of their VM, on the ports that policy will open or close.
     fn start_servers(&mut self) -> anyhow::Result<()> {
-        for vm in ["web1", "web2", "db1"] {
+        for vm in WEB {
             let root = self.dir().join(format!("www-{vm}"));
-            std::fs::create_dir(&root).with_context(|| format!("making {}", root.display()))?;
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&root)
+                .with_context(|| format!("making {}", root.display()))?;
             shell::write(&root.join("index.html"), vm)?;
-            let mut command = self.host(vm)?.netns.command("python3")?;
-            command
-                .args(["-u", "-m", "http.server", "80", "--bind", "::", "--directory"])
-                .arg(root);
-            let log = self.log(&format!("http-{vm}"));
-            self.servers.push(Process::spawn("http.server", &mut command, &log)?);
+            fs::hard_link(self.dir().join("large"), root.join("large"))
+                .with_context(|| format!("linking into {}", root.display()))?;
+            self.start_web(vm)?;
+            traffic::serve_udp(self.netns(vm)?, UDP_PORT, vm)?;
         }
-        for server in &mut self.servers {
-            server.wait_for("Serving HTTP", START_LIMIT)?;
+        for vm in vms() {
+            traffic::serve_tcp(self.netns(vm)?, SSH_PORT, vm)?;
         }
-        for (vm, ports) in [
-            ("web1", &[22, 8080][..]),
-            ("web2", &[22, 8080]),
-            ("db1", &[22, 5432]),
-            ("bastion", &[22]),
-        ] {
-            for port in ports {
-                traffic::serve_tcp(&self.host(vm)?.netns, *port)?;
-            }
-        }
-        for name in ["web1", "client"] {
-            traffic::serve_udp(&self.host(name)?.netns, traffic::UDP_ECHO_PORT)?;
-        }
-        Ok(())
+        traffic::serve_tcp(self.netns("db1")?, DATABASE_PORT, "db1")?;
+        traffic::serve_udp(self.netns("client")?, UDP_PORT, "client")
     }
 
     fn token_file(&self) -> PathBuf {
@@ -352,11 +423,12 @@ pub(crate) fn said(output: &Output) -> String {
     errors.into_owned() + &String::from_utf8_lossy(&output.stdout)
 }
 
-fn host(spec: &Spec, router: &Netns) -> anyhow::Result<Host> {
+fn host(spec: &'static Spec, router: &Netns) -> anyhow::Result<Host> {
     let netns = Netns::new(spec.name)?;
     let port = format!("to-{}", spec.name);
     Netns::veth((&netns, "eth0"), (router, &port))?;
-    let (v4, v6) = (format!("{}/32", spec.v4), format!("{}/128", spec.v6));
+    let v4 = format!("{}/32", spec.address(Family::V4));
+    let v6 = format!("{}/128", spec.address(Family::V6));
     netns.ip(&["address", "add", &v4, "dev", "eth0"])?;
     netns.ip(&["address", "add", &v6, "dev", "eth0", "nodad"])?;
     router.ip(&["address", "add", &format!("{GATEWAY_V4}/32"), "dev", &port])?;
@@ -365,7 +437,25 @@ fn host(spec: &Spec, router: &Netns) -> anyhow::Result<Host> {
     netns.ip(&["-6", "route", "add", "default", "via", GATEWAY_V6, "dev", "eth0"])?;
     router.ip(&["route", "add", &v4, "dev", &port])?;
     router.ip(&["-6", "route", "add", &v6, "dev", &port])?;
-    Ok(Host { netns, v4: spec.v4, v6: spec.v6 })
+    Ok(Host { netns, spec })
+}
+
+/// Writes the file for large transfers.
+fn large_file(path: &Path) -> anyhow::Result<LargeFile> {
+    let random = SystemRandom::new();
+    let mut marker = [0; 16];
+    let mut block = [0; BLOCK];
+    let fill = |bytes: &mut [u8]| random.fill(bytes).ok().context("the system gave no randomness");
+    fill(&mut marker)?;
+    fill(&mut block)?;
+    block[..marker.len()].copy_from_slice(&marker);
+    let mut contents = block.repeat(usize::try_from(LARGE_BYTES)? / BLOCK);
+    // No two blocks are the same, so that a lost or doubled one does not go unnoticed.
+    for (n, block) in (0_u64..).zip(contents.chunks_mut(BLOCK)) {
+        block[marker.len()..marker.len() + 8].copy_from_slice(&n.to_be_bytes());
+    }
+    shell::write(path, &contents)?;
+    Ok(LargeFile { marker, sha256: digest(&SHA256, &contents).as_ref().to_vec() })
 }
 
 /// Names of the nodes whose phase is READY in `cnsmo nodes -o json`. Empty while the core does not answer.
@@ -385,13 +475,6 @@ fn ready_nodes(json: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn both_addresses_of_a_host_read_alike() {
-        let web1 = &HOSTS[0];
-        assert_eq!(web1.v4.to_string(), "10.77.1.11");
-        assert_eq!(web1.v6.to_string(), "fd77:1::11");
-    }
 
     #[test]
     fn only_ready_nodes_count() {

@@ -4,6 +4,7 @@
 
 mod acceptance;
 mod bench;
+mod capture;
 mod cargo;
 mod checks;
 mod ci;
@@ -13,6 +14,7 @@ mod interrupt;
 #[path = "../../tests/harness/netns.rs"]
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod netns;
+mod parallel;
 #[path = "../../tests/harness/process.rs"]
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod process;

@@ -1,4 +1,4 @@
-//! `cargo xtask run`: from a bare machine to a firewalled fleet that was seen to work.
+//! `cargo xtask run`: from a bare machine to a private, filtered and balanced fleet that was seen to work.
 
 use std::{os::unix::process::CommandExt as _, process::Command, time::Duration};
 
@@ -9,13 +9,15 @@ use crate::{
     Json,
     cargo::{self, cargo},
     checks::{self, Report, State},
-    fleet::{Fleet, Programs},
+    fleet::{Fleet, GATEWAY, Programs, vms},
     interrupt, netns,
     process::pause,
     progress, scenarios, setup, shell,
 };
 
 const EXAMPLE: &str = "examples/three-tier.yaml";
+/// The VM that joins when the others are at work.
+const LATE: &str = "web3";
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -81,7 +83,7 @@ fn fleet(options: &Options) -> anyhow::Result<()> {
     let built = build()?;
     progress::heading("Starting the fleet");
     let programs = Programs::of(&built)?;
-    let mut fleet = progress::step("router, two sites, 4 VMs, servers", || Fleet::new(programs))?;
+    let mut fleet = progress::step("router, two sites, 5 VMs, servers", || Fleet::new(programs))?;
     let mut report = Report::default();
     let result = prove(&mut fleet, &mut report, options.exit);
     if result.is_err() || !report.all_hold() {
@@ -104,31 +106,56 @@ fn fleet(options: &Options) -> anyhow::Result<()> {
 }
 
 /// All checks, in an order in which each can mean something.
-fn prove(fleet: &mut Fleet, report: &mut Report, detach: bool) -> anyhow::Result<()> {
+fn prove(fleet: &mut Fleet, report: &mut Report, take_apart: bool) -> anyhow::Result<()> {
+    let (late, first): (Vec<_>, Vec<_>) = vms().into_iter().partition(|vm| *vm == LATE);
+    let start = fleet.capture("start", "")?;
     progress::step("core", || fleet.start_core())?;
-    progress::step("4 agents, until the core calls them READY", || {
-        fleet.start_agents()?;
-        fleet.wait_ready()
+    let text = format!("{} agents, until the core calls them READY", first.len());
+    progress::step(&text, || {
+        fleet.make_token()?;
+        fleet.start_agents(&first)?;
+        fleet.wait_ready(&first)
     })?;
     progress::heading("Without policy everything is open");
-    checks::judge(fleet, State::Open, report)?;
+    checks::judge(fleet, State::Bare, report)?;
     progress::heading(&format!("cnsmo apply -f {EXAMPLE} --wait"));
-    let example = shell::root().join(EXAMPLE);
-    scenarios::apply(fleet, &example.display().to_string())?;
-    checks::judge(fleet, State::Filtered, report)?;
+    let example = shell::root().join(EXAMPLE).display().to_string();
+    scenarios::deploy::example(fleet, &example, report)?;
+    for vm in late {
+        progress::heading(&format!("{vm} joins"));
+        scenarios::deploy::join(fleet, vm, report)?;
+    }
+    scenarios::deploy::members(fleet, report)?;
+    let start = start.finish()?;
+    progress::heading("Firewall, network and balancer");
+    checks::judge(fleet, State::Enforced, report)?;
+    progress::heading("Privacy of the network");
+    scenarios::overlay::private(fleet, report)?;
+    scenarios::secrets::keys(fleet, &[start], report)?;
+    progress::heading("Balancing");
+    scenarios::balancer::spread(fleet, report)?;
+    progress::heading("SIGKILL to a backend's server under load");
+    scenarios::balancer::failover(fleet, report)?;
+    progress::heading("cnsmo drain under load");
+    scenarios::balancer::drain(fleet, report)?;
     progress::heading("Changing policy");
-    scenarios::update(fleet, report)?;
-    scenarios::counters(fleet, report)?;
-    progress::heading("Refusing bad policy");
-    scenarios::refusals(fleet, report)?;
-    progress::heading("SIGKILL to agents under traffic");
-    scenarios::agent_crash(fleet, report)?;
-    progress::heading("SIGKILL to the core under traffic");
-    scenarios::core_crash(fleet, report)?;
-    scenarios::tidy(fleet)?;
-    if detach {
-        progress::heading("Taking the data path away");
-        scenarios::detach(fleet, report)?;
+    scenarios::policy::update(fleet, report)?;
+    scenarios::policy::counters(fleet, report)?;
+    progress::heading("What cannot be applied");
+    scenarios::policy::refusals(fleet, report)?;
+    scenarios::deploy::too_many(fleet, report)?;
+    scenarios::deploy::absent(fleet, report)?;
+    progress::heading("SIGKILL to the core and all agents under traffic");
+    scenarios::outage::control(fleet, report)?;
+    progress::heading("SIGKILL to the gateway's tunnel process under traffic");
+    scenarios::outage::engine(fleet, report)?;
+    progress::heading("Without the example's policies the network is open");
+    scenarios::policy::unfiltered(fleet, report)?;
+    fleet.cli_ok(&["apply", "-f", &example, "--wait"])?;
+    if take_apart {
+        progress::heading("Taking VMs out");
+        scenarios::deploy::leave(fleet, LATE, report)?;
+        scenarios::policy::detach(fleet, report)?;
     }
     Ok(())
 }
@@ -136,16 +163,19 @@ fn prove(fleet: &mut Fleet, report: &mut Report, detach: bool) -> anyhow::Result
 /// Shows how to look around, and waits for Ctrl-C.
 fn stay(fleet: &Fleet) -> anyhow::Result<()> {
     let cli = fleet.cli_hint();
-    let client = fleet.host("client")?.netns.name().to_owned();
+    let [client, gateway] = [fleet.netns("client")?.name(), fleet.netns(GATEWAY)?.name()];
     println!(
         "\nThe fleet runs until Ctrl-C. In another root shell:\n\
          \x20 {cli} nodes\n\
-         \x20 {cli} get fw\n\
+         \x20 {cli} describe network shop\n\
+         \x20 {cli} describe lb front\n\
+         \x20 {cli} drain web2\n\
          \x20 {cli} apply -f {EXAMPLE} --wait\n\
-         \x20 nsenter --net=/run/netns/{client} curl http://10.77.1.11/      # as a client outside\n\
+         \x20 nsenter --net=/run/netns/{client} curl http://10.77.100.80/    # as a client outside\n\
+         \x20 nsenter --net=/run/netns/{gateway} ping 10.70.0.21              # gw1 -> db1 in the overlay\n\
          \x20 ls {dir}/*.log\n\
-         Hosts: web1 10.77.1.11, bastion 10.77.1.5, web2 10.77.2.11, db1 10.77.2.21, client 10.77.9.9;\n\
-         each also as fd77:<site>::<host>.",
+         Hosts: gw1 10.77.1.5, web1 10.77.1.11, web2 10.77.2.11, web3 10.77.2.12, db1 10.77.2.21,\n\
+         client 10.77.9.9; each also as fd77:<site>::<host>.",
         dir = fleet.dir().display(),
     );
     while !interrupt::asked() {

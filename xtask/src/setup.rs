@@ -2,7 +2,7 @@
 
 use std::{
     fs, io,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     thread,
 };
@@ -14,7 +14,12 @@ use nix::{
     unistd::Uid,
 };
 
-use crate::{cargo::cargo, interrupt, netns::BPFFS, progress, shell};
+use crate::{
+    cargo::{self, cargo},
+    interrupt,
+    netns::BPFFS,
+    progress, shell,
+};
 
 /// The oldest kernel the data path is tested on.
 const KERNEL_MIN: (u32, u32) = (6, 1);
@@ -58,10 +63,12 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Run, "nmap", "nmap", "port scanner of the checks"),
     tool(Scope::Run, "ping", "iputils-ping", "ICMP client of the checks"),
     tool(Scope::Run, "python3", "python3", "HTTP server of the checks"),
+    tool(Scope::Run, "tcpdump", "tcpdump", "witness of the checks"),
     tool(Scope::Test, "nft", "nftables", "peer of the benchmarks"),
+    tool(Scope::Test, "haproxy", "haproxy", "peer of the benchmarks"),
     tool(Scope::Test, "iperf3", "iperf3", "load of the tests"),
     tool(Scope::Test, "nc", "netcat-openbsd", "client of the tests"),
-    tool(Scope::Test, "tcpdump", "tcpdump", "witness of the tests"),
+    tool(Scope::Test, "wireguard-go", "wireguard-go", "peer of the tests and benchmarks"),
     tool(Scope::All, "qemu-system-x86_64", "qemu-system-x86", "other kernels"),
     tool(Scope::All, "dpkg-deb", "dpkg", "unpacking kernels"),
 ];
@@ -111,6 +118,27 @@ pub(crate) fn setup(scope: Scope) -> anyhow::Result<()> {
         install_bpf_linker()?;
     }
     mount_bpffs()
+}
+
+/// The program of a crate that nothing packages, built once below the target folder.
+///
+/// # Errors
+/// The crate cannot be fetched or built.
+pub(crate) fn cargo_program(krate: &str, version: &str, program: &str) -> anyhow::Result<PathBuf> {
+    let target = cargo::metadata()?.target_directory;
+    let folder = target.join("peers").join(format!("{krate}-{version}"));
+    let path = folder.join("bin").join(program);
+    if path.exists() {
+        return Ok(path);
+    }
+    progress::heading(&format!("Building {krate} {version} to compare with, once"));
+    let mut install = cargo();
+    install
+        .args(["install", krate, "--locked", "--version", &format!("={version}"), "--root"])
+        .arg(&folder);
+    shell::run(&mut install).with_context(|| format!("installing {krate}"))?;
+    ensure!(path.exists(), "cargo installed {krate}, but there is no {}", path.display());
+    Ok(path)
 }
 
 /// Prints one line for each requirement, with the remedy where it is not met, and changes nothing.

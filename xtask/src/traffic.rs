@@ -1,38 +1,33 @@
 //! Traffic between hosts of the fleet, and what comes of it: real clients where they exist, sockets where they do not.
 
+pub(crate) mod http;
+pub(crate) mod load;
+
 use std::{
+    collections::BTreeMap,
     io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    thread::{self, JoinHandle},
+    thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
 
-use crate::{netns::Netns, process::pause, shell};
-
-/// Where UDP is echoed.
-pub(crate) const UDP_ECHO_PORT: u16 = 9999;
+use crate::{interrupt, netns::Netns, shell};
 
 /// Ports the scanner asks for: all well-known ones, and the two others something listens on.
 const SCANNED_PORTS: &str = "1-1024,5432,8080";
-/// A load's client takes longer than this for one round only if its packets are dropped.
-const ROUND_LIMIT: Duration = Duration::from_millis(1500);
-/// Between two rounds of a load.
-const ROUND_PAUSE: Duration = Duration::from_millis(20);
+/// A name that a server sends first.
+const GREETING_MAX: usize = 64;
 
 /// One kind of traffic. What it shows is text, so that it can be printed beside what was expected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Probe {
     /// curl: `200 <body>`, `timeout` or `refused`.
     Http { port: u16 },
-    /// A connection and one echo through it: `open`, `timeout` or `refused`.
+    /// A connection and one echo through it: the server's name, `timeout` or `refused`.
     Tcp { port: u16 },
-    /// Datagrams to an echo server: `answered` or `silence`.
+    /// Datagrams: the server's name, or `silence`.
     Udp { port: u16 },
     /// Three echo requests with so much payload: `3 of 3`.
     Ping { bytes: u16 },
@@ -53,149 +48,102 @@ impl Probe {
     }
 }
 
-/// Starts a TCP echo server inside, on both families. It ends with this process.
-pub(crate) fn serve_tcp(netns: &Netns, port: u16) -> anyhow::Result<()> {
+/// Starts a TCP server inside, on both families, that says its name and then echoes. It ends with this process.
+pub(crate) fn serve_tcp(netns: &Netns, port: u16, name: &'static str) -> anyhow::Result<()> {
     let listener = netns
         .run(|| TcpListener::bind(("::", port)))?
         .with_context(|| format!("listening on port {port} in {}", netns.name()))?;
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            thread::spawn(move || echo(stream));
+            thread::spawn(move || greet_and_echo(stream, name));
         }
     });
     Ok(())
 }
 
-/// Starts a UDP echo server inside, on both families. It ends with this process.
-pub(crate) fn serve_udp(netns: &Netns, port: u16) -> anyhow::Result<()> {
+/// Starts a UDP server inside, on both families, that answers its name. It ends with this process.
+pub(crate) fn serve_udp(netns: &Netns, port: u16, name: &'static str) -> anyhow::Result<()> {
     let socket = netns
         .run(|| UdpSocket::bind(("::", port)))?
         .with_context(|| format!("binding UDP port {port} in {}", netns.name()))?;
     thread::spawn(move || {
         let mut buffer = [0; 2048];
-        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+        while let Ok((_, from)) = socket.recv_from(&mut buffer) {
             // A lost answer is what the client is there to notice.
-            let _ = socket.send_to(&buffer[..length], from);
+            let _ = socket.send_to(name.as_bytes(), from);
         }
     });
     Ok(())
 }
 
 /// Sends `count` datagrams and waits for no answer.
-pub(crate) fn send_datagrams(from: &Netns, to: SocketAddr, count: u32) -> anyhow::Result<()> {
+pub(crate) fn send_datagrams(
+    from: &Netns,
+    to: SocketAddr,
+    payload: &[u8],
+    count: u32,
+) -> anyhow::Result<()> {
     from.run(|| -> io::Result<()> {
         let socket = UdpSocket::bind(unspecified(to))?;
         for _ in 0..count {
-            socket.send_to(b"cnsmo", to)?;
+            socket.send_to(payload, to)?;
         }
         Ok(())
     })?
     .with_context(|| format!("sending datagrams to {to}"))
 }
 
-/// An established connection, used for one echo after the other.
+/// Asks `count` times, each time over a new connection or from a new port, and counts who answers. Ends early where nobody
+/// does.
+pub(crate) fn answers(
+    from: &Netns,
+    to: SocketAddr,
+    probe: Probe,
+    count: u32,
+) -> anyhow::Result<BTreeMap<String, u32>> {
+    /// Nothing is expected to be lost.
+    const LIMIT: Duration = Duration::from_secs(5);
+    const FAILURES_MAX: u32 = 3;
+    from.run(|| {
+        let mut answers = BTreeMap::new();
+        for _ in 0..count {
+            interrupt::check()?;
+            let answer = match probe {
+                Probe::Udp { .. } => udp(to, LIMIT)?,
+                _ => http::Client::connect(to, LIMIT)
+                    .and_then(|mut client| client.text("/"))
+                    .unwrap_or_else(|error| outcome(&error)),
+            };
+            let failed = matches!(answer.as_str(), "timeout" | "silence");
+            let times = answers.entry(answer).or_default();
+            *times += 1;
+            if failed && *times >= FAILURES_MAX {
+                break;
+            }
+        }
+        Ok(answers)
+    })?
+}
+
+/// An established connection to one of our servers, used for one echo after the other.
 #[derive(Debug)]
 pub(crate) struct Connection(TcpStream);
 
 impl Connection {
     /// Opens it from inside `from`.
     pub(crate) fn open(from: &Netns, to: SocketAddr) -> anyhow::Result<Self> {
-        let stream = from
-            .run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5)))?
-            .with_context(|| format!("connecting to {to}"))?;
-        Ok(Self(stream))
+        const LIMIT: Duration = Duration::from_secs(5);
+        let stream = from.run(|| -> io::Result<TcpStream> {
+            let mut stream = TcpStream::connect_timeout(&to, LIMIT)?;
+            greeting(&mut stream, LIMIT)?;
+            Ok(stream)
+        })?;
+        Ok(Self(stream.with_context(|| format!("connecting to {to}"))?))
     }
 
     /// Whether an echo comes back within `limit`.
     pub(crate) fn works(&mut self, limit: Duration) -> bool {
         round(&mut self.0, limit).is_ok()
-    }
-}
-
-/// What a load has seen.
-#[derive(Debug, Default)]
-struct Counts {
-    rounds: AtomicU64,
-    wrong: AtomicU64,
-}
-
-/// What a load does in each round, and what would be wrong.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Load {
-    /// One echo through one connection that is never renewed: a broken one is wrong, for each round.
-    Stream,
-    /// A new connection and one echo: one that fails is wrong.
-    Connect,
-    /// A new connection that policy forbids: one that succeeds is wrong.
-    Forbidden,
-}
-
-/// Traffic that runs while something else happens.
-#[derive(Debug)]
-pub(crate) struct Running {
-    stop: Arc<AtomicBool>,
-    counts: Arc<Counts>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Running {
-    /// Starts a load from inside `from`. A stream is established when this returns.
-    pub(crate) fn start(load: Load, from: &Netns, to: SocketAddr) -> anyhow::Result<Self> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let counts = Arc::new(Counts::default());
-        let stream = match load {
-            Load::Stream => Some(Connection::open(from, to)?.0),
-            Load::Connect | Load::Forbidden => None,
-        };
-        let (stop_inside, counts_inside) = (Arc::clone(&stop), Arc::clone(&counts));
-        let thread = from.spawn(move || drive(load, stream, to, &stop_inside, &counts_inside))?;
-        Ok(Self { stop, counts, thread: Some(thread) })
-    }
-
-    /// Rounds so far.
-    pub(crate) fn rounds(&self) -> u64 {
-        self.counts.rounds.load(Ordering::Relaxed)
-    }
-
-    /// Ends the load and returns (rounds, wrong ones).
-    pub(crate) fn finish(mut self) -> (u64, u64) {
-        self.end();
-        (self.rounds(), self.counts.wrong.load(Ordering::Relaxed))
-    }
-
-    fn end(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // A panic inside was printed; it leaves the rounds at which it happened.
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
-fn drive(
-    load: Load,
-    mut stream: Option<TcpStream>,
-    to: SocketAddr,
-    stop: &AtomicBool,
-    counts: &Counts,
-) {
-    while !stop.load(Ordering::Relaxed) {
-        let wrong = match (load, &mut stream) {
-            (Load::Forbidden, _) => tcp(to, Duration::from_millis(200)).is_ok_and(|s| s == "open"),
-            (Load::Stream, Some(stream)) => round(stream, ROUND_LIMIT).is_err(),
-            (Load::Stream | Load::Connect, _) => {
-                tcp(to, ROUND_LIMIT).map_or(true, |seen| seen != "open")
-            }
-        };
-        counts.wrong.fetch_add(u64::from(wrong), Ordering::Relaxed);
-        counts.rounds.fetch_add(1, Ordering::Relaxed);
-        pause(ROUND_PAUSE);
     }
 }
 
@@ -219,7 +167,9 @@ fn tcp(to: SocketAddr, limit: Duration) -> anyhow::Result<String> {
         Ok(stream) => stream,
         Err(error) => return Ok(outcome(&error)),
     };
-    Ok(round(&mut stream, limit).map_or_else(|error| outcome(&error), |()| "open".to_owned()))
+    let name = greeting(&mut stream, limit);
+    let echoed = name.and_then(|name| round(&mut stream, limit).map(|()| name));
+    Ok(echoed.unwrap_or_else(|error| outcome(&error)))
 }
 
 fn outcome(error: &io::Error) -> String {
@@ -238,10 +188,10 @@ fn udp(to: SocketAddr, limit: Duration) -> anyhow::Result<String> {
     for _ in 0..TRIES {
         socket.send_to(b"cnsmo", to)?;
         let mut buffer = [0; 64];
-        if let Ok((5, from)) = socket.recv_from(&mut buffer)
+        if let Ok((length, from)) = socket.recv_from(&mut buffer)
             && from == to
         {
-            return Ok("answered".to_owned());
+            return Ok(String::from_utf8_lossy(&buffer[..length]).into_owned());
         }
     }
     Ok("silence".to_owned())
@@ -280,7 +230,8 @@ fn read_scan(text: &str) -> anyhow::Result<String> {
     let mut others = Vec::new();
     for field in line.split('\t') {
         if let Some(ports) = field.strip_prefix("Ports: ") {
-            for port in ports.split(", ") {
+            // With every port in one state, the list is there and empty.
+            for port in ports.split(", ").filter(|port| !port.trim().is_empty()) {
                 let mut parts = port.split('/');
                 match (parts.next(), parts.next()) {
                     (Some(number), Some("open")) => open.push(number.to_owned()),
@@ -306,7 +257,25 @@ fn round(stream: &mut TcpStream, limit: Duration) -> io::Result<()> {
     if &buffer == b"cnsmo" { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
 }
 
-fn echo(mut stream: TcpStream) {
+/// The line with the server's name.
+fn greeting(stream: &mut TcpStream, limit: Duration) -> io::Result<String> {
+    stream.set_read_timeout(Some(limit))?;
+    let mut name = Vec::new();
+    while name.len() < GREETING_MAX {
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        match byte {
+            [b'\n'] => return Ok(String::from_utf8_lossy(&name).into_owned()),
+            [byte] => name.push(byte),
+        }
+    }
+    Err(io::ErrorKind::InvalidData.into())
+}
+
+fn greet_and_echo(mut stream: TcpStream, name: &str) {
+    if stream.write_all(format!("{name}\n").as_bytes()).is_err() {
+        return;
+    }
     let mut buffer = [0; 2048];
     while let Ok(length @ 1..) = stream.read(&mut buffer) {
         if stream.write_all(&buffer[..length]).is_err() {
@@ -335,7 +304,7 @@ mod tests {
         let text =
             "Host: h ()\tPorts: 22/open/tcp//ssh///, 80/open/tcp//http///, 81/closed/tcp/////\n";
         assert_eq!(read_scan(text).unwrap(), "open: 22 80; others: 81 closed");
-        let text = "Host: h ()\tStatus: Up\tIgnored State: filtered (1026)\n";
+        let text = "Host: h ()\tPorts: \tIgnored State: filtered (1026)\n";
         assert_eq!(read_scan(text).unwrap(), "open: none; others: 1026 filtered");
         assert!(read_scan("# Nmap done: 0 hosts up").is_err());
     }

@@ -27,9 +27,11 @@ use crate::{
 const LIMIT: Duration = Duration::from_mins(10);
 const MEMORY_MIB: &str = "1024";
 /// Modules without which no namespace has devices and no program attaches to them.
-const MODULES: &[&str] = &["veth", "tun", "sch_ingress", "cls_bpf"];
+const MODULES: &[&str] = &["veth", "tun", "sch_ingress", "cls_bpf", "wireguard"];
 /// Tests that are about the kernel, by the module they are in.
 const FILTER: &str = "kernel::";
+/// What the test of the tunnel says if the kernel's WireGuard was on one end.
+const TUNNEL: &str = "moved by Kernel and Engine";
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -103,6 +105,7 @@ pub(crate) fn run(kernel: Kernel) -> anyhow::Result<()> {
     )?;
     let console = boot(kernel, &built.executable("main")?)?;
     ensure!(passed(&console) > 0, "no test is in a module `{FILTER}`: nothing was tested");
+    ensure!(console.contains(TUNNEL), "the kernel's WireGuard was not tested");
     Ok(())
 }
 

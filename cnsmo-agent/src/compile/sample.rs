@@ -84,6 +84,8 @@ pub fn effective(rules: Vec<Rule>) -> Effective {
         ingress: Action::Deny,
         egress: Action::Allow,
         rules: rules.into_iter().map(own).collect(),
+        tunnel: None,
+        balancers: Vec::new(),
     }
 }
 

@@ -4,6 +4,7 @@
 //! programs anew over the pinned maps, replaces them in the pinned links, each at one stroke, and finds the policy live.
 
 mod attach;
+mod balance;
 mod check;
 mod load;
 mod log;
@@ -12,6 +13,7 @@ mod sys;
 use std::{
     collections::BTreeMap,
     fs, io,
+    net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -22,9 +24,11 @@ use aya::{
     maps::{HashMap, MapData, PerCpuArray},
     programs::{Program, TestRun as _},
 };
+use balance::{Balancers, Plan};
 use cnsmo_common::{
-    control::{Control, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS},
-    flow::{Conn, FlowKey, state},
+    balance::FILTER_WORDS,
+    control::{Control, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS, switch},
+    flow::{Flow, FlowKey, flag, state},
     probe::{Header, TRACE_LEN},
     stat,
 };
@@ -32,6 +36,7 @@ use cnsmo_proto::{
     model::{Action, Direction, Name},
     pb::{agent as pb, policy::RuleCounter},
 };
+use ipnet::IpNet;
 use log::ProgramLog;
 use prost::Message as _;
 use sys::{Batches, GracePeriod, Mapped};
@@ -39,7 +44,7 @@ use sys::{Batches, GracePeriod, Mapped};
 use super::{ApplyError, Attachment, Count, Datapath, Status};
 use crate::{
     compile::{Compiled, Limits, compile},
-    effective::Effective,
+    effective::{Balancer, Effective, TunnelDevice},
 };
 
 /// The compiled programs.
@@ -54,6 +59,9 @@ const FRAGMENT_SECONDS: u32 = 2;
 const SWEEP_MAX: usize = 16_384;
 /// Flows per system call of a sweep.
 const BATCH: usize = 4_096;
+
+/// Bytes that a program may add to a frame: an Ethernet header.
+const GROWTH: usize = 14;
 
 /// How the data path is set up. The sizes are fixed while its maps are pinned.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -150,6 +158,7 @@ pub struct Kernel {
     stat_counts: PerCpuArray<MapData, stat::Count>,
     flows_v4: Flows<[u8; 4]>,
     flows_v6: Flows<[u8; 16]>,
+    balancers: Balancers,
     grace: GracePeriod,
     clock: Clock,
     live: LiveParts,
@@ -160,6 +169,12 @@ pub struct Kernel {
     attachments: Vec<Attachment>,
     /// Kernel indexes of the devices attached to; another one under the same name is another device.
     devices: Vec<u32>,
+    /// The tunnel device attached to, and its index.
+    tunnel: Option<(Attachment, u32)>,
+    /// What XDP leaves to TC is judged there.
+    gateway: bool,
+    /// Balancers in force; `None`: not known yet.
+    plan: Option<Plan>,
 }
 
 impl Kernel {
@@ -188,7 +203,7 @@ impl Kernel {
 
     /// Has the kernel run `program` on one frame, against the live maps: its return value and the frame afterwards.
     pub fn test_run(&mut self, program: &str, frame: &[u8]) -> Result<(u32, Vec<u8>), KernelError> {
-        let mut out = vec![0; frame.len()];
+        let mut out = vec![0; frame.len() + GROWTH];
         let run = self.run(program, frame, &mut out, 1)?;
         out.truncate(run.data_size_out as usize);
         Ok((run.return_value, out))
@@ -201,7 +216,7 @@ impl Kernel {
         frame: &[u8],
         repeat: u32,
     ) -> Result<Duration, KernelError> {
-        Ok(self.run(program, frame, &mut vec![0; frame.len()], repeat)?.duration)
+        Ok(self.run(program, frame, &mut vec![0; frame.len() + GROWTH], repeat)?.duration)
     }
 
     /// Lets `bench_flows` and `bench_no_firewall` begin anew, with that many flows, a power of two.
@@ -325,12 +340,7 @@ impl Kernel {
             self.store(std::mem::offset_of!(Control, pickup_until), 0);
         }
         self.store(std::mem::offset_of!(Control, live), next.pack().0);
-        if let Err(error) = self.grace.wait_for_readers() {
-            // The policy is live all the same. A program runs for microseconds: none is left after this.
-            tracing::warn!(%error, "failed to wait for running programs; waiting a second instead");
-            #[expect(clippy::disallowed_methods, reason = "on the data path's own thread")]
-            std::thread::sleep(Duration::from_secs(1));
-        }
+        self.grace.settle();
         self.retire(policy);
         self.live = next;
         self.names = names(policy);
@@ -346,7 +356,7 @@ impl Kernel {
             if index == 0 || index == self.devices[n] {
                 continue;
             }
-            match attach::attach_to(&mut self.ebpf, &self.options, interface) {
+            match attach::attach_to(&mut self.ebpf, &self.options, interface, self.gateway) {
                 Ok(attachment) => {
                     tracing::info!(interface, "attached to a device that was made anew");
                     self.attachments[n] = attachment;
@@ -360,6 +370,141 @@ impl Kernel {
                         "a new device is not guarded; will try again"
                     );
                 }
+            }
+        }
+    }
+
+    /// As [`Self::follow_devices`], for the tunnel.
+    fn follow_tunnel(&mut self) {
+        let Some((attachment, index)) = &self.tunnel else { return };
+        let interface = attachment.interface.clone();
+        let now = device_index(&interface);
+        if now == 0 || now == *index {
+            return;
+        }
+        if let Err(error) = self.attach_tunnel(&interface) {
+            let error: &dyn std::error::Error = &error;
+            tracing::error!(interface, error, "a new tunnel is not guarded; will try again");
+        }
+    }
+
+    fn attach_tunnel(&mut self, interface: &str) -> Result<(), KernelError> {
+        let index = device_index(interface);
+        let known = self.tunnel.as_ref();
+        if known.is_some_and(|(known, at)| known.interface == interface && *at == index) {
+            return Ok(());
+        }
+        let attachment = attach::attach_to(&mut self.ebpf, &self.options, interface, false)?;
+        self.tunnel = Some((attachment, index));
+        self.set_control(|control| control.tunnel = index);
+        Ok(())
+    }
+
+    /// Hooks on all devices that there shall be.
+    fn attach(&mut self, policy: &Effective, plan: &Plan) -> Result<(), KernelError> {
+        let gateway = plan.has_gateway();
+        if self.attachments.is_empty() {
+            self.devices = self.options.interfaces.iter().map(|name| device_index(name)).collect();
+            self.attachments = attach::attach(&mut self.ebpf, &self.options, gateway)?;
+        } else if gateway && !self.gateway {
+            for attachment in &self.attachments {
+                attach::balance(&mut self.ebpf, &self.options, attachment)?;
+            }
+        }
+        self.gateway |= gateway;
+        match &policy.tunnel {
+            Some(tunnel) => self.attach_tunnel(&tunnel.device),
+            None => Ok(()),
+        }
+    }
+
+    /// Hooks that shall not be any more.
+    fn detach_unwanted(&mut self, policy: &Effective, plan: &Plan) {
+        if !plan.has_gateway() {
+            for attachment in &self.attachments {
+                attach::end_balance(&self.options, attachment);
+            }
+            self.gateway = false;
+        }
+        if policy.tunnel.is_none() {
+            self.tunnel = None;
+            self.set_control(|control| control.tunnel = 0);
+        }
+        let mut kept: Vec<&str> = self.options.interfaces.iter().map(String::as_str).collect();
+        kept.extend(self.tunnel.iter().map(|(tunnel, _)| tunnel.interface.as_str()));
+        attach::detach_others(&self.options.pins, &kept);
+    }
+
+    /// Virtual addresses before anything sends to them: first TC judges them, then XDP leaves them to TC.
+    fn add_balancers(&mut self, plan: &Plan) -> Result<(), KernelError> {
+        let filter = plan.gateway_filter();
+        let join = |into: &mut [u64; FILTER_WORDS]| {
+            into.iter_mut().zip(filter).for_each(|(word, more)| *word |= more);
+        };
+        self.set_control(|control| join(&mut control.judged_by_tc));
+        self.set_control(|control| join(&mut control.left_to_tc));
+        if plan.has_gateway() {
+            self.set_control(|control| control.switches |= switch::LEAVE_TO_TC);
+        }
+        self.balancers.add(plan, &self.grace)?;
+        if plan.has_services() {
+            self.set_control(|control| control.switches |= switch::SERVICES);
+        }
+        Ok(())
+    }
+
+    /// The other way round, with all programs that might still leave a packet to TC waited for.
+    fn remove_balancers(&mut self, plan: &Plan) -> Result<(), KernelError> {
+        self.balancers.remove(plan)?;
+        if !plan.has_services() {
+            self.set_control(|control| control.switches &= !switch::SERVICES);
+        }
+        let filter = plan.gateway_filter();
+        let control = self.control.read(0, 1)[0];
+        if control.left_to_tc != filter || control.judged_by_tc != filter {
+            if !plan.has_gateway() {
+                self.set_control(|control| control.switches &= !switch::LEAVE_TO_TC);
+            }
+            self.set_control(|control| control.left_to_tc = filter);
+            // A packet that XDP has passed on reaches TC while its CPU is in the same bottom half.
+            self.grace.settle();
+            self.set_control(|control| control.judged_by_tc = filter);
+        }
+        Ok(())
+    }
+
+    /// Whether addresses that only the tunnel reaches are others than before: flows are judged anew then.
+    fn set_network(&mut self, tunnel: Option<&TunnelDevice>) -> bool {
+        let before = self.control.read(0, 1)[0];
+        let mut next = before;
+        write_network(&mut next, tunnel);
+        let of = |control: &Control| {
+            const PREFIXES: u32 = switch::PREFIX_V4 | switch::PREFIX_V6;
+            (control.switches & PREFIXES, control.prefix_v4, control.prefix_v6)
+        };
+        let changed = of(&before) != of(&next);
+        if changed {
+            self.set_control(|c| c.switches &= !(switch::PREFIX_V4 | switch::PREFIX_V6));
+            self.grace.settle();
+        }
+        self.set_control(|control| {
+            let switches = control.switches;
+            write_network(control, tunnel);
+            control.switches = switches;
+        });
+        self.set_control(|control| write_network(control, tunnel));
+        changed
+    }
+
+    /// Changes all but the live word, each word by one store.
+    fn set_control(&self, change: impl FnOnce(&mut Control)) {
+        let before = self.control.read(0, 1)[0];
+        let mut next = before;
+        change(&mut next);
+        let (before, next) = (words(&before), words(&next));
+        for (n, (before, next)) in before.into_iter().zip(next).enumerate() {
+            if before != next {
+                self.store(n * size_of::<u64>(), next);
             }
         }
     }
@@ -398,9 +543,50 @@ impl Kernel {
     }
 }
 
-impl Datapath for Kernel {
-    fn apply(&mut self, policy: &Effective) -> Result<(), ApplyError> {
-        let compiled = compile(policy, &self.limits())?;
+/// Words of a control value, in native order.
+fn words(control: &Control) -> [u64; size_of::<Control>() / 8] {
+    // SAFETY: both are plain data of one size without padding, as the assertions of the type say.
+    unsafe { std::mem::transmute(*control) }
+}
+
+fn write_network(control: &mut Control, tunnel: Option<&TunnelDevice>) {
+    control.switches &= !(switch::PREFIX_V4 | switch::PREFIX_V6);
+    (control.prefix_v4, control.prefix_v6) = ([0; 2], [[0; 2]; 2]);
+    (control.own_v4, control.own_v6, control.tunnel_mtu) = ([0; 4], [0; 16], 0);
+    let Some(tunnel) = tunnel else { return };
+    control.tunnel_mtu = tunnel.mtu.into();
+    control.own_v4 = tunnel.addresses.v4.map_or([0; 4], |address| address.octets());
+    control.own_v6 = tunnel.addresses.v6.map_or([0; 16], |address| address.octets());
+    let halves = |bits: u128| [(bits >> 64) as u64, bits as u64];
+    for prefix in &tunnel.prefixes {
+        match prefix {
+            IpNet::V4(net) => {
+                let bits = |address: std::net::Ipv4Addr| u64::from(address.to_bits());
+                control.prefix_v4 = [bits(net.network()), bits(net.netmask())];
+                control.switches |= switch::PREFIX_V4;
+            }
+            IpNet::V6(net) => {
+                control.prefix_v6 =
+                    [halves(net.network().to_bits()), halves(net.netmask().to_bits())];
+                control.switches |= switch::PREFIX_V6;
+            }
+        }
+    }
+}
+
+impl Kernel {
+    fn enforce(
+        &mut self,
+        policy: &Effective,
+        compiled: &Compiled,
+        plan: &Plan,
+    ) -> Result<(), KernelError> {
+        let is_live = self.live.generation != 0;
+        if is_live {
+            self.attach(policy, plan)?;
+        }
+        let moved = self.set_network(policy.tunnel.as_ref());
+        self.add_balancers(plan)?;
         let next = LiveParts {
             half: self.live.half ^ 1,
             default_allow: [policy.ingress == Action::Allow, policy.egress == Action::Allow],
@@ -410,16 +596,40 @@ impl Datapath for Kernel {
             // 0 stands for "never".
             generation: self.live.generation.checked_add(1).unwrap_or(1),
         };
-        if self.is_live(&compiled, &self.actions(policy, self.live.half), next) {
+        if !moved && self.is_live(compiled, &self.actions(policy, self.live.half), next) {
             self.names = names(policy);
         } else {
-            self.switch(policy, &compiled, next)?;
+            self.switch(policy, compiled, next)?;
         }
-        if self.attachments.is_empty() {
-            self.devices = self.options.interfaces.iter().map(|name| device_index(name)).collect();
-            self.attachments = attach::attach(&mut self.ebpf, &self.options)?;
+        if !is_live {
+            self.attach(policy, plan)?;
         }
+        self.remove_balancers(plan)?;
+        self.detach_unwanted(policy, plan);
         Ok(())
+    }
+}
+
+impl Datapath for Kernel {
+    fn apply(&mut self, policy: &Effective) -> Result<(), ApplyError> {
+        let compiled = compile(policy, &self.limits())?;
+        let plan = self.balancers.plan(&policy.balancers).map_err(ApplyError::BalancersRefused)?;
+        if let Err(error) = self.enforce(policy, &compiled, &plan) {
+            if let Some(before) = self.plan.take() {
+                // The error above is the one to tell; this one would be of the same cause.
+                let _ = self.add_balancers(&before);
+                let _ = self.remove_balancers(&before);
+                self.plan = Some(before);
+            }
+            return Err(error.into());
+        }
+        self.plan = Some(plan);
+        Ok(())
+    }
+
+    fn steer(&mut self, balancers: &[Balancer]) -> Result<(), ApplyError> {
+        let plan = self.balancers.plan(balancers).map_err(ApplyError::BalancersRefused)?;
+        Ok(self.balancers.steer(&plan, &self.grace)?)
     }
 
     fn status(&mut self) -> Status {
@@ -443,17 +653,25 @@ impl Datapath for Kernel {
                 }
             }
         }
+        let tunnel = self.tunnel.iter().map(|(attachment, _)| attachment);
+        let interfaces = self.attachments.iter().chain(tunnel);
+        let mut backend_flows = BTreeMap::new();
+        let v4 = self.flows_v4.backends.iter().map(|(address, n)| (IpAddr::from(*address), *n));
+        let v6 = self.flows_v6.backends.iter().map(|(address, n)| (IpAddr::from(*address), *n));
+        backend_flows.extend(v4.chain(v6));
         Status {
-            interfaces: self.attachments.clone(),
+            interfaces: interfaces.cloned().collect(),
             flows: self.flows_v4.live + self.flows_v6.live,
             rules: self.names.len() as u64,
             counters,
             drops,
+            backend_flows,
         }
     }
 
     fn sweep(&mut self) {
         self.follow_devices();
+        self.follow_tunnel();
         self.log.poll();
         let control = self.control.read(0, 1)[0];
         let now = self.clock.now() as u32;
@@ -512,19 +730,23 @@ fn sum(counts: &PerCpuArray<MapData, stat::Count>, at: u32) -> Count {
 /// The established flows of one family.
 struct Flows<A> {
     fd: OwnedFd,
-    map: HashMap<MapData, FlowKey<A>, Conn>,
-    batches: Batches<FlowKey<A>, Conn>,
-    /// As of the last whole round.
+    map: HashMap<MapData, FlowKey<A>, Flow<A>>,
+    batches: Batches<FlowKey<A>, Flow<A>>,
+    /// As of the last whole round. A translated flow is one, though it has two entries.
     live: u64,
-    seen: u64,
+    /// Translated flows to each backend, as of the last whole round.
+    backends: BTreeMap<A, u64>,
+    seen: (u64, BTreeMap<A, u64>),
 }
 
-impl<A: Copy + 'static> Flows<A>
+impl<A: Copy + Ord + 'static> Flows<A>
 where
     FlowKey<A>: aya::Pod,
+    Flow<A>: aya::Pod,
 {
-    fn new(fd: OwnedFd, map: HashMap<MapData, FlowKey<A>, Conn>) -> Self {
-        Self { fd, map, batches: Batches::new(BATCH), live: 0, seen: 0 }
+    fn new(fd: OwnedFd, map: HashMap<MapData, FlowKey<A>, Flow<A>>) -> Self {
+        let (batches, backends) = (Batches::new(BATCH), BTreeMap::new());
+        Self { fd, map, batches, live: 0, backends, seen: (0, BTreeMap::new()) }
     }
 
     /// The programs take an expired flow for none; this only makes room.
@@ -532,19 +754,24 @@ where
         let mut looked_at = 0;
         while looked_at < SWEEP_MAX {
             let (entries, done) = self.batches.next(self.fd.as_fd())?;
-            for (key, conn) in entries {
+            for (key, flow) in entries {
                 looked_at += 1;
+                let conn = flow.conn;
                 let timeout = control.timeouts[usize::from(conn.state) & (TIMEOUTS - 1)];
                 if now.wrapping_sub(conn.seen) as i32 > timeout as i32 {
                     // Gone already is as good.
                     let _ = self.map.remove(&key);
-                } else {
-                    self.seen += 1;
+                    continue;
+                }
+                if conn.flags & flag::OUTER != 0 {
+                    *self.seen.1.entry(flow.translation.dst).or_default() += 1;
+                }
+                if conn.flags & (flag::TRANSLATED | flag::OUTER) != flag::TRANSLATED {
+                    self.seen.0 += 1;
                 }
             }
             if done {
-                self.live = self.seen;
-                self.seen = 0;
+                (self.live, self.backends) = std::mem::take(&mut self.seen);
                 break;
             }
         }
@@ -611,7 +838,7 @@ fn write_retired(path: &Path, counts: &BTreeMap<(Name, Name), Count>) {
         .into_iter()
         .map(|(policy, rules)| pb::PolicyCounters { policy: policy.to_string(), rules })
         .collect();
-    let report = pb::StatusReport { node: None, policies };
+    let report = pb::StatusReport { policies, ..Default::default() };
     let new = path.with_extension("new");
     let written = fs::write(&new, report.encode_to_vec()).and_then(|()| fs::rename(&new, path));
     if let Err(error) = written {

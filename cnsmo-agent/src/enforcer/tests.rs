@@ -1,26 +1,55 @@
-use std::sync::Mutex as SyncMutex;
+use std::{path::Path, sync::Mutex as SyncMutex};
 
-use cnsmo_proto::pb::{
-    agent::{Resource, resource::Spec},
-    policy::FirewallPolicySpec,
+use cnsmo_proto::{
+    digest::Digest,
+    model::{Action, Direction, Protocol},
+    pb::{
+        agent::{Resource, resource::Spec, update::Kind},
+        balancer as balancer_pb, network as network_pb,
+        policy::FirewallPolicySpec,
+    },
 };
 use cnsmo_service::supervise::{Stopper, stop_pair};
 
-use super::*;
+use super::{
+    worker::{NO_SET_DIGEST, SWEEPS_PER_RETRY},
+    *,
+};
+use crate::{
+    datapath::ApplyError,
+    desired::RESOURCE_TYPE,
+    effective::{Balancer, Effective},
+    health::{Subject, Verdict},
+    tunnel::{Backend, Device, PeerStatus, TunnelConfig, TunnelError},
+};
 
-/// Enforces what it is given, except what it is told to refuse.
+/// The VM under test.
+const NODE: &str = "vm-1";
+
+/// Tunnel and data path of one VM: enforce what they are given, except what they are told to refuse, and outlive the
+/// enforcer as the kernel does.
 #[derive(Clone, Default)]
 struct Fake(Arc<SyncMutex<Inner>>);
 
 #[derive(Default)]
 struct Inner {
     applied: Vec<Effective>,
+    /// Every call that changes something, in order.
+    calls: Vec<String>,
     /// Policies to refuse, by priority: the version is in it.
     refuse: Vec<u32>,
+    /// Balancers to refuse that have more backends than this.
+    backends_max: Option<usize>,
     blame: Option<Name>,
     fail: bool,
     crash: bool,
     sweeps: u32,
+    no_tunnel: bool,
+    tunnel_fails: bool,
+    complete_fails: bool,
+    tend_fails: bool,
+    tunnel: Option<TunnelConfig>,
+    handshakes: BTreeMap<Name, PeerStatus>,
 }
 
 impl Fake {
@@ -37,9 +66,30 @@ impl Fake {
         self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner).applied.len()
     }
 
-    fn open(&self) -> OpenDatapath {
+    /// The calls since this was asked last.
+    fn calls(&self) -> Vec<String> {
+        let mut calls = Vec::new();
+        self.set(|inner| calls = std::mem::take(&mut inner.calls));
+        calls
+    }
+
+    fn datapath(&self) -> OpenDatapath {
         let this = self.clone();
         Arc::new(move || Ok(Box::new(this.clone())))
+    }
+
+    fn tunnel(&self) -> OpenTunnel {
+        let this = self.clone();
+        Arc::new(move || {
+            let mut none = false;
+            this.set(|inner| none = inner.no_tunnel);
+            anyhow::ensure!(!none, "no tunnel in this build");
+            Ok(Box::new(this.clone()))
+        })
+    }
+
+    fn seat(&self, dir: &Path) -> (Seat, EnforcerHandle) {
+        Seat::new(self.datapath(), self.tunnel(), dir, Name::new(NODE).ok())
     }
 }
 
@@ -55,7 +105,7 @@ impl Datapath for Fake {
         }
         let at_fault = |rule: &&crate::effective::OwnedRule| {
             let port = match &rule.rule.protocol {
-                Protocol::Ports { destination, .. } => destination[0].first(),
+                Protocol::Ports { destination, .. } => destination.first().map_or(0, |p| p.first()),
                 _ => 0,
             };
             rule.policy.is_some() && inner.refuse.contains(&u32::from(port))
@@ -66,7 +116,28 @@ impl Datapath for Fake {
         if !names.is_empty() {
             return Err(ApplyError::Refused(names));
         }
+        let too_many = |b: &&Balancer| inner.backends_max.is_some_and(|max| b.backends.len() > max);
+        let names =
+            policy.balancers.iter().filter(too_many).map(|b| (b.name.clone(), "many".into()));
+        let names: BTreeMap<_, _> = names.collect();
+        if !names.is_empty() {
+            return Err(ApplyError::BalancersRefused(names));
+        }
+        let device = policy.tunnel.as_ref().map_or("-", |t| t.device.as_str());
+        inner.calls.push(format!("apply {device} {}", shown(&policy.balancers)));
         inner.applied.push(policy.clone());
+        Ok(())
+    }
+
+    fn steer(&mut self, balancers: &[Balancer]) -> Result<(), ApplyError> {
+        let mut inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if inner.fail {
+            return Err(ApplyError::Failed("no memory".into()));
+        }
+        inner.calls.push(format!("steer {}", shown(balancers)));
+        let mut now = inner.applied.last().unwrap().clone();
+        now.balancers = balancers.to_vec();
+        inner.applied.push(now);
         Ok(())
     }
 
@@ -77,6 +148,79 @@ impl Datapath for Fake {
     fn sweep(&mut self) {
         self.set(|inner| inner.sweeps += 1);
     }
+}
+
+/// `front:web-1,web-2`
+fn shown(balancers: &[Balancer]) -> String {
+    let nodes = |b: &Balancer| b.backends.iter().map(|t| t.node.to_string()).collect::<Vec<_>>();
+    let shown = balancers.iter().map(|b| format!("{}:{}", b.name, nodes(b).join(",")));
+    shown.collect::<Vec<_>>().join(" ")
+}
+
+fn failure(what: &str) -> TunnelError {
+    TunnelError { what: what.into(), source: "port in use".into() }
+}
+
+impl Tunnel for Fake {
+    fn public_key(&self) -> PublicKey {
+        PublicKey([1; 32])
+    }
+
+    fn prepare(&mut self, config: &TunnelConfig) -> Result<Device, TunnelError> {
+        let mut inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if inner.tunnel_fails {
+            return Err(failure("listen"));
+        }
+        inner.calls.push(format!("prepare {}", peers(config)));
+        let mut with_old = config.clone();
+        let old = inner.tunnel.take().map(|old| old.peers).unwrap_or_default();
+        with_old.peers.extend(old);
+        inner.tunnel = Some(with_old);
+        Ok(Device { name: "cnsmo0".into(), mtu: config.mtu.unwrap_or(1420) })
+    }
+
+    fn complete(&mut self, config: Option<&TunnelConfig>) -> Result<(), TunnelError> {
+        let mut inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if inner.complete_fails {
+            return Err(failure("finish"));
+        }
+        inner.calls.push(format!("complete {}", config.map_or("-".into(), peers)));
+        inner.tunnel = config.cloned();
+        Ok(())
+    }
+
+    fn tend(&mut self) -> Result<(), TunnelError> {
+        let mut fails = false;
+        self.set(|inner| fails = inner.tend_fails);
+        if fails { Err(failure("start the engine")) } else { Ok(()) }
+    }
+
+    fn existing(&mut self) -> Option<Device> {
+        let mut there = false;
+        self.set(|inner| there = inner.tunnel.is_some());
+        there.then(|| Device { name: "cnsmo0".into(), mtu: 1420 })
+    }
+
+    fn status(&mut self) -> Option<TunnelStatus> {
+        let inner = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        inner.tunnel.as_ref().map(|config| TunnelStatus {
+            network: config.network.clone(),
+            backend: Backend::Engine,
+            reason: "no module".into(),
+            device: Device { name: "cnsmo0".into(), mtu: 1420 },
+            peers: inner.handshakes.clone(),
+        })
+    }
+}
+
+fn peers(config: &TunnelConfig) -> String {
+    let nodes: Vec<_> = config.peers.values().map(|peer| peer.node.to_string()).collect();
+    nodes.join(",")
+}
+
+/// Names without a kind are of policies.
+fn full(name: &str) -> String {
+    if name.contains('/') { name.to_owned() } else { format!("firewall-policy/{name}") }
 }
 
 fn resource(name: &str, revision: i64) -> Resource {
@@ -91,17 +235,19 @@ fn resource(name: &str, revision: i64) -> Resource {
         ..Default::default()
     };
     let spec = FirewallPolicySpec { rules: vec![rule], ..Default::default() };
-    Resource { name: name.into(), revision, spec: Some(Spec::FirewallPolicy(spec)) }
+    Resource { name: full(name), version: revision, spec: Some(Spec::FirewallPolicy(spec)) }
 }
 
 fn digest(set: &[(&str, i64)]) -> Vec<u8> {
-    set.iter().copied().collect::<Digest>().to_vec()
+    let mut digest = Digest::default();
+    set.iter().for_each(|(name, version)| digest.add(&full(name), *version));
+    digest.to_vec()
 }
 
 fn update(kind: Kind, base: i64, upserts: Vec<Resource>, sent: &[(&str, i64)]) -> Update {
     Update {
         nonce: 1,
-        r#type: FIREWALL_POLICY.into(),
+        r#type: RESOURCE_TYPE.into(),
         kind: kind.into(),
         base_revision: base,
         revision: sent.iter().map(|s| s.1).max().unwrap_or(base),
@@ -116,7 +262,7 @@ fn snapshot_of_a() -> Update {
 }
 
 fn start(fake: &Fake, dir: &Path) -> (Enforcer, watch::Receiver<InForce>) {
-    let (seat, handle) = Seat::new(fake.open(), dir);
+    let (seat, handle) = fake.seat(dir);
     (seat.start().unwrap().0, handle.in_force())
 }
 
@@ -128,8 +274,14 @@ fn ports(effective: &Effective) -> Vec<u16> {
     effective.rules.iter().map(port).collect()
 }
 
+/// Of the policies, without the built-in rules.
+fn policy_ports(mut effective: Effective) -> Vec<u16> {
+    effective.rules.retain(|rule| rule.policy.is_some());
+    ports(&effective)
+}
+
 fn have(watch: &watch::Receiver<InForce>) -> TypeState {
-    watch.borrow().types[FIREWALL_POLICY].clone()
+    watch.borrow().types[RESOURCE_TYPE].clone()
 }
 
 #[test]
@@ -160,7 +312,7 @@ fn what_does_not_change_the_rules_is_not_applied_again() {
     bookmark.revision = 5;
     assert_eq!(enforcer.update(7, bookmark).error, "");
     assert_eq!((fake.times(), have(&watch).revision), (times, 5));
-    assert_eq!(start(&Fake::default(), dir.path()).1.borrow().types[FIREWALL_POLICY].revision, 5);
+    assert_eq!(start(&Fake::default(), dir.path()).1.borrow().types[RESOURCE_TYPE].revision, 5);
 }
 
 #[test]
@@ -172,8 +324,8 @@ fn a_policy_that_the_data_path_refuses_keeps_its_last_version_and_the_rest_appli
     let upserts = vec![resource("a", 2), resource("b", 3), resource("c", 4)];
     let ack = enforcer.update(7, update(Kind::Delta, 1, upserts, &[("a", 2), ("b", 3), ("c", 4)]));
     assert_eq!(ack.error, "");
-    let errors: Vec<_> = ack.resource_errors.iter().map(|e| (&*e.name, e.revision)).collect();
-    assert_eq!(errors, [("a", 2), ("c", 4)]);
+    let errors: Vec<_> = ack.resource_errors.iter().map(|e| (&*e.name, e.version)).collect();
+    assert_eq!(errors, [("firewall-policy/a", 2), ("firewall-policy/c", 4)]);
     assert_eq!(ports(&fake.last()), [1, 3]);
     assert_eq!(have(&watch).digest, digest(&[("a", 1), ("b", 3)]));
     let fake = Fake::default();
@@ -264,14 +416,14 @@ fn policies_of_the_ledger_that_are_refused_now_are_left_out() {
     enforcer.update(7, update(Kind::Snapshot, 0, both, &[("a", 1), ("b", 2)]));
     let fake = Fake::default();
     fake.set(|inner| inner.refuse = vec![1]);
-    let (enforcer, _) = start(&fake, dir.path());
+    let (mut enforcer, _) = start(&fake, dir.path());
     assert_eq!(ports(&fake.last()), [2]);
-    assert_eq!(enforcer.set.unwrap().rejections()[0].name, "a");
-    fake.set(|inner| inner.blame = Name::new("x").ok());
-    assert!(
-        Seat::new(fake.open(), dir.path()).0.start().is_err(),
-        "no way out, and no endless try"
+    assert_eq!(
+        enforcer.update(7, update(Kind::Bookmark, 0, vec![], &[])).resource_errors[0].name,
+        "firewall-policy/a"
     );
+    fake.set(|inner| inner.blame = Name::new("x").ok());
+    assert!(fake.seat(dir.path()).0.start().is_err(), "no way out, and no endless try");
 }
 
 #[test]
@@ -292,14 +444,9 @@ fn the_way_to_the_core_is_open_and_survives_a_restart() {
     assert_eq!(fake.times(), times, "nothing new");
 
     let fake = Fake::default();
-    let (_, found) = Seat::new(fake.open(), dir.path()).0.start().unwrap();
+    let (_, found) = fake.seat(dir.path()).0.start().unwrap();
     assert_eq!(found, core);
     assert_eq!(fake.last().rules[0].rule.name.as_str(), "core");
-}
-
-#[test]
-fn no_address_of_the_core_is_no_rule() {
-    assert_eq!(core_rule(&[]), None);
 }
 
 fn serve(seat: &Seat) -> (Stopper, tokio::task::JoinHandle<Result<(), Crashed>>) {
@@ -311,7 +458,7 @@ fn serve(seat: &Seat) -> (Stopper, tokio::task::JoinHandle<Result<(), Crashed>>)
 #[tokio::test]
 async fn the_mailbox_outlives_a_crash() {
     let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
-    let (seat, handle) = Seat::new(fake.open(), dir.path());
+    let (seat, handle) = fake.seat(dir.path());
     let (_stopper, serving) = serve(&seat);
     handle.update(7, snapshot_of_a()).await.unwrap();
     fake.set(|inner| inner.crash = true);
@@ -325,9 +472,406 @@ async fn the_mailbox_outlives_a_crash() {
     assert_eq!(have(&handle.in_force()).digest, digest(&[("a", 1)]), "the ledger is clean");
     assert_eq!(handle.update(7, delta()).await.unwrap().error, "");
     handle.sweep();
-    assert_eq!(handle.status().await.unwrap().rules, 2);
+    assert_eq!(handle.status().await.unwrap().datapath.rules, 2);
     fake.set(|inner| assert_eq!(inner.sweeps, 1));
     stopper.stop();
     serving.await.unwrap().unwrap();
     assert_eq!(ports(&fake.last()), [1, 2], "stopping changes nothing");
+}
+
+fn derived(name: String, version: i64, spec: Spec) -> Resource {
+    Resource { name, version, spec: Some(spec) }
+}
+
+fn network(version: i64) -> Resource {
+    let spec = network_pb::NetworkSpec {
+        ipv4_prefix: "10.70.0.0/24".into(),
+        mtu: 1_280 + u32::try_from(version).unwrap(),
+        ..Default::default()
+    };
+    derived("network/shop".into(), version, Spec::Network(spec))
+}
+
+/// `vm-1` or `web-N`; the number tells the address.
+fn member(node: &str) -> Resource {
+    let number: u8 = node.rsplit('-').next().unwrap().parse().unwrap();
+    let last = if node == NODE { 5 } else { 10 + number };
+    let spec = network_pb::Member {
+        network: "shop".into(),
+        node: node.into(),
+        ipv4: format!("10.70.0.{last}"),
+        public_key: vec![last; 32],
+        ..Default::default()
+    };
+    derived(format!("member/shop/{node}"), last.into(), Spec::Member(spec))
+}
+
+fn balancer(version: i64) -> Resource {
+    let spec = balancer_pb::LoadBalancerSpec {
+        network: "shop".into(),
+        addresses: vec!["10.70.0.80".into()],
+        ports: vec![balancer_pb::ServicePort { protocol: 6, port: 80, target_port: 0 }],
+        health: Some(Default::default()),
+        ..Default::default()
+    };
+    derived("load-balancer/front".into(), version, Spec::LoadBalancer(spec))
+}
+
+fn backend(node: &str, draining: bool) -> Resource {
+    let number: u8 = node.rsplit('-').next().unwrap().parse().unwrap();
+    let spec = balancer_pb::Backend {
+        load_balancer: "front".into(),
+        node: node.into(),
+        ipv4: format!("10.70.0.{}", 10 + number),
+        draining,
+        ..Default::default()
+    };
+    let version = i64::from(number) * 2 + i64::from(draining);
+    derived(format!("backend/front/{node}"), version, Spec::Backend(spec))
+}
+
+/// One policy, a network of three, a balancer over two.
+fn shop() -> Vec<Resource> {
+    let members = [NODE, "web-1", "web-2"].map(member);
+    let backends = ["web-1", "web-2"].map(|node| backend(node, false));
+    let mut all = vec![resource("a", 1), network(1), balancer(1)];
+    all.extend(members.into_iter().chain(backends));
+    all
+}
+
+/// A core that knows what it has sent.
+struct Core {
+    sent: BTreeMap<String, i64>,
+    revision: i64,
+}
+
+impl Core {
+    fn new() -> Self {
+        Self { sent: BTreeMap::new(), revision: 0 }
+    }
+
+    fn send(&mut self, upserts: Vec<Resource>, removals: &[&str]) -> Update {
+        let base_revision = self.revision;
+        self.revision += 100;
+        self.sent.extend(upserts.iter().map(|r| (r.name.clone(), r.version)));
+        self.sent.retain(|name, _| !removals.contains(&name.as_str()));
+        Update {
+            nonce: 1,
+            r#type: RESOURCE_TYPE.into(),
+            kind: if base_revision == 0 { Kind::Snapshot } else { Kind::Delta }.into(),
+            base_revision,
+            revision: self.revision,
+            upserts,
+            removals: removals.iter().copied().map(String::from).collect(),
+            digest: self.digest(&[]),
+        }
+    }
+
+    fn digest(&self, without: &[&str]) -> Vec<u8> {
+        let sent = self.sent.iter().filter(|(name, _)| !without.contains(&name.as_str()));
+        digest(&sent.map(|(name, version)| (name.as_str(), *version)).collect::<Vec<_>>())
+    }
+}
+
+/// An enforcer with the shop in force.
+fn start_shop(fake: &Fake, dir: &Path) -> (Enforcer, EnforcerHandle, Core) {
+    let (seat, handle) = fake.seat(dir);
+    let (mut enforcer, mut core) = (seat.start().unwrap().0, Core::new());
+    let ack = enforcer.update(7, core.send(shop(), &[]));
+    assert_eq!((&*ack.error, &ack.resource_errors[..]), ("", &[][..]));
+    (enforcer, handle, core)
+}
+
+fn errors(ack: &Ack) -> Vec<(&str, &str)> {
+    ack.resource_errors.iter().map(|e| (&*e.name, &*e.message)).collect()
+}
+
+#[test]
+fn tunnel_and_data_path_are_made_before_they_are_broken() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, _, mut core) = start_shop(&fake, dir.path());
+    assert_eq!(
+        fake.calls(),
+        [
+            "apply - ",
+            "complete -",
+            "prepare web-1,web-2",
+            "apply cnsmo0 front:web-1,web-2",
+            "complete web-1,web-2",
+        ]
+    );
+    let guarded = fake.last().tunnel.unwrap();
+    assert_eq!((guarded.mtu, guarded.addresses.v4), (1_281, Some([10, 70, 0, 5].into())));
+
+    // A VM of the network that is no backend: no rule is compiled again.
+    enforcer.update(7, core.send(vec![member("web-3")], &[]));
+    assert_eq!(fake.calls(), ["prepare web-1,web-2,web-3", "complete web-1,web-2,web-3"]);
+    // A drain: neither is the tunnel touched.
+    enforcer.update(7, core.send(vec![backend("web-1", true)], &[]));
+    assert_eq!(fake.calls(), ["steer front:web-2"]);
+    // Gone: the data path lets go first.
+    let ack = enforcer.update(7, core.send(vec![], &["member/shop/web-1", "backend/front/web-1"]));
+    assert_eq!(
+        fake.calls(),
+        ["prepare web-2,web-3", "apply cnsmo0 front:web-2", "complete web-2,web-3"]
+    );
+    assert_eq!(ack.applied.unwrap().digest, core.digest(&[]));
+    let all: Vec<_> = core.sent.keys().filter(|k| !k.starts_with("firewall")).cloned().collect();
+    enforcer.update(7, core.send(vec![], &all.iter().map(String::as_str).collect::<Vec<_>>()));
+    assert_eq!(fake.calls(), ["apply - ", "complete -"]);
+    assert_eq!(ports(&fake.last()), [1], "the policy stays");
+}
+
+#[test]
+fn a_restart_without_a_core_brings_everything_back() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (enforcer, _, core) = start_shop(&fake, dir.path());
+    let before = fake.last();
+    drop(enforcer);
+    let fake = Fake::default();
+    let (_, watch) = start(&fake, dir.path());
+    assert_eq!(
+        fake.calls(),
+        ["prepare web-1,web-2", "apply cnsmo0 front:web-1,web-2", "complete web-1,web-2"]
+    );
+    assert_eq!(fake.last(), before);
+    assert_eq!(have(&watch).digest, core.digest(&[]));
+}
+
+#[test]
+fn a_tunnel_that_fails_blocks_its_network_alone_until_it_works() {
+    for no_tunnel in [true, false] {
+        let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+        fake.set(|inner| (inner.no_tunnel, inner.tunnel_fails) = (no_tunnel, !no_tunnel));
+        let (mut enforcer, watch) = start(&fake, dir.path());
+        let mut core = Core::new();
+        let ack = enforcer.update(7, core.send(shop(), &[]));
+        let why =
+            if no_tunnel { "no tunnel in this build" } else { "failed to listen: port in use" };
+        let needs = format!("needs network `shop`: {why}");
+        assert_eq!(ack.error, "");
+        assert_eq!(errors(&ack), [("network/shop", why), ("load-balancer/front", &needs)]);
+        let without = core.digest(&["network/shop", "load-balancer/front"]);
+        assert_eq!(ack.applied.unwrap().digest, without);
+        assert_eq!(policy_ports(fake.last()), [1], "the firewall is in force");
+        assert_eq!((fake.last().tunnel, fake.last().balancers), (None, vec![]));
+        assert_eq!(watch.borrow().trouble, Some(("TunnelDown", why.to_owned())));
+
+        fake.set(|inner| (inner.no_tunnel, inner.tunnel_fails) = (false, false));
+        fake.calls();
+        (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+        assert_eq!(
+            fake.calls(),
+            ["prepare web-1,web-2", "apply cnsmo0 front:web-1,web-2", "complete web-1,web-2"]
+        );
+        assert_eq!((have(&watch).digest, watch.borrow().trouble.clone()), (core.digest(&[]), None));
+        assert_eq!(watch.borrow().public_key, Some(PublicKey([1; 32])));
+        (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+        assert_eq!(fake.calls(), [""; 0], "nothing is left to do");
+    }
+}
+
+#[test]
+fn a_tunnel_that_cannot_change_stays_as_it_was_and_guarded() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, _, mut core) = start_shop(&fake, dir.path());
+    fake.set(|inner| inner.tunnel_fails = true);
+    let ack = enforcer.update(7, core.send(vec![member("web-3"), resource("b", 2)], &[]));
+    assert_eq!(errors(&ack), [("network/shop", "failed to listen: port in use")]);
+    let now = fake.last();
+    assert_eq!(policy_ports(now.clone()), [1, 2]);
+    assert_eq!((now.tunnel.unwrap().device.as_str(), now.balancers.len()), ("cnsmo0", 1));
+    fake.set(|inner| {
+        assert_eq!(inner.tunnel.as_ref().map(|config| config.peers.len()), Some(2));
+        inner.tunnel_fails = false;
+    });
+    let ack = enforcer.update(7, core.send(vec![resource("b", 3)], &[]));
+    assert_eq!((errors(&ack), &ack.applied.as_ref().unwrap().digest), (vec![], &core.digest(&[])));
+    fake.set(|inner| assert_eq!(inner.tunnel.as_ref().map(|config| config.peers.len()), Some(3)));
+}
+
+#[test]
+fn a_tunnel_that_cannot_be_removed_is_tried_again() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, handle, mut core) = start_shop(&fake, dir.path());
+    fake.set(|inner| inner.complete_fails = true);
+    let all: Vec<_> = core.sent.keys().cloned().collect();
+    let ack =
+        enforcer.update(7, core.send(vec![], &all.iter().map(String::as_str).collect::<Vec<_>>()));
+    assert_eq!((&*ack.error, errors(&ack)), ("", vec![]));
+    let trouble = handle.in_force().borrow().trouble.clone();
+    assert_eq!(trouble, Some(("TunnelDown", "failed to finish: port in use".to_owned())));
+    fake.set(|inner| inner.complete_fails = false);
+    fake.calls();
+    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    assert_eq!(fake.calls(), ["complete -"]);
+    assert_eq!(handle.in_force().borrow().trouble, None);
+}
+
+#[test]
+fn a_balancer_that_is_refused_goes_back_alone() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, _, mut core) = start_shop(&fake, dir.path());
+    fake.set(|inner| inner.backends_max = Some(2));
+    let upserts = vec![member("web-3"), backend("web-3", false), resource("b", 2)];
+    let ack = enforcer.update(7, core.send(upserts, &[]));
+    assert_eq!((&*ack.error, errors(&ack)), ("", vec![("backend/front/web-3", "many")]));
+    assert_eq!(shown(&fake.last().balancers), "front:web-1,web-2");
+    assert_eq!(policy_ports(fake.last()), [1, 2]);
+    assert_eq!(ack.applied.unwrap().digest, core.digest(&["backend/front/web-3"]));
+
+    // At the start there is nothing to go back to.
+    let fake = Fake::default();
+    fake.set(|inner| inner.backends_max = Some(1));
+    let (mut enforcer, _) = start(&fake, dir.path());
+    assert_eq!(fake.last().balancers, []);
+    assert!(fake.last().tunnel.is_some());
+    let ack = enforcer.update(7, core.send(vec![], &["backend/front/web-3"]));
+    assert_eq!(errors(&ack), [("load-balancer/front", "many")]);
+}
+
+#[test]
+fn an_update_that_fails_takes_its_peers_back() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, _, mut core) = start_shop(&fake, dir.path());
+    let (before, digest) = (fake.last(), core.digest(&[]));
+    fake.set(|inner| inner.fail = true);
+    fake.calls();
+    let upserts = vec![member("web-3"), resource("b", 2)];
+    let ack = enforcer.update(7, core.send(upserts, &[]));
+    assert!(ack.error.ends_with("no memory"), "{}", ack.error);
+    assert_eq!(
+        fake.calls(),
+        ["prepare web-1,web-2,web-3", "prepare web-1,web-2", "complete web-1,web-2"]
+    );
+    assert_eq!((fake.last(), ack.applied.unwrap().digest), (before, digest));
+}
+
+#[test]
+fn health_steers_new_flows_and_a_new_enforcer_asks_for_it() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (seat, handle) = fake.seat(dir.path());
+    let mut enforcer = seat.start().unwrap().0;
+    enforcer.update(7, Core::new().send(shop(), &[]));
+    let mut checks = handle.checks();
+    let wanted = checks.borrow_and_update().clone();
+    let nodes: Vec<_> = wanted.keys().map(|subject| subject.node.to_string()).collect();
+    assert_eq!(nodes, ["web-1", "web-2"]);
+    fake.calls();
+    let verdict = |(subject, healthy): (&Subject, bool)| {
+        (subject.clone(), Verdict { healthy, message: String::new() })
+    };
+    let view = |healthy: [bool; 2]| wanted.keys().zip(healthy).map(verdict).collect::<View>();
+    let events = || handle.in_force().borrow().events;
+    for (healthy, calls, news) in [
+        ([true, true], &[][..], true),
+        ([true, false], &["steer front:web-1"], true),
+        ([true, false], &[], false),
+        ([false, false], &["steer front:"], true),
+        ([false, true], &["steer front:web-2"], true),
+    ] {
+        let before = events();
+        enforcer.health(view(healthy));
+        assert_eq!(fake.calls(), calls, "{healthy:?}");
+        assert_eq!(events() > before, news, "a report is due if there is something to tell");
+    }
+    assert_eq!(enforcer.status().balancers[&Name::new("front").unwrap()].len(), 2);
+
+    // A failure is tried again.
+    fake.set(|inner| inner.fail = true);
+    enforcer.health(view([true, true]));
+    fake.set(|inner| inner.fail = false);
+    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    assert_eq!(fake.calls(), ["steer front:web-1,web-2"]);
+
+    assert!(!checks.has_changed().unwrap());
+    drop(enforcer);
+    let _enforcer = seat.start().unwrap();
+    assert!(checks.has_changed().unwrap(), "a new enforcer asks for what is known");
+    assert_eq!(checks.borrow().len(), 2);
+}
+
+#[test]
+fn without_a_readable_ledger_the_tunnel_is_closed_but_not_touched() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    drop(start_shop(&fake, dir.path()));
+    fake.calls();
+    for file in ["policy.ledger", "policy.ledger.1"] {
+        std::fs::write(dir.path().join(file), "damaged").unwrap();
+    }
+    let (mut enforcer, _) = start(&fake, dir.path());
+    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    assert_eq!(fake.calls(), ["apply cnsmo0 "]);
+    let closed = fake.last();
+    assert_eq!((closed.open, closed.ingress, closed.egress), (false, Action::Deny, Action::Deny));
+    enforcer.update(7, Core::new().send(shop(), &[]));
+    assert_eq!(
+        fake.calls(),
+        ["prepare web-1,web-2", "apply cnsmo0 front:web-1,web-2", "complete web-1,web-2"]
+    );
+}
+
+#[test]
+fn a_vm_that_enrols_later_joins_then() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    drop(start_shop(&fake, dir.path()));
+    let fake = Fake::default();
+    let (seat, handle) = Seat::new(fake.datapath(), fake.tunnel(), dir.path(), None);
+    let mut enforcer = seat.start().unwrap().0;
+    assert_eq!(fake.calls(), ["apply - ", "complete -"]);
+    assert_ne!(have(&handle.in_force()).digest, Digest::default().to_vec());
+    enforcer.named(Name::new(NODE).unwrap());
+    assert_eq!(
+        fake.calls(),
+        ["prepare web-1,web-2", "apply cnsmo0 front:web-1,web-2", "complete web-1,web-2"]
+    );
+}
+
+#[test]
+fn what_happens_to_the_tunnel_is_told_once() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, handle, _) = start_shop(&fake, dir.path());
+    enforcer.sweep();
+    let mut watch = handle.in_force();
+    let mut told = |received_bytes: Option<u64>, tend_fails| {
+        let handshake = |received_bytes| PeerStatus {
+            last_handshake: Some(std::time::SystemTime::now()),
+            received_bytes,
+            ..PeerStatus::default()
+        };
+        let peer = |bytes| (Name::new("web-1").unwrap(), handshake(bytes));
+        fake.set(|inner| {
+            inner.handshakes = received_bytes.map(peer).into_iter().collect();
+            inner.tend_fails = tend_fails;
+        });
+        watch.borrow_and_update();
+        enforcer.sweep();
+        watch.has_changed().unwrap()
+    };
+    assert!(!told(None, false));
+    assert!(told(Some(1), false), "the first handshake");
+    assert!(!told(Some(2), false), "more bytes and another handshake");
+    assert!(told(Some(2), true));
+    assert!(!told(Some(2), true));
+    let trouble = watch.borrow().trouble.clone();
+    assert_eq!(trouble, Some(("TunnelDown", "failed to start the engine: port in use".to_owned())));
+    fake.set(|inner| inner.tend_fails = false);
+    enforcer.sweep();
+    assert_eq!(watch.borrow().trouble, None);
+}
+
+#[test]
+fn a_tunnel_that_died_is_made_anew_and_guarded_before_it_carries_packets() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, ..) = start_shop(&fake, dir.path());
+    fake.calls();
+    fake.set(|inner| inner.tend_fails = true);
+    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    assert_eq!(
+        fake.calls(),
+        ["prepare web-1,web-2", "apply cnsmo0 front:web-1,web-2", "complete web-1,web-2"]
+    );
+    fake.set(|inner| inner.tend_fails = false);
+    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    assert_eq!(fake.calls(), [""; 0]);
 }

@@ -1,8 +1,11 @@
-use std::{future::Future, pin::Pin, time::Duration};
+use std::{future::Future, net::SocketAddr, pin::Pin, time::Duration};
 
 use cnsmo_proto::{
     model::Labels,
-    pb::agent::{Ack, ConnectRequest, ConnectResponse, agent_service_client::AgentServiceClient},
+    pb::agent::{
+        Ack, Announcement, ConnectRequest, ConnectResponse,
+        agent_service_client::AgentServiceClient,
+    },
 };
 use cnsmo_service::{
     backoff::Backoff,
@@ -20,10 +23,10 @@ use tonic::{Streaming, transport::Channel};
 
 use super::{Event, ProtocolError, Session, Welcomed};
 use crate::{
-    enforcer::{EnforcerHandle, Gone, InForce},
+    enforcer::{EnforcerHandle, Gone, InForce, VmStatus},
     locate::Locator,
     node,
-    report::status_report,
+    report::{announcement, status_report},
 };
 
 /// First and longest wait before the next attempt to reach the core.
@@ -33,7 +36,11 @@ const RETRY_LONGEST: Duration = Duration::from_secs(15);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the state of the VM is reported.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
-/// Messages to the core that wait. One answer, one heartbeat and one report are under way at a time.
+/// Shortest time between two reports, however often something changes: one that a person waits for still comes at once.
+const STATUS_PAUSE: Duration = Duration::from_millis(200);
+/// How often it is looked whether the VM has other addresses.
+const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(3);
+/// Messages to the core that wait. One answer, one heartbeat, one announcement and one report are under way at a time.
 const OUTGOING_MAX: usize = 8;
 /// A core that takes nothing for this long is gone.
 const SEND_TIMEOUT: Duration = Duration::from_secs(10);
@@ -107,10 +114,15 @@ impl Connection {
     }
 
     async fn converse(&mut self, backoff: &mut Backoff) -> Result<std::convert::Infallible, Ended> {
-        let channel = self.reach().await?;
+        let (channel, core) = self.reach().await?;
         let mut session = Session::default();
-        let have = self.enforcer.in_force().borrow().types.clone();
-        let hello = session.hello(node::boot_id(), have, &self.labels);
+        let in_force = self.enforcer.in_force();
+        let (have, key) = {
+            let in_force = in_force.borrow();
+            (in_force.types.clone(), in_force.public_key)
+        };
+        let announced = announcement(key, &node::addresses(Some(core)));
+        let hello = session.hello(node::boot_id(), have, &self.labels, announced.clone());
         let (outgoing, requests) = mpsc::channel(OUTGOING_MAX);
         // The queue is new and empty.
         let _ = outgoing.try_send(hello);
@@ -127,18 +139,18 @@ impl Connection {
         };
         backoff.reset();
         self.found(&welcomed);
-        let in_force = self.enforcer.in_force();
-        Stream { session, outgoing, incoming, in_force, enforcer: &self.enforcer }
+        let enforcer = &self.enforcer;
+        Stream { session, outgoing, incoming, in_force, enforcer, core, announced }
             .run(welcomed.heartbeat_interval)
             .await
     }
 
     /// A connection to the first address that answers.
-    async fn reach(&mut self) -> Result<Channel, Ended> {
+    async fn reach(&mut self) -> Result<(Channel, SocketAddr), Ended> {
         let mut last = Ended::NoAddress;
         for address in self.locator.locate().await? {
             match connect(&CoreAddress::from(address), &self.identity).await {
-                Ok(channel) => return Ok(channel),
+                Ok(channel) => return Ok((channel, address)),
                 Err(error) => last = error.into(),
             }
         }
@@ -168,6 +180,8 @@ struct Stream<'a> {
     incoming: Streaming<ConnectResponse>,
     in_force: watch::Receiver<InForce>,
     enforcer: &'a EnforcerHandle,
+    core: SocketAddr,
+    announced: Option<Announcement>,
 }
 
 type Answer<T> = Option<Pin<Box<dyn Future<Output = Result<T, Gone>> + Send>>>;
@@ -177,11 +191,13 @@ impl Stream<'_> {
     async fn run(mut self, heartbeat: Duration) -> Result<std::convert::Infallible, Ended> {
         let mut heartbeats = interval_at(Instant::now() + heartbeat, heartbeat);
         let mut statuses = interval(STATUS_INTERVAL);
-        for ticks in [&mut heartbeats, &mut statuses] {
+        let mut announcements = interval(ANNOUNCE_INTERVAL);
+        for ticks in [&mut heartbeats, &mut statuses, &mut announcements] {
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         let mut update: Answer<Ack> = None;
-        let mut status: Answer<crate::datapath::Status> = None;
+        let mut status: Answer<VmStatus> = None;
+        let mut reported = Instant::now();
         loop {
             tokio::select! {
                 message = next(&mut self.incoming), if update.is_none() => {
@@ -198,9 +214,12 @@ impl Stream<'_> {
                 }
                 changed = self.in_force.changed() => {
                     changed.map_err(|_| Gone)?;
-                    statuses.reset_immediately();
+                    statuses.reset_at((reported + STATUS_PAUSE).max(Instant::now()));
+                    announcements.reset_immediately();
                 }
+                _ = announcements.tick() => self.announce().await?,
                 _ = statuses.tick(), if status.is_none() => {
+                    reported = Instant::now();
                     let enforcer = self.enforcer.clone();
                     status = Some(Box::pin(async move { enforcer.status().await }));
                 }
@@ -210,6 +229,17 @@ impl Stream<'_> {
                 }
             }
         }
+    }
+
+    async fn announce(&mut self) -> Result<(), Ended> {
+        let key = self.in_force.borrow().public_key;
+        let now = announcement(key, &node::addresses(Some(self.core)));
+        if now == self.announced {
+            return Ok(());
+        }
+        self.announced = now.clone();
+        let Some(now) = now else { return Ok(()) };
+        self.send(Session::announcement(now)).await
     }
 
     async fn send(&self, message: ConnectRequest) -> Result<(), Ended> {

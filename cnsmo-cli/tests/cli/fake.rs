@@ -8,6 +8,7 @@ use std::{
 };
 
 use cnsmo_proto::pb::{
+    balancer::LoadBalancerStatus,
     identity::{
         CreateJoinTokenRequest, CreateJoinTokenResponse,
         join_token_service_server::{JoinTokenService, JoinTokenServiceServer},
@@ -85,6 +86,15 @@ impl Fake {
         self.state().resources.insert((Kind::Node.into(), name), resource);
     }
 
+    /// Has agents report, so to say.
+    pub(crate) fn set_balancer_status(&self, name: &str, status: LoadBalancerStatus) {
+        let key = (Kind::LoadBalancer.into(), name.to_owned());
+        match self.state().resources.get_mut(&key).map(|resource| &mut resource.resource) {
+            Some(Some(Inner::LoadBalancer(balancer))) => balancer.status = Some(status),
+            other => panic!("{other:?}"),
+        }
+    }
+
     pub(crate) fn write(&self, name: &str, text: &str) -> String {
         let path = self.folder.path().join(name);
         std::fs::write(&path, text).unwrap();
@@ -130,6 +140,8 @@ struct Core(Shared);
 fn key(resource: &Resource) -> (i32, String) {
     let (kind, metadata) = match resource.resource.as_ref().unwrap() {
         Inner::FirewallPolicy(policy) => (Kind::FirewallPolicy, &policy.metadata),
+        Inner::LoadBalancer(balancer) => (Kind::LoadBalancer, &balancer.metadata),
+        Inner::Network(network) => (Kind::Network, &network.metadata),
         Inner::Node(node) => (Kind::Node, &node.metadata),
     };
     (kind.into(), metadata.as_ref().unwrap().name.clone())
@@ -137,12 +149,13 @@ fn key(resource: &Resource) -> (i32, String) {
 
 /// What an operator writes of a resource.
 fn written(resource: &Resource) -> (BTreeMap<String, String>, String) {
-    match resource.resource.as_ref().unwrap() {
-        Inner::FirewallPolicy(policy) => {
-            (policy.metadata.clone().unwrap().labels, format!("{:?}", policy.spec))
-        }
-        Inner::Node(node) => (node.metadata.clone().unwrap().labels, String::new()),
-    }
+    let (metadata, spec) = match resource.resource.as_ref().unwrap() {
+        Inner::FirewallPolicy(policy) => (&policy.metadata, format!("{:?}", policy.spec)),
+        Inner::LoadBalancer(balancer) => (&balancer.metadata, format!("{:?}", balancer.spec)),
+        Inner::Network(network) => (&network.metadata, format!("{:?}", network.spec)),
+        Inner::Node(node) => (&node.metadata, format!("{:?}", node.spec)),
+    };
+    (metadata.clone().unwrap().labels, spec)
 }
 
 /// The stored resource after an operator wrote `new` over `old`.
@@ -150,6 +163,7 @@ fn merged(old: Option<&Resource>, new: &Resource) -> Resource {
     match (old.and_then(|old| old.resource.clone()), &new.resource) {
         (Some(Inner::Node(mut old)), Some(Inner::Node(new))) => {
             old.metadata.as_mut().unwrap().labels = new.metadata.clone().unwrap().labels;
+            old.spec = new.spec.or(old.spec);
             Resource { resource: Some(Inner::Node(old)) }
         }
         _ => new.clone(),
@@ -175,13 +189,13 @@ impl ResourceService for Core {
             if request.mode() == Mode::Update && old.is_none() {
                 return Err(Status::not_found("no such resource"));
             }
+            let merged = merged(old, resource);
             let outcome = match old {
                 None => Outcome::Created,
-                Some(old) if written(old) == written(resource) => Outcome::Unchanged,
+                Some(old) if written(old) == written(&merged) => Outcome::Unchanged,
                 Some(_) => Outcome::Updated,
             };
             changes.push(Change { kind: key.0, name: key.1.clone(), outcome: outcome.into() });
-            let merged = merged(old, resource);
             resources.insert(key, merged);
         }
         let changed = changes.iter().any(|change| change.outcome() != Outcome::Unchanged);

@@ -12,12 +12,17 @@ use std::{
 };
 
 use cnsmo_proto::pb::{
+    balancer::{Backend, BackendStatus, LoadBalancer, LoadBalancerStatus, NodeBalancerStatus},
     meta::Metadata,
-    node::{DropCounter, FirewallStatus, Interface, Node, NodeStatus, node_status::Phase},
+    network::{Member, Network, NetworkStatus, Refused},
+    node::{
+        DropCounter, FirewallStatus, Interface, Node, NodeStatus, OverlayStatus, PeerStatus,
+        node_status::Phase,
+    },
     policy::{FirewallPolicyStatus, NodePolicyStatus, RuleCounter},
     resource::{
-        PendingNode, Resource, WaitAppliedResponse, WatchResponse, resource::Resource as Inner,
-        watch_response::Event,
+        Kind, PendingNode, Resource, WaitAppliedResponse, WatchResponse,
+        resource::Resource as Inner, watch_response::Event,
     },
 };
 use fake::{Fake, Ran, cnsmo};
@@ -62,6 +67,7 @@ fn node(name: &str, role: &str, phase: Phase) -> Node {
             }),
             ..NodeStatus::default()
         }),
+        spec: None,
     }
 }
 
@@ -155,12 +161,275 @@ fn the_three_tier_example_is_applied_and_printed_so_that_it_applies_unchanged() 
     let table = core.ok(&["get", "firewallpolicies"]);
     let lines: Vec<_> = table.lines().collect();
     assert!(lines[0].starts_with("NAME"), "{table}");
-    assert_eq!(lines.len(), 6, "{table}");
+    assert_eq!(lines.len(), 5, "{table}");
     let row: Vec<_> = lines[1].split_whitespace().collect();
     assert_eq!(row, ["base", "10000", "-", "deny", "allow", "3", "0/0", "0", "-"]);
     let some = json_of(&core.ok(&["get", "fw", "-l", "tier=front", "-o", "json"]));
     assert_eq!(some.as_array().unwrap().len(), 2);
-    assert_eq!(some[0]["metadata"]["name"], "lb");
+    assert_eq!(some[0]["metadata"]["name"], "gateway");
+}
+
+#[test]
+fn every_kind_of_the_example_is_printed_so_that_it_applies_unchanged() {
+    let core = Fake::start();
+    let created = core.ok(&["apply", "-f", &example("three-tier.yaml")]);
+    assert!(created.starts_with("network/shop created\nloadbalancer/front created\n"), "{created}");
+    core.set_balancer_status("front", seen(true, 3));
+    for kind in ["fw", "net", "lb"] {
+        for format in ["yaml", "json"] {
+            let file = core.write(&format!("p.{format}"), &core.ok(&["get", kind, "-o", format]));
+            let again = core.ok(&["apply", "-f", &file]);
+            assert!(again.ends_with("no change (revision 1)\n"), "{again}");
+        }
+    }
+    let diff = core.ok(&["diff", "-f", &example("three-tier.yaml")]);
+    assert!(diff.lines().all(|line| line.ends_with(" unchanged")), "{diff}");
+}
+
+/// Of `front`: `web1` as gw1 and db1 see it, gw1 with `flows`; and `web2`, healthy and unused.
+fn seen(web1_active: bool, flows: u64) -> LoadBalancerStatus {
+    let backend = |node: &str, ipv4: &str| Backend {
+        node: node.to_owned(),
+        ipv4: ipv4.to_owned(),
+        ..Backend::default()
+    };
+    let status = |node: &str, active: bool, flows| BackendStatus {
+        node: node.to_owned(),
+        active,
+        reason: if active { "" } else { "Draining" }.to_owned(),
+        message: String::new(),
+        flows,
+    };
+    let on = |node: &str, backends| NodeBalancerStatus {
+        node: node.to_owned(),
+        applied: true,
+        message: String::new(),
+        backends,
+    };
+    LoadBalancerStatus {
+        backends: vec![backend("web1", "10.70.0.11"), backend("web2", "10.70.0.12")],
+        nodes: vec![
+            on("gw1", vec![status("web1", web1_active, flows), status("web2", true, 0)]),
+            on("db1", vec![status("web1", true, 0), status("web2", true, 0)]),
+        ],
+        conditions: vec![],
+    }
+}
+
+fn words(line: &str) -> Vec<&str> {
+    line.split_whitespace().collect()
+}
+
+#[test]
+fn networks_and_balancers_are_listed_with_what_they_have() {
+    let core = Fake::start();
+    core.ok(&["apply", "-f", &example("three-tier.yaml")]);
+    core.set_balancer_status("front", seen(false, 3));
+    let table = core.ok(&["get", "loadbalancers"]);
+    let rows: Vec<_> = table.lines().map(words).collect();
+    let header = "NAME NETWORK ADDRESSES PORTS BACKENDS FLOWS APPLIED REVISION AGE";
+    assert_eq!(rows[0].join(" "), header);
+    let addresses = "10.77.100.80,fd77:100::80,10.70.0.80,fd70::80";
+    assert_eq!(
+        rows[1].join(" "),
+        format!("front shop {addresses} tcp 80->8080, udp 53->5353 1/2 3 2/2 0 -")
+    );
+    let key = (Kind::Network.into(), "shop".to_owned());
+    if let Some(Inner::Network(network)) =
+        &mut core.state().resources.get_mut(&key).unwrap().resource
+    {
+        network.status = Some(network_status());
+    }
+    let table = core.ok(&["get", "net", "shop"]);
+    let row = words(table.lines().nth(1).unwrap());
+    assert_eq!(row, ["shop", "10.70.0.0/24,fd70::/64", "-", "2", "1", "1", "0", "-"]);
+    let shown = words(&core.ok(&["describe", "network", "shop"])).join(" ");
+    for part in [
+        "Listen port: 51820",
+        "MTU: derived",
+        "gw1 10.70.0.5,fd70::5",
+        "db1 10.70.0.21,fd70::21 BwcHBwcHBw... 10.77.2.21:51820,[fd77:2::21]:51820",
+        "web1 10.70.0.11 - -",
+        "db2 is in network `a`",
+    ] {
+        assert!(shown.contains(part), "{part}\n{shown}");
+    }
+}
+
+fn network_status() -> NetworkStatus {
+    NetworkStatus {
+        members: vec![
+            Member {
+                node: "db1".to_owned(),
+                ipv4: "10.70.0.21".to_owned(),
+                ipv6: "fd70::21".to_owned(),
+                public_key: vec![7; 32],
+                endpoints: vec!["10.77.2.21:51820".to_owned(), "[fd77:2::21]:51820".to_owned()],
+                ..Member::default()
+            },
+            Member { node: "web1".to_owned(), ipv4: "10.70.0.11".to_owned(), ..Member::default() },
+        ],
+        refused: vec![Refused { node: "db2".to_owned(), message: "is in network `a`".to_owned() }],
+        conditions: vec![],
+    }
+}
+
+#[test]
+fn a_balancer_is_described_with_each_view_only_where_they_differ() {
+    let core = Fake::start();
+    core.ok(&["apply", "-f", &example("three-tier.yaml")]);
+    core.set_balancer_status("front", seen(true, 3));
+    let same = words(&core.ok(&["describe", "lb", "front"])).join(" ");
+    for part in [
+        "Ports: tcp 80->8080, udp 53->5353",
+        "Gateways: role=gateway",
+        "Health check: tcp 8080 every 200ms, timeout 200ms, fall 2, rise 2",
+        "web1 10.70.0.11 Active - 3 -",
+        "gw1 yes 2/2 3 -",
+    ] {
+        assert!(same.contains(part), "{part}\n{same}");
+    }
+    assert!(!same.contains("Seen differently"), "{same}");
+    core.set_balancer_status("front", seen(false, 3));
+    let differs = words(&core.ok(&["describe", "lb", "front"])).join(" ");
+    for part in [
+        "web1 10.70.0.11 Active on 1 of 2 Draining 3 -",
+        "web1 gw1 no Draining 3 -",
+        "web1 db1 yes - 0 -",
+        "gw1 yes 1/2 3 -",
+    ] {
+        assert!(differs.contains(part), "{part}\n{differs}");
+    }
+    assert!(!differs.contains("web2 gw1"), "{differs}");
+}
+
+#[test]
+fn a_node_is_described_with_its_tunnel_and_its_balancers() {
+    let core = Fake::start();
+    core.ok(&["apply", "-f", &example("three-tier.yaml")]);
+    core.set_balancer_status("front", seen(false, 3));
+    for name in ["web1", "gw1", "web9"] {
+        let mut node = node(name, "web", Phase::Ready);
+        node.status.as_mut().unwrap().overlay = Some(OverlayStatus {
+            network: "shop".to_owned(),
+            backend: "engine".to_owned(),
+            reason: "the kernel has no wireguard".to_owned(),
+            device: "cnsmo0".to_owned(),
+            mtu: 1420,
+            public_key: vec![7; 32],
+            peers: vec![PeerStatus {
+                node: "db1".to_owned(),
+                endpoint: "10.77.2.21:51820".to_owned(),
+                received_bytes: 1536,
+                sent_bytes: 92,
+                ..PeerStatus::default()
+            }],
+        });
+        core.add_node(node);
+    }
+    let shown = words(&core.ok(&["describe", "node", "web1"])).join(" ");
+    for part in [
+        "Network: shop Tunnel: engine (the kernel has no wireguard) Device: cnsmo0, MTU 1420",
+        "Public key: BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc=",
+        "db1 10.77.2.21:51820 never 1.5 KiB 92 B",
+        "front backend Active on 1 of 2 3 Draining",
+    ] {
+        assert!(shown.contains(part), "{part}\n{shown}");
+    }
+    let shown = words(&core.ok(&["describe", "node", "gw1"])).join(" ");
+    assert!(shown.contains("front balancer Applied 3 -"), "{shown}");
+    let shown = words(&core.ok(&["describe", "node", "web9"])).join(" ");
+    assert!(shown.contains("Balancers: none"), "{shown}");
+}
+
+#[test]
+fn drain_writes_the_spec_alone_and_undo_takes_it_back() {
+    let core = Fake::start();
+    core.add_node(node("web1", "web", Phase::Ready));
+    assert_eq!(core.ok(&["drain", "web1"]), "node/web1 draining\nrevision 1\n");
+    let shown = json_of(&core.ok(&["get", "node", "web1", "-o", "json"]));
+    assert_eq!(shown["spec"], json!({"draining": true}));
+    assert_eq!(shown["metadata"]["labels"], json!({"role": "web"}));
+    let table = core.ok(&["nodes"]);
+    assert!(table.contains("Ready,Draining"), "{table}");
+
+    core.ok(&["label", "node", "web1", "site=a"]);
+    let shown = json_of(&core.ok(&["get", "node", "web1", "-o", "json"]));
+    assert_eq!(shown["spec"], json!({"draining": true}), "labels leave it alone");
+
+    let file = core.write("web1.yaml", "kind: Node\nmetadata: {name: web1, labels: {role: db}}\n");
+    let diff = core.ok(&["diff", "-f", &file]);
+    let changed = diff.lines().filter(|line| line.starts_with(['-', '+'])).count();
+    assert_eq!(changed, 3, "role, site and nothing of the spec\n{diff}");
+
+    assert_eq!(core.ok(&["drain", "web1", "--undo"]), "node/web1 takes new flows\nrevision 3\n");
+    let shown = json_of(&core.ok(&["get", "node", "web1", "-o", "json"]));
+    assert_eq!(shown["spec"], json!({"draining": false}));
+    assert_eq!(core.run(&["drain", "web9"]).err, "error: no `web9`\n");
+    assert_eq!(core.run(&["drain", "web1", "--undo", "--wait"]).code, 2);
+}
+
+/// As [`seen`], once no VM gives `web1` new flows.
+fn drained(flows: u64) -> LoadBalancerStatus {
+    let mut status = seen(false, flows);
+    status.nodes[1].backends[0].active = false;
+    status
+}
+
+#[test]
+fn drain_waits_for_the_last_flow_of_each_vm_that_balances() {
+    let core = Fake::start();
+    core.add_node(node("web1", "web", Phase::Ready));
+    core.ok(&["apply", "-f", &example("three-tier.yaml")]);
+    let wait = ["drain", "web1", "--wait", "--timeout", "300ms"];
+
+    core.set_balancer_status("front", drained(3));
+    let ran = core.run(&wait);
+    assert_eq!(ran.code, 3, "{}", ran.err);
+    let last = ran.err.lines().last().unwrap();
+    assert_eq!(words(last).join(" "), "front gw1 3 its flows go on");
+
+    core.set_balancer_status("front", seen(false, 0));
+    let ran = core.run(&wait);
+    let last = ran.err.lines().last().unwrap();
+    assert_eq!((ran.code, words(last).join(" ")), (3, "front db1 0 gives it new flows".to_owned()));
+
+    let mut silent = drained(0);
+    silent.nodes[1].backends.clear();
+    silent.nodes[1].applied = false;
+    silent.nodes[1].message = "unreachable".to_owned();
+    core.set_balancer_status("front", silent);
+    let ran = core.run(&wait);
+    let last = ran.err.lines().last().unwrap();
+    assert_eq!(
+        (ran.code, words(last).join(" ")),
+        (3, "front db1 0 not applied: unreachable".to_owned())
+    );
+
+    core.set_balancer_status("front", drained(3));
+    let mut child = cnsmo()
+        .env("CNSMO_SOCKET", core.socket())
+        .args(["drain", "web1", "--wait"])
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    assert_eq!(lines.next().unwrap(), "3 flows left on 1 VMs that balance");
+    core.set_balancer_status("front", drained(0));
+    assert_eq!(lines.next().unwrap(), "0 flows left on 0 VMs that balance");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_file_is_deleted_balancers_first_and_policies_last() {
+    let core = Fake::start();
+    core.ok(&["apply", "-f", &example("three-tier.yaml")]);
+    let deleted = core.ok(&["delete", "-f", &example("three-tier.yaml")]);
+    let names: Vec<_> = deleted.lines().map(|line| words(line)[0]).collect();
+    assert_eq!(names[..3], ["loadbalancer/front", "network/shop", "firewallpolicy/base"]);
+    assert_eq!(names.len(), 6, "{deleted}");
+    assert!(core.state().resources.is_empty());
 }
 
 #[test]
@@ -331,10 +600,14 @@ fn wait_ends_with_0_when_all_applied_and_3_with_those_that_did_not() {
 }
 
 fn upsert(node: Node) -> WatchResponse {
+    upserted(Inner::Node(node))
+}
+
+fn upserted(resource: Inner) -> WatchResponse {
     WatchResponse {
         event: Event::Upsert.into(),
         revision: 3,
-        resource: Some(Resource { resource: Some(Inner::Node(node)) }),
+        resource: Some(Resource { resource: Some(resource) }),
     }
 }
 
@@ -383,6 +656,27 @@ fn watch_prints_an_event_per_line_as_it_comes() {
         lines(&["watch", "nodes"]),
         ["upsert         3 node/vm1 Ready applied=4", "synced         3"]
     );
+    let metadata = |name: &str| Some(Metadata { name: name.to_owned(), ..Metadata::default() });
+    core.state().watch = vec![
+        upserted(Inner::LoadBalancer(LoadBalancer {
+            metadata: metadata("front"),
+            spec: None,
+            status: Some(seen(false, 3)),
+        })),
+        upserted(Inner::Network(Network {
+            metadata: metadata("shop"),
+            spec: None,
+            status: Some(network_status()),
+        })),
+    ];
+    assert_eq!(
+        lines(&["watch", "lb"]),
+        [
+            "upsert         3 loadbalancer/front backends=1/2 flows=3 applied=2/2",
+            "upsert         3 network/shop ready=1/2 refused=1"
+        ]
+    );
+    core.state().watch = vec![upsert(node("vm1", "web", Phase::Ready)), synced()];
     let events = lines(&["watch", "nodes", "-o", "json"]);
     let first = json_of(&events[0]);
     assert_eq!((&first["event"], &first["revision"]), (&json!("upsert"), &json!(3)));

@@ -5,21 +5,24 @@ use std::time::SystemTime;
 use cnsmo_proto::{
     model::Labels,
     pb::{
-        meta::{Condition, condition::Status as Truth},
+        balancer::{LoadBalancer, LoadBalancerStatus, NodeBalancerStatus},
+        meta::{Condition, Metadata, condition::Status as Truth},
+        network::{Network, NetworkStatus, Refused},
         node::{self, NodeStatus, node_status::Phase},
         policy::{FirewallPolicy, FirewallPolicyStatus, NodePolicyStatus},
-        resource::{PendingNode, WaitAppliedResponse},
+        resource::{Kind, PendingNode, Resource, WaitAppliedResponse, resource},
     },
 };
 
-use super::{Fleet, Member, Revision, State, wall_clock};
-use crate::state::{Node, Policy};
+use super::{Agent, Fleet, MEMBER, Revision, Spec, State, Topic, derive::backend_key, wall_clock};
+use crate::state::{Node, StoredBalancer, StoredNetwork, StoredPolicy};
 
 /// Pending nodes that one answer lists.
 const PENDING_MAX: usize = 1_000;
-/// Rule counters in the status of one policy; those of further nodes are left out, so that it fits into a message.
+/// Rule counters in the status of one policy, or backends in that of one balancer; those of further nodes are left out, so
+/// that it fits into a message.
 const COUNTERS_MAX: usize = 100_000;
-/// Rejected policies that one text names.
+/// Rejected resources that one text names.
 const NAMED_MAX: usize = 3;
 
 /// A condition as last shown.
@@ -36,62 +39,146 @@ const REJECTED: &str = "Rejected";
 const PENDING: &str = "Pending";
 
 impl Fleet {
+    /// A resource with its status; none if there is no such resource.
+    pub fn resource(&mut self, kind: Kind, name: &str, state: &State) -> Option<Resource> {
+        let resource = match kind {
+            Kind::FirewallPolicy => {
+                resource::Resource::FirewallPolicy(self.policy(state.policies().get(name)?))
+            }
+            Kind::Network => {
+                resource::Resource::Network(self.network(state.networks().get(name)?, state))
+            }
+            Kind::LoadBalancer => {
+                let balancer = state.balancers().get(name)?;
+                resource::Resource::LoadBalancer(self.balancer(balancer, state))
+            }
+            Kind::Node => {
+                resource::Resource::Node(self.node(state.nodes().get(name)?, state.revision()))
+            }
+            Kind::Unspecified => return None,
+        };
+        Some(Resource { resource: Some(resource) })
+    }
+
     /// A node with its status.
     pub fn node(&self, node: &Node, current: Revision) -> node::Node {
-        let status = self.members.get(&node.metadata.name).map(|member| {
-            let (phase, reason, message) = phase(node, member, self.timing.lease);
+        let status = self.agents.get(&node.metadata.name).map(|agent| {
+            let (phase, reason, message) = phase(node, agent, self.timing.lease);
             NodeStatus {
                 phase: phase.into(),
                 reason,
                 message,
-                applied_revision: member.applied_revision(current),
-                last_seen_time: member.heard_time.map(Into::into),
-                ..member.report.clone()
+                applied_revision: agent.applied_revision(current),
+                last_seen_time: agent.heard_time.map(Into::into),
+                ..agent.report.clone()
             }
         });
-        node::Node { metadata: Some(node.metadata.clone()), status }
+        node::Node { status, ..node.into() }
     }
 
-    /// A policy with its status.
-    pub fn policy(&mut self, policy: &Policy) -> FirewallPolicy {
+    fn policy(&mut self, policy: &StoredPolicy) -> FirewallPolicy {
         let name = &policy.metadata.name;
-        let selected = self.selected.get(name).into_iter().flatten();
-        let members =
-            selected.filter_map(|node| Some((node, self.members.get(node)?))).collect::<Vec<_>>();
-        let (truth, reason, message) = judge(name, &members);
+        let topic = Topic::policy(name);
+        let agents = self.agents_of(self.selected.get(name).into_iter().flatten());
+        let judgement = judge(&topic, &agents);
         let mut room = COUNTERS_MAX;
-        let nodes = members
+        let nodes = agents
             .iter()
-            .map(|(node, member)| {
-                let counters = member.counters.get(name).filter(|rules| rules.len() <= room);
-                room -= counters.map_or(0, Vec::len);
-                NodePolicyStatus {
-                    node: (*node).clone(),
-                    applied: member.applies(name),
-                    message: why_not(name, member).map(|(_, text)| text).unwrap_or_default(),
-                    rules: counters.cloned().unwrap_or_default(),
-                }
+            .map(|(node, agent)| NodePolicyStatus {
+                node: (*node).clone(),
+                applied: agent.applies(&topic),
+                message: why_not(&topic, agent).map(|(_, text)| text).unwrap_or_default(),
+                rules: within(&mut room, agent.counters.get(name)),
             })
             .collect();
+        let condition = self.condition(Kind::FirewallPolicy, &policy.metadata, judgement);
+        let status = FirewallPolicyStatus { nodes, conditions: vec![condition] };
+        FirewallPolicy { status: Some(status), ..policy.into() }
+    }
+
+    fn network(&mut self, network: &StoredNetwork, state: &State) -> Network {
+        let name = &network.metadata.name;
+        let members = || state.roster(name).into_iter().flat_map(|roster| &roster.members);
+        let judgement = judge(&Topic::network(name), &self.agents_of(members()));
+        let record = |node: &String| match self.catalog.get(&*format!("{MEMBER}{name}/{node}")) {
+            Some(Spec::Member(member)) => Some((**member).clone()),
+            _ => None,
+        };
+        let refused = |node: &String| {
+            let membership = state.nodes().get(node)?.membership.as_ref()?;
+            let message = match &membership.network {
+                own if own != name => format!("is in Network {own}, whose name comes first"),
+                _ if membership.addresses.is_none() => {
+                    "no place is free: the network is full".into()
+                }
+                _ => return None,
+            };
+            Some(Refused { node: node.clone(), message })
+        };
+        let selected = self.matching(state, &network.model.members);
+        let mut status = NetworkStatus {
+            members: members().filter_map(record).collect(),
+            refused: selected.iter().filter_map(refused).collect(),
+            conditions: Vec::new(),
+        };
+        status.conditions.push(self.condition(Kind::Network, &network.metadata, judgement));
+        Network { status: Some(status), ..network.into() }
+    }
+
+    fn balancer(&mut self, balancer: &StoredBalancer, state: &State) -> LoadBalancer {
+        let name = &balancer.metadata.name;
+        let topic = Topic::balancer(name);
+        let roster = state.roster(balancer.model.network.as_str());
+        let agents = self.agents_of(roster.into_iter().flat_map(|roster| &roster.members));
+        let judgement = judge(&topic, &agents);
+        let mut room = COUNTERS_MAX;
+        let nodes = agents
+            .iter()
+            .map(|(node, agent)| NodeBalancerStatus {
+                node: (*node).clone(),
+                applied: agent.applies(&topic),
+                message: why_not(&topic, agent).map(|(_, text)| text).unwrap_or_default(),
+                backends: within(&mut room, agent.backends.get(name)),
+            })
+            .collect();
+        let record = |node: &String| match self.catalog.get(&*backend_key(name, node)) {
+            Some(Spec::Backend(backend)) => Some((**backend).clone()),
+            _ => None,
+        };
+        let backends = self.served.get(name).into_iter().flat_map(|served| &served.backends);
+        let backends = backends.filter_map(record).collect();
+        let condition = self.condition(Kind::LoadBalancer, &balancer.metadata, judgement);
+        let status = LoadBalancerStatus { backends, nodes, conditions: vec![condition] };
+        LoadBalancer { status: Some(status), ..balancer.into() }
+    }
+
+    fn agents_of<'a>(
+        &'a self,
+        nodes: impl Iterator<Item = &'a String>,
+    ) -> Vec<(&'a String, &'a Agent)> {
+        nodes.filter_map(|node| Some((node, self.agents.get(node)?))).collect()
+    }
+
+    /// The condition that all agents together make, with the time since when it is so.
+    fn condition(&mut self, kind: Kind, metadata: &Metadata, judgement: Judgement) -> Condition {
+        let (truth, reason, message) = judgement;
         let seen = self
             .conditions
-            .entry(name.clone())
+            .entry((kind, metadata.name.clone()))
             .and_modify(|seen| {
                 if (seen.truth, seen.reason) != (truth, reason) {
                     *seen = Seen { truth, reason, since: wall_clock() };
                 }
             })
             .or_insert_with(|| Seen { truth, reason, since: wall_clock() });
-        let condition = Condition {
+        Condition {
             r#type: "Applied".into(),
             status: truth.into(),
             reason: reason.into(),
             message,
-            observed_generation: policy.metadata.generation,
+            observed_generation: metadata.generation,
             transition_time: Some(seen.since.into()),
-        };
-        let status = FirewallPolicyStatus { nodes, conditions: vec![condition] };
-        FirewallPolicy { status: Some(status), ..FirewallPolicy::from(policy) }
+        }
     }
 
     /// Which of the selected nodes enforce `revision`.
@@ -105,14 +192,14 @@ impl Fleet {
         let mut all = true;
         for (name, node) in state.nodes().iter().filter(|(_, node)| selector.selects(&node.labels))
         {
-            let Some(member) = self.members.get(name) else { continue };
-            if member.applied_revision(state.revision()) >= revision {
+            let Some(agent) = self.agents.get(name) else { continue };
+            if agent.applied_revision(state.revision()) >= revision {
                 progress.nodes_applied += 1;
                 continue;
             }
             all = false;
             if progress.pending.len() < PENDING_MAX {
-                progress.pending.push(pending(name, node, member));
+                progress.pending.push(pending(name, node, agent));
             }
         }
         progress.applied = all;
@@ -120,14 +207,14 @@ impl Fleet {
     }
 }
 
-fn pending(name: &str, node: &Node, member: &Member) -> PendingNode {
+fn pending(name: &str, node: &Node, agent: &Agent) -> PendingNode {
     let (reason, message) = if !node.connected {
         (UNREACHABLE, "its agent has never connected".into())
-    } else if member.late {
+    } else if agent.late {
         (UNREACHABLE, "nothing was heard of its agent for longer than the lease".into())
-    } else if let Some(text) = rejections(member) {
+    } else if let Some(text) = rejections(agent) {
         (REJECTED, text)
-    } else if member.is_connected() {
+    } else if agent.is_connected() {
         (PENDING, "its agent has not acknowledged the revision yet".into())
     } else {
         (PENDING, "its agent is not connected at the moment".into())
@@ -135,77 +222,87 @@ fn pending(name: &str, node: &Node, member: &Member) -> PendingNode {
     PendingNode { node: name.to_owned(), reason: reason.into(), message }
 }
 
-fn phase(node: &Node, member: &Member, lease: std::time::Duration) -> (Phase, String, String) {
+fn phase(node: &Node, agent: &Agent, lease: std::time::Duration) -> (Phase, String, String) {
     let text = |phase, reason: &str, message: String| (phase, reason.to_owned(), message);
     if !node.connected {
         return text(Phase::Joining, "NeverConnected", "the agent has never connected".into());
     }
-    if member.late {
+    if agent.late {
         return text(
             Phase::Unreachable,
             "LeaseExpired",
             format!("nothing was heard of the agent for longer than its lease of {lease:?}"),
         );
     }
-    if let Some(message) = rejections(member) {
+    if let Some(message) = rejections(agent) {
         return text(Phase::Degraded, REJECTED, message);
     }
-    if !member.in_sync() {
-        let message = "the agent has not acknowledged the desired policy yet".into();
+    if !agent.in_sync() {
+        let message = "the agent has not acknowledged all that it was sent yet".into();
         return text(Phase::Degraded, PENDING, message);
     }
-    if !member.report.reason.is_empty() {
-        return text(Phase::Degraded, &member.report.reason, member.report.message.clone());
+    if !agent.report.reason.is_empty() {
+        return text(Phase::Degraded, &agent.report.reason, agent.report.message.clone());
     }
     text(Phase::Ready, "", String::new())
 }
 
-fn rejections(member: &Member) -> Option<String> {
-    if let Some((_, error)) = &member.refused {
+fn rejections(agent: &Agent) -> Option<String> {
+    if let Some((_, error)) = &agent.refused {
         return Some(error.clone());
     }
-    let texts = member
+    let texts = agent
         .rejected
         .iter()
         .take(NAMED_MAX)
-        .map(|(name, rejected)| format!("FirewallPolicy {name}: {}", rejected.message));
+        .map(|(name, rejected)| format!("{name}: {}", rejected.message));
     let mut text = texts.collect::<Vec<_>>().join("; ");
-    if member.rejected.len() > NAMED_MAX {
-        text += &format!("; and {} more", member.rejected.len() - NAMED_MAX);
+    if agent.rejected.len() > NAMED_MAX {
+        text += &format!("; and {} more", agent.rejected.len() - NAMED_MAX);
     }
     (!text.is_empty()).then_some(text)
 }
 
-/// Why a node does not enforce a policy; none: it does.
-fn why_not(policy: &str, member: &Member) -> Option<(&'static str, String)> {
-    if member.applies(policy) {
+/// What fits into the room that is left.
+fn within<T: Clone>(room: &mut usize, counters: Option<&Vec<T>>) -> Vec<T> {
+    let counters = counters.filter(|counters| counters.len() <= *room).cloned().unwrap_or_default();
+    *room -= counters.len();
+    counters
+}
+
+/// Why a node does not enforce a resource; none: it does.
+fn why_not(topic: &Topic, agent: &Agent) -> Option<(&'static str, String)> {
+    if agent.applies(topic) {
         return None;
     }
-    if let Some(rejected) = member.rejected.get(policy) {
+    if let Some((_, rejected)) = agent.rejected.iter().find(|(key, _)| topic.has(key)) {
         return Some((REJECTED, rejected.message.clone()));
     }
-    if let Some((_, error)) = &member.refused {
+    if let Some((_, error)) = &agent.refused {
         return Some((REJECTED, error.clone()));
     }
-    if member.late {
+    if agent.late {
         return Some((UNREACHABLE, "unreachable".into()));
     }
     Some((PENDING, "pending".into()))
 }
 
+/// State of a condition, its reason and a text.
+type Judgement = (Truth, &'static str, String);
+
 /// The worst of all nodes makes the condition.
-fn judge(policy: &str, members: &[(&String, &Member)]) -> (Truth, &'static str, String) {
+fn judge(topic: &Topic, agents: &[(&String, &Agent)]) -> Judgement {
     let mut worst: Option<(&'static str, String)> = None;
     let rank = |reason: &str| [PENDING, UNREACHABLE, REJECTED].iter().position(|r| *r == reason);
     let mut failing = 0_usize;
-    for (node, member) in members {
-        let Some((reason, text)) = why_not(policy, member) else { continue };
+    for (node, agent) in agents {
+        let Some((reason, text)) = why_not(topic, agent) else { continue };
         failing += 1;
         if worst.as_ref().is_none_or(|(worst, _)| rank(worst) < rank(reason)) {
             worst = Some((reason, format!("node {node}: {text}")));
         }
     }
-    let total = members.len();
+    let total = agents.len();
     match worst {
         None if total == 0 => (Truth::True, "NoNodes", "selects no node".into()),
         None => (Truth::True, "Applied", format!("{total} of {total} nodes")),

@@ -18,7 +18,7 @@ use tonic::{Request, Response, Status};
 use crate::{
     actor::{Core, Wait},
     error::Error,
-    state::parse_apply,
+    state::{parse_apply, word},
 };
 
 /// Watchers at a time. Each remembers the set as it was last sent.
@@ -138,14 +138,6 @@ fn kind_of(kind: i32) -> Result<Kind, Error> {
     }
 }
 
-fn word(kind: Kind) -> &'static str {
-    match kind {
-        Kind::FirewallPolicy => "FirewallPolicy",
-        Kind::Node => "Node",
-        Kind::Unspecified => "resource",
-    }
-}
-
 fn selector(labels: BTreeMap<String, String>, field: &str) -> Result<Labels, Error> {
     Labels::new(labels).map_err(|e| Error::Invalid(e.at(field).to_string()))
 }
@@ -260,6 +252,8 @@ impl Watcher {
 fn name_of(resource: &Resource) -> String {
     let metadata = match &resource.resource {
         Some(resource::Resource::FirewallPolicy(policy)) => policy.metadata.as_ref(),
+        Some(resource::Resource::Network(network)) => network.metadata.as_ref(),
+        Some(resource::Resource::LoadBalancer(balancer)) => balancer.metadata.as_ref(),
         Some(resource::Resource::Node(node)) => node.metadata.as_ref(),
         None => None,
     };

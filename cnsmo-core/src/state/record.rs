@@ -1,16 +1,24 @@
 //! How resources are kept in the store.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use cnsmo_proto::{
-    model::{Invalid, Labels},
-    pb::{meta::Metadata, policy::FirewallPolicy},
+    model::{Addresses, Invalid, Labels, LoadBalancer, Network},
+    pb::{agent, balancer, meta::Metadata, network, policy::FirewallPolicy, resource::Kind},
 };
 use prost::Message;
 
-use super::{Arc, Entry, Node, Op, Policy, TokenRecord, Write};
+use super::{
+    Announcement, Entry, Membership, Node, Op, Stored, StoredBalancer, StoredNetwork, StoredPolicy,
+    TokenRecord, Write,
+};
 
 const POLICIES: &str = "firewall-policies/";
+const NETWORKS: &str = "networks/";
+const BALANCERS: &str = "load-balancers/";
 const NODES: &str = "nodes/";
 const TOKENS: &str = "tokens/";
 
@@ -27,6 +35,23 @@ struct NodeRecord {
     labels_by_operator: bool,
     #[prost(bool, tag = "5")]
     connected: bool,
+    #[prost(bool, tag = "6")]
+    draining: bool,
+    #[prost(message, optional, tag = "7")]
+    announcement: Option<agent::Announcement>,
+    #[prost(message, optional, tag = "8")]
+    membership: Option<MembershipRecord>,
+}
+
+/// Without an address: waits for one.
+#[derive(Clone, PartialEq, Message)]
+struct MembershipRecord {
+    #[prost(string, tag = "1")]
+    network: String,
+    #[prost(string, tag = "2")]
+    ipv4: String,
+    #[prost(string, tag = "3")]
+    ipv6: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -52,11 +77,27 @@ pub(super) fn op(write: &Write) -> Op {
         Write::Policy(policy) => {
             put(POLICIES, &policy.metadata.name, FirewallPolicy::from(policy).encode_to_vec())
         }
+        Write::Network(network) => {
+            put(NETWORKS, &network.metadata.name, network::Network::from(network).encode_to_vec())
+        }
+        Write::Balancer(balancer) => {
+            let value = balancer::LoadBalancer::from(balancer).encode_to_vec();
+            put(BALANCERS, &balancer.metadata.name, value)
+        }
         Write::Node(node) => put(NODES, &node.metadata.name, node_record(node).encode_to_vec()),
         Write::Token(id, token) => put(TOKENS, id, token_record(token).encode_to_vec()),
-        Write::DeletePolicy(name) => Op::Delete { key: format!("{POLICIES}{name}") },
-        Write::DeleteNode(name) => Op::Delete { key: format!("{NODES}{name}") },
+        Write::Delete(kind, name) => Op::Delete { key: format!("{}{name}", folder(*kind)) },
         Write::DeleteToken(id) => Op::Delete { key: format!("{TOKENS}{id}") },
+    }
+}
+
+fn folder(kind: Kind) -> &'static str {
+    match kind {
+        Kind::FirewallPolicy => POLICIES,
+        Kind::Network => NETWORKS,
+        Kind::LoadBalancer => BALANCERS,
+        Kind::Node => NODES,
+        Kind::Unspecified => "",
     }
 }
 
@@ -65,8 +106,14 @@ pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
     if entry.key.starts_with(POLICIES) {
         return policy(decode(value)?).map(Write::Policy);
     }
+    if entry.key.starts_with(NETWORKS) {
+        return network(decode(value)?).map(Write::Network);
+    }
+    if entry.key.starts_with(BALANCERS) {
+        return balancer(decode(value)?).map(Write::Balancer);
+    }
     if entry.key.starts_with(NODES) {
-        return node(decode(value)?).map(Write::Node);
+        return node(decode(value)?).map(|node| Write::Node(Box::new(node)));
     }
     if let Some(id) = entry.key.strip_prefix(TOKENS) {
         return Ok(Write::Token(id.to_owned(), token(decode(value)?)?));
@@ -78,11 +125,25 @@ fn decode<M: Message + Default>(value: &[u8]) -> Result<M, Invalid> {
     M::decode(value).map_err(|e| Invalid::new(e.to_string()))
 }
 
-fn policy(record: FirewallPolicy) -> Result<Policy, Invalid> {
+fn policy(record: FirewallPolicy) -> Result<StoredPolicy, Invalid> {
     let metadata = record.metadata.unwrap_or_default();
     let spec = record.spec.unwrap_or_default();
     let target = Labels::new(spec.target.clone()).map_err(|e| e.at("spec.target"))?;
-    Ok(Policy { metadata, target, spec: Arc::new(spec) })
+    Ok(Stored { metadata, model: target, spec: Arc::new(spec) })
+}
+
+fn network(record: network::Network) -> Result<StoredNetwork, Invalid> {
+    let metadata = record.metadata.unwrap_or_default();
+    let spec = record.spec.unwrap_or_default();
+    let model = Network::try_from(spec.clone()).map_err(|e| e.at("spec"))?;
+    Ok(Stored { metadata, model, spec: Arc::new(spec) })
+}
+
+fn balancer(record: balancer::LoadBalancer) -> Result<StoredBalancer, Invalid> {
+    let metadata = record.metadata.unwrap_or_default();
+    let spec = record.spec.unwrap_or_default();
+    let model = LoadBalancer::try_from(spec.clone()).map_err(|e| e.at("spec"))?;
+    Ok(Stored { metadata, model, spec: Arc::new(spec) })
 }
 
 fn node_record(node: &Node) -> NodeRecord {
@@ -92,11 +153,19 @@ fn node_record(node: &Node) -> NodeRecord {
         token_labels: node.token_labels.as_map().clone(),
         labels_by_operator: node.labels_by_operator,
         connected: node.connected,
+        draining: node.draining,
+        announcement: node.announcement.public_key.map(|key| agent::Announcement {
+            tunnel_public_key: key.0.to_vec(),
+            addresses: node.announcement.addresses.iter().map(ToString::to_string).collect(),
+        }),
+        membership: node.membership.as_ref().map(membership_record),
     }
 }
 
 fn node(record: NodeRecord) -> Result<Node, Invalid> {
     let metadata = record.metadata.unwrap_or_default();
+    let announcement = record.announcement.map(Announcement::try_from).transpose();
+    let membership = record.membership.map(membership).transpose();
     Ok(Node {
         labels: Labels::new(metadata.labels.clone())?,
         metadata,
@@ -104,7 +173,33 @@ fn node(record: NodeRecord) -> Result<Node, Invalid> {
         labels_by_operator: record.labels_by_operator,
         spki_sha256: hash(&record.spki_sha256)?,
         connected: record.connected,
+        draining: record.draining,
+        announcement: announcement.map_err(|e| e.at("announcement"))?.unwrap_or_default(),
+        membership: membership.map_err(|e| e.at("membership"))?,
     })
+}
+
+fn membership_record(membership: &Membership) -> MembershipRecord {
+    let Addresses { v4, v6 } = membership.addresses.unwrap_or_default();
+    MembershipRecord {
+        network: membership.network.clone(),
+        ipv4: v4.map(|address| address.to_string()).unwrap_or_default(),
+        ipv6: v6.map(|address| address.to_string()).unwrap_or_default(),
+    }
+}
+
+fn membership(record: MembershipRecord) -> Result<Membership, Invalid> {
+    let addresses = Addresses {
+        v4: address(&record.ipv4).map_err(|e| e.at("ipv4"))?,
+        v6: address(&record.ipv6).map_err(|e| e.at("ipv6"))?,
+    };
+    let addresses = (addresses != Addresses::default()).then_some(addresses);
+    Ok(Membership { network: record.network, addresses })
+}
+
+fn address<T: std::str::FromStr>(text: &str) -> Result<Option<T>, Invalid> {
+    let parse = |text: &str| text.parse().map_err(|_| Invalid::new("is not an address"));
+    (!text.is_empty()).then(|| parse(text)).transpose()
 }
 
 fn token_record(token: &TokenRecord) -> JoinTokenRecord {

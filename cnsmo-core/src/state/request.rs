@@ -1,17 +1,20 @@
 //! What an operator asks for, checked before anybody else sees it.
 
-use std::collections::BTreeMap;
+use std::collections::HashSet;
 
 use cnsmo_proto::{
-    model::{FirewallPolicy, Invalid, Labels, Name},
+    model::{FirewallPolicy, Invalid, Labels, LoadBalancer, Name, Network},
     pb::{
+        balancer::LoadBalancerSpec,
         meta::Metadata,
+        network::NetworkSpec,
+        node::NodeSpec,
         policy::FirewallPolicySpec,
         resource::{Kind, Resource, resource},
     },
 };
 
-use super::distinct;
+use super::word;
 use crate::error::Error;
 
 /// Resources in one request: one transaction, so one pause for all others.
@@ -19,48 +22,51 @@ pub(super) const RESOURCES_MAX: usize = 10_000;
 
 /// A resource as it shall be.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Wanted {
+pub struct Wanted {
+    /// Name.
+    pub name: Name,
+    /// All of its labels.
+    pub labels: Labels,
+    /// The rest.
+    pub body: Body,
+}
+
+/// What is particular to a kind. Specs are in canonical form.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Body {
     /// A firewall policy.
     Policy {
-        /// Name.
-        name: Name,
-        /// Labels of the policy itself.
-        labels: Labels,
+        /// As it is handed on.
+        spec: FirewallPolicySpec,
         /// VMs it is for.
         target: Labels,
-        /// In canonical form.
-        spec: FirewallPolicySpec,
     },
-    /// Labels of a node.
-    Node {
-        /// Name.
-        name: Name,
-        /// All of its labels.
-        labels: Labels,
+    /// A network.
+    Network {
+        /// As it is handed on.
+        spec: NetworkSpec,
+        /// The same.
+        network: Network,
     },
+    /// A load balancer.
+    Balancer {
+        /// As it is handed on.
+        spec: LoadBalancerSpec,
+        /// The same.
+        balancer: LoadBalancer,
+    },
+    /// A node. None: its spec stays.
+    Node(Option<NodeSpec>),
 }
 
 impl Wanted {
-    /// Name.
-    pub fn name(&self) -> &Name {
-        match self {
-            Self::Policy { name, .. } | Self::Node { name, .. } => name,
-        }
-    }
-
     /// Kind.
     pub fn kind(&self) -> Kind {
-        match self {
-            Self::Policy { .. } => Kind::FirewallPolicy,
-            Self::Node { .. } => Kind::Node,
-        }
-    }
-
-    /// Kind, as operators write it.
-    pub fn kind_name(&self) -> &'static str {
-        match self {
-            Self::Policy { .. } => "FirewallPolicy",
-            Self::Node { .. } => "Node",
+        match self.body {
+            Body::Policy { .. } => Kind::FirewallPolicy,
+            Body::Network { .. } => Kind::Network,
+            Body::Balancer { .. } => Kind::LoadBalancer,
+            Body::Node(_) => Kind::Node,
         }
     }
 }
@@ -82,25 +88,60 @@ pub fn parse_apply(resources: Vec<Resource>) -> Result<Vec<Wanted>, Error> {
     Ok(wanted)
 }
 
+/// Refuses a second resource of one kind and name.
+fn distinct(wanted: &[Wanted]) -> Result<(), Error> {
+    let mut seen = HashSet::new();
+    for one in wanted {
+        if !seen.insert((one.kind(), &one.name)) {
+            let (kind, name) = (word(one.kind()), &one.name);
+            return Err(Error::Invalid(format!("{kind} {name}: appears twice in one request")));
+        }
+    }
+    Ok(())
+}
+
 fn parse(n: usize, resource: Resource) -> Result<Wanted, Error> {
-    match resource.resource {
+    let missing = || Invalid::new("missing").at("spec");
+    let (kind, meta, body) = match resource.resource {
         Some(resource::Resource::FirewallPolicy(policy)) => {
-            let who = who("FirewallPolicy", n, policy.metadata.as_ref());
-            let refused = |e: Invalid| Error::Invalid(format!("{who}: {e}"));
-            let (name, labels) = metadata(policy.metadata).map_err(refused)?;
-            let spec = policy.spec.ok_or_else(|| refused(Invalid::new("missing").at("spec")))?;
-            let checked = FirewallPolicy::try_from(spec).map_err(|e| refused(e.at("spec")))?;
-            let spec = FirewallPolicySpec::from(&checked);
-            Ok(Wanted::Policy { name, labels, target: checked.target, spec })
+            let body = policy.spec.ok_or_else(missing).and_then(policy_body);
+            (Kind::FirewallPolicy, policy.metadata, body)
+        }
+        Some(resource::Resource::Network(network)) => {
+            let body = network.spec.ok_or_else(missing).and_then(network_body);
+            (Kind::Network, network.metadata, body)
+        }
+        Some(resource::Resource::LoadBalancer(balancer)) => {
+            let body = balancer.spec.ok_or_else(missing).and_then(balancer_body);
+            (Kind::LoadBalancer, balancer.metadata, body)
         }
         Some(resource::Resource::Node(node)) => {
-            let who = who("Node", n, node.metadata.as_ref());
-            let refused = |e: Invalid| Error::Invalid(format!("{who}: {e}"));
-            let (name, labels) = metadata(node.metadata).map_err(refused)?;
-            Ok(Wanted::Node { name, labels })
+            (Kind::Node, node.metadata, Ok(Body::Node(node.spec)))
         }
-        None => Err(Error::Invalid(format!("resources[{n}]: missing, or of an unknown kind"))),
-    }
+        None => {
+            let why = format!("resources[{n}]: missing, or of an unknown kind");
+            return Err(Error::Invalid(why));
+        }
+    };
+    let who = who(word(kind), n, meta.as_ref());
+    let refused = |e: Invalid| Error::Invalid(format!("{who}: {e}"));
+    let (name, labels) = metadata(meta).map_err(refused)?;
+    Ok(Wanted { name, labels, body: body.map_err(refused)? })
+}
+
+fn policy_body(spec: FirewallPolicySpec) -> Result<Body, Invalid> {
+    let policy = FirewallPolicy::try_from(spec).map_err(|e| e.at("spec"))?;
+    Ok(Body::Policy { spec: (&policy).into(), target: policy.target })
+}
+
+fn network_body(spec: NetworkSpec) -> Result<Body, Invalid> {
+    let network = Network::try_from(spec).map_err(|e| e.at("spec"))?;
+    Ok(Body::Network { spec: (&network).into(), network })
+}
+
+fn balancer_body(spec: LoadBalancerSpec) -> Result<Body, Invalid> {
+    let balancer = LoadBalancer::try_from(spec).map_err(|e| e.at("spec"))?;
+    Ok(Body::Balancer { spec: (&balancer).into(), balancer })
 }
 
 fn who(kind: &str, n: usize, metadata: Option<&Metadata>) -> String {
@@ -113,7 +154,6 @@ fn who(kind: &str, n: usize, metadata: Option<&Metadata>) -> String {
 fn metadata(metadata: Option<Metadata>) -> Result<(Name, Labels), Invalid> {
     let metadata = metadata.ok_or_else(|| Invalid::new("missing").at("metadata"))?;
     let name = Name::new(metadata.name).map_err(|e| e.at("metadata.name"))?;
-    let labels: BTreeMap<_, _> = metadata.labels;
-    let labels = Labels::new(labels).map_err(|e| e.at("metadata.labels"))?;
+    let labels = Labels::new(metadata.labels).map_err(|e| e.at("metadata.labels"))?;
     Ok((name, labels))
 }

@@ -5,6 +5,8 @@ use cnsmo_proto::pb::{
     resource::{Resource, resource},
 };
 
+use std::time::Duration;
+
 use super::*;
 
 fn rule(port: u32) -> FirewallRule {
@@ -29,7 +31,7 @@ fn node_labels(name: &str, labels: &str) -> Resource {
     let labels: Labels = labels.parse().unwrap();
     let labels = labels.as_map().clone();
     let metadata = Metadata { name: name.into(), labels, ..Metadata::default() };
-    let node = node::Node { metadata: Some(metadata), status: None };
+    let node = node::Node { metadata: Some(metadata), ..Default::default() };
     Resource { resource: Some(resource::Resource::Node(node)) }
 }
 
@@ -180,7 +182,8 @@ fn the_tokens_labels_win_over_the_agents_and_the_operators_over_both() {
     enrol(&mut state, &enrolment("a", 1)).unwrap();
     assert_eq!(state.nodes()["a"].labels.to_string(), "role=token,zone=a");
     let connect = |state: &mut State, labels: &str| {
-        let plan = state.plan_connect("a", &labels.parse().unwrap(), SystemTime::now()).unwrap();
+        let plan =
+            state.plan_connect("a", &labels.parse().unwrap(), None, SystemTime::now()).unwrap();
         if !plan.is_empty() {
             state.commit(plan, state.revision() + 1);
         }
@@ -214,7 +217,7 @@ fn the_store_gives_back_what_was_committed() {
         let plan = state.plan_apply(wanted, Mode::Unspecified, now).unwrap();
         keep(&mut state, plan);
     }
-    let plan = state.plan_connect("a", &"zone=a".parse().unwrap(), now).unwrap();
+    let plan = state.plan_connect("a", &"zone=a".parse().unwrap(), None, now).unwrap();
     keep(&mut state, plan);
     let loaded = State::load(state.revision(), entries.into_values().collect()).unwrap();
     assert_eq!(loaded.policies, state.policies);

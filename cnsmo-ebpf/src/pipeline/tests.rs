@@ -103,10 +103,11 @@ impl Path {
     /// The only flow.
     fn conn(&self) -> Conn {
         let (v4, v6) = (self.tables.flows_v4(), self.tables.flows_v6());
-        let v4 = v4.iter().flat_map(|flows| flows.values());
-        let all: Vec<_> = v4.chain(v6.iter().flat_map(|flows| flows.values())).collect();
+        let v4 = v4.iter().flat_map(|flows| flows.values()).map(|flow| flow.conn);
+        let v6 = v6.iter().flat_map(|flows| flows.values()).map(|flow| flow.conn);
+        let all: Vec<_> = v4.chain(v6).collect();
         assert_eq!(all.len(), 1);
-        *all[0]
+        all[0]
     }
 
     fn asked(&self) -> Vec<Asked> {

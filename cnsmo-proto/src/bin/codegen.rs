@@ -5,12 +5,14 @@ use std::{env, error::Error, fs, path::Path};
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let proto = root.join("proto");
-    let areas = ["agent", "identity", "meta", "node", "policy", "resource"];
+    let areas = ["agent", "balancer", "identity", "meta", "network", "node", "policy", "resource"];
     let files = areas.map(|area| proto.join(format!("cnsmo/{area}/v1/{area}.proto")));
     let out = env::args_os().nth(1).ok_or("the argument must be the folder to write to")?;
     fs::create_dir_all(&out)?;
     tonic_prost_build::configure()
         .btree_map(".")
+        // Much larger than the other messages of its union.
+        .boxed(".cnsmo.agent.v1.ConnectRequest.message.status")
         .build_transport(false)
         .out_dir(&out)
         .emit_rerun_if_changed(false)

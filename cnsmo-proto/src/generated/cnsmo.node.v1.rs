@@ -6,6 +6,15 @@ pub struct Node {
     pub metadata: ::core::option::Option<super::super::meta::v1::Metadata>,
     #[prost(message, optional, tag = "2")]
     pub status: ::core::option::Option<NodeStatus>,
+    #[prost(message, optional, tag = "3")]
+    pub spec: ::core::option::Option<NodeSpec>,
+}
+/// Written by operators: `cnsmo drain`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct NodeSpec {
+    /// Balancers give it no new flows; those it has go on to their end.
+    #[prost(bool, tag = "1")]
+    pub draining: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct NodeStatus {
@@ -32,6 +41,8 @@ pub struct NodeStatus {
     pub last_seen_time: ::core::option::Option<::prost_types::Timestamp>,
     #[prost(message, optional, tag = "10")]
     pub firewall: ::core::option::Option<FirewallStatus>,
+    #[prost(message, optional, tag = "11")]
+    pub overlay: ::core::option::Option<OverlayStatus>,
 }
 /// Nested message and enum types in `NodeStatus`.
 pub mod node_status {
@@ -73,6 +84,43 @@ pub mod node_status {
             }
         }
     }
+}
+/// The tunnel of this VM.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct OverlayStatus {
+    /// Empty: the VM is in no network.
+    #[prost(string, tag = "1")]
+    pub network: ::prost::alloc::string::String,
+    /// kernel or engine.
+    #[prost(string, tag = "2")]
+    pub backend: ::prost::alloc::string::String,
+    /// Why this one.
+    #[prost(string, tag = "3")]
+    pub reason: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub device: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "5")]
+    pub mtu: u32,
+    /// X25519, 32 bytes.
+    #[prost(bytes = "vec", tag = "6")]
+    pub public_key: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, repeated, tag = "7")]
+    pub peers: ::prost::alloc::vec::Vec<PeerStatus>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PeerStatus {
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    /// Where its packets go now; empty: not known.
+    #[prost(string, tag = "2")]
+    pub endpoint: ::prost::alloc::string::String,
+    /// Absent: never.
+    #[prost(message, optional, tag = "3")]
+    pub last_handshake_time: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(uint64, tag = "4")]
+    pub received_bytes: u64,
+    #[prost(uint64, tag = "5")]
+    pub sent_bytes: u64,
 }
 /// Where the data path is attached.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -1,6 +1,6 @@
 //! Reads typed values out of a tree, remembers where it is and collects every problem instead of stopping at the first.
 
-use std::{collections::BTreeMap, fmt};
+use std::{collections::BTreeMap, fmt, ops::RangeInclusive};
 
 use super::{
     Problem,
@@ -178,6 +178,35 @@ impl Decoder {
         }
     }
 
+    /// A text that is not empty: the API takes an empty one for none.
+    pub(super) fn filled(&mut self, node: &Node) -> Option<String> {
+        let text = self.text(node)?;
+        if text.is_empty() {
+            self.refuse(node, "is empty: leave the field out");
+            return None;
+        }
+        Some(text)
+    }
+
+    pub(super) fn boolean(&mut self, node: &Node) -> Option<bool> {
+        if let Value::Bool(value) = node.value {
+            return Some(value);
+        }
+        self.mistyped(node, "true or false");
+        None
+    }
+
+    pub(super) fn number(&mut self, node: &Node, range: RangeInclusive<u32>) -> Option<u32> {
+        let number = match node.value {
+            Value::Integer(n) => u32::try_from(n).ok().filter(|n| range.contains(n)),
+            _ => None,
+        };
+        if number.is_none() {
+            self.mistyped(node, format!("a number from {} to {}", range.start(), range.end()));
+        }
+        number
+    }
+
     /// One of a set of words.
     pub(super) fn word<T: Copy>(&mut self, node: &Node, words: &[(&str, T)]) -> Option<T> {
         if let Value::Text(text) = &node.value
@@ -192,20 +221,43 @@ impl Decoder {
 
     /// A mapping of texts.
     pub(super) fn texts(&mut self, node: &Node) -> Option<BTreeMap<String, String>> {
+        self.entries(node, "a mapping of texts", Self::text)
+    }
+
+    /// A mapping with keys of the operator's choice; the values that could be read.
+    pub(super) fn entries<T>(
+        &mut self,
+        node: &Node,
+        expected: &str,
+        mut read: impl FnMut(&mut Self, &Node) -> Option<T>,
+    ) -> Option<BTreeMap<String, T>> {
         let Value::Map(entries) = &node.value else {
-            self.mistyped(node, "a mapping of texts");
+            self.mistyped(node, expected);
             return None;
         };
-        let mut texts = BTreeMap::new();
-        for (key, value) in entries {
+        let mut values = BTreeMap::new();
+        for (key, node) in entries {
             self.field(key, |d| {
-                if let Some(text) = d.text(value)
-                    && texts.insert(key.clone(), text).is_some()
+                if let Some(value) = read(d, node)
+                    && values.insert(key.clone(), value).is_some()
                 {
-                    d.refuse(value, "this key is there twice");
+                    d.refuse(node, "this key is there twice");
                 }
             });
         }
-        Some(texts)
+        Some(values)
     }
+}
+
+/// The word for a value.
+pub(super) fn word<T: Copy + PartialEq>(
+    words: &[(&'static str, T)],
+    value: T,
+) -> Option<&'static str> {
+    words.iter().find(|(_, v)| *v == value).map(|(word, _)| *word)
+}
+
+/// A decimal number without sign, which `parse` alone would accept.
+pub(super) fn digits(text: &str) -> Option<u32> {
+    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }

@@ -2,23 +2,30 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
-use super::{Problem, decode::Decoder, firewall, tree::Node};
+use super::{
+    Problem, balancer, decode::Decoder, firewall, network, status::StatusDocument, tree::Node,
+};
 use crate::{
     model::{Labels, Name},
     pb::{
-        meta::{Condition, Metadata, condition::Status},
-        node::{Node as PbNode, NodeStatus, node_status::Phase},
-        policy::{FirewallPolicy, FirewallPolicyStatus},
+        balancer::LoadBalancer,
+        meta::Metadata,
+        network::Network,
+        node::{Node as PbNode, NodeSpec},
+        policy::FirewallPolicy,
         resource::{Resource, resource::Resource as Kind},
     },
 };
 
 const FIREWALL_POLICY: &str = "FirewallPolicy";
+const LOAD_BALANCER: &str = "LoadBalancer";
+const NETWORK: &str = "Network";
 const NODE: &str = "Node";
+const KINDS: [&str; 4] = [FIREWALL_POLICY, LOAD_BALANCER, NETWORK, NODE];
 /// Kinds of the design that this version does not serve: better answered than "unknown".
-const LATER: [&str; 4] = ["Network", "LoadBalancer", "Deployment", "Token"];
+const LATER: [&str; 2] = ["Deployment", "Token"];
 
 pub(super) fn decode(node: &Node) -> Result<Resource, Vec<Problem>> {
     let mut decoder = Decoder::default();
@@ -36,18 +43,23 @@ fn resource(d: &mut Decoder, node: &Node) -> Option<Resource> {
             let spec = d.required(node, &fields, "spec", firewall::decode);
             Kind::FirewallPolicy(FirewallPolicy { metadata, spec: Some(spec?), status: None })
         }
+        LOAD_BALANCER => {
+            let spec = d.required(node, &fields, "spec", balancer::decode);
+            Kind::LoadBalancer(LoadBalancer { metadata, spec: Some(spec?), status: None })
+        }
+        NETWORK => {
+            let spec = d.required(node, &fields, "spec", network::decode);
+            Kind::Network(Network { metadata, spec: Some(spec?), status: None })
+        }
         NODE => {
-            if let Some(spec) = fields.get("spec") {
-                let reason = "a Node has none: only its labels can be written";
-                d.field("spec", |d| d.refuse(spec, reason));
-            }
-            Kind::Node(PbNode { metadata, status: None })
+            let spec = d.optional(&fields, "spec", node_spec);
+            Kind::Node(PbNode { metadata, status: None, spec })
         }
         kind => {
             let reason = if LATER.contains(&kind) {
                 format!("{kind} is not supported by this version")
             } else {
-                format!("`{kind}` is not a kind; there are: {FIREWALL_POLICY}, {NODE}")
+                format!("`{kind}` is not a kind; there are: {}", KINDS.join(", "))
             };
             let at = fields.get("kind").unwrap_or(node);
             d.field("kind", |d| d.refuse(at, reason));
@@ -69,6 +81,12 @@ fn metadata(d: &mut Decoder, node: &Node) -> Option<Metadata> {
     Some(Metadata { name: name?.to_string(), labels, ..Metadata::default() })
 }
 
+fn node_spec(d: &mut Decoder, node: &Node) -> Option<NodeSpec> {
+    let fields = d.fields(node, &["draining"])?;
+    let draining = d.optional(&fields, "draining", Decoder::boolean).unwrap_or_default();
+    Some(NodeSpec { draining })
+}
+
 /// Labels of a resource, or a selector.
 pub(super) fn labels(d: &mut Decoder, node: &Node) -> Option<BTreeMap<String, String>> {
     let texts = d.texts(node)?;
@@ -84,7 +102,7 @@ pub struct Manifest {
     kind: &'static str,
     metadata: MetadataDocument,
     #[serde(skip_serializing_if = "Option::is_none")]
-    spec: Option<firewall::Document>,
+    spec: Option<SpecDocument>,
     #[serde(skip_serializing_if = "Option::is_none")]
     status: Option<StatusDocument>,
 }
@@ -96,13 +114,31 @@ impl Manifest {
             Kind::FirewallPolicy(policy) => Self {
                 kind: FIREWALL_POLICY,
                 metadata: MetadataDocument::new(policy.metadata.as_ref()),
-                spec: Some(firewall::Document::new(&policy.spec.clone().unwrap_or_default())),
+                spec: policy.spec.as_ref().map(firewall::Document::new).map(SpecDocument::Policy),
                 status: policy.status.as_ref().map(StatusDocument::of_policy),
+            },
+            Kind::LoadBalancer(balancer) => Self {
+                kind: LOAD_BALANCER,
+                metadata: MetadataDocument::new(balancer.metadata.as_ref()),
+                spec: balancer
+                    .spec
+                    .as_ref()
+                    .map(balancer::Document::new)
+                    .map(SpecDocument::LoadBalancer),
+                status: balancer.status.as_ref().map(StatusDocument::of_balancer),
+            },
+            Kind::Network(network) => Self {
+                kind: NETWORK,
+                metadata: MetadataDocument::new(network.metadata.as_ref()),
+                spec: network.spec.as_ref().map(network::Document::new).map(SpecDocument::Network),
+                status: network.status.as_ref().map(StatusDocument::of_network),
             },
             Kind::Node(node) => Self {
                 kind: NODE,
                 metadata: MetadataDocument::new(node.metadata.as_ref()),
-                spec: None,
+                spec: node
+                    .spec
+                    .map(|spec| SpecDocument::Node(NodeSpecDocument { draining: spec.draining })),
                 status: node.status.as_ref().map(StatusDocument::of_node),
             },
         };
@@ -120,6 +156,20 @@ impl Manifest {
         };
         self
     }
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+enum SpecDocument {
+    Policy(firewall::Document),
+    LoadBalancer(balancer::Document),
+    Network(network::Document),
+    Node(NodeSpecDocument),
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct NodeSpecDocument {
+    draining: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize)]
@@ -157,175 +207,5 @@ impl MetadataDocument {
             create_time: metadata.create_time.map(|t| t.to_string()),
             update_time: metadata.update_time.map(|t| t.to_string()),
         }
-    }
-}
-
-#[derive(Clone, Debug, Serialize)]
-#[serde(untagged)]
-enum StatusDocument {
-    Policy(PolicyStatusDocument),
-    Node(Box<NodeStatusDocument>),
-}
-
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct PolicyStatusDocument {
-    nodes: Vec<PolicyOnNode>,
-    conditions: Vec<ConditionDocument>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct PolicyOnNode {
-    node: String,
-    applied: bool,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    message: String,
-    rules: Vec<RuleCounterDocument>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-struct RuleCounterDocument {
-    rule: String,
-    packets: u64,
-    bytes: u64,
-}
-
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct ConditionDocument {
-    r#type: String,
-    #[serde(serialize_with = "condition_status")]
-    status: i32,
-    reason: String,
-    message: String,
-    observed_generation: i64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    transition_time: Option<String>,
-}
-
-fn condition_status<S: Serializer>(status: &i32, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(match Status::try_from(*status) {
-        Ok(Status::True) => "True",
-        Ok(Status::False) => "False",
-        Ok(Status::Unknown | Status::Unspecified) | Err(_) => "Unknown",
-    })
-}
-
-impl ConditionDocument {
-    fn new(condition: &Condition) -> Self {
-        Self {
-            r#type: condition.r#type.clone(),
-            status: condition.status,
-            reason: condition.reason.clone(),
-            message: condition.message.clone(),
-            observed_generation: condition.observed_generation,
-            transition_time: condition.transition_time.map(|t| t.to_string()),
-        }
-    }
-}
-
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct NodeStatusDocument {
-    phase: &'static str,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    reason: String,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    message: String,
-    addresses: Vec<String>,
-    kernel: String,
-    agent_version: String,
-    interfaces: Vec<InterfaceDocument>,
-    applied_revision: i64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    last_seen_time: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    firewall: Option<FirewallStatusDocument>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-struct InterfaceDocument {
-    name: String,
-    ingress: String,
-    egress: String,
-}
-
-#[derive(Clone, Debug, Serialize)]
-struct FirewallStatusDocument {
-    flows: u64,
-    rules: u64,
-    drops: Vec<DropDocument>,
-}
-
-#[derive(Clone, Debug, Serialize)]
-struct DropDocument {
-    reason: String,
-    direction: String,
-    packets: u64,
-    bytes: u64,
-}
-
-impl StatusDocument {
-    fn of_policy(status: &FirewallPolicyStatus) -> Self {
-        let node = |node: &crate::pb::policy::NodePolicyStatus| PolicyOnNode {
-            node: node.node.clone(),
-            applied: node.applied,
-            message: node.message.clone(),
-            rules: node
-                .rules
-                .iter()
-                .map(|c| RuleCounterDocument {
-                    rule: c.rule.clone(),
-                    packets: c.packets,
-                    bytes: c.bytes,
-                })
-                .collect(),
-        };
-        Self::Policy(PolicyStatusDocument {
-            nodes: status.nodes.iter().map(node).collect(),
-            conditions: status.conditions.iter().map(ConditionDocument::new).collect(),
-        })
-    }
-
-    fn of_node(status: &NodeStatus) -> Self {
-        let interface = |i: &crate::pb::node::Interface| InterfaceDocument {
-            name: i.name.clone(),
-            ingress: i.ingress.clone(),
-            egress: i.egress.clone(),
-        };
-        let drop = |d: &crate::pb::node::DropCounter| DropDocument {
-            reason: d.reason.clone(),
-            direction: d.direction.clone(),
-            packets: d.packets,
-            bytes: d.bytes,
-        };
-        Self::Node(Box::new(NodeStatusDocument {
-            phase: phase(status.phase()),
-            reason: status.reason.clone(),
-            message: status.message.clone(),
-            addresses: status.addresses.clone(),
-            kernel: status.kernel.clone(),
-            agent_version: status.agent_version.clone(),
-            interfaces: status.interfaces.iter().map(interface).collect(),
-            applied_revision: status.applied_revision,
-            last_seen_time: status.last_seen_time.map(|t| t.to_string()),
-            firewall: status.firewall.as_ref().map(|firewall| FirewallStatusDocument {
-                flows: firewall.flows,
-                rules: firewall.rules,
-                drops: firewall.drops.iter().map(drop).collect(),
-            }),
-        }))
-    }
-}
-
-/// The word for a phase, as in a Node's status.
-pub fn phase(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Unspecified => "Unknown",
-        Phase::Joining => "Joining",
-        Phase::Ready => "Ready",
-        Phase::Degraded => "Degraded",
-        Phase::Unreachable => "Unreachable",
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt};
 use serde::Serialize;
 
 use super::{
-    decode::Decoder,
+    decode::{Decoder, digits, word},
     document, icmp,
     tree::{Node, Value},
 };
@@ -29,7 +29,8 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec>
     let before = d.problems();
     let fields = d.fields_but(node, &["target", "priority", "defaults", "rules"], &["mode"])?;
     let target = d.optional(&fields, "target", document::labels).unwrap_or_default();
-    let priority = d.optional(&fields, "priority", |d, node| number(d, node, model::PRIORITY_MAX));
+    let priority =
+        d.optional(&fields, "priority", |d, node| d.number(node, 0..=model::PRIORITY_MAX));
     let defaults = d.optional(&fields, "defaults", |d, node| {
         let fields = d.fields(node, &["ingress", "egress"])?;
         Some((d.optional(&fields, "ingress", action), d.optional(&fields, "egress", action)))
@@ -149,7 +150,7 @@ fn protocol(d: &mut Decoder, node: &Node) -> Option<Option<u32>> {
             }
             known.map(|(_, number)| Some(u32::from(*number)))
         }
-        _ => number(d, node, u8::MAX.into()).map(Some),
+        _ => d.number(node, 0..=u8::MAX.into()).map(Some),
     }
 }
 
@@ -205,22 +206,6 @@ fn icmp_type(d: &mut Decoder, node: &Node, types: &[(&str, u8)]) -> Option<IcmpT
         );
     }
     read.map(|(kind, code)| IcmpType { r#type: kind, code })
-}
-
-fn number(d: &mut Decoder, node: &Node, max: u32) -> Option<u32> {
-    let number = match node.value {
-        Value::Integer(n) => u32::try_from(n).ok().filter(|n| *n <= max),
-        _ => None,
-    };
-    if number.is_none() {
-        d.mistyped(node, format!("a number from 0 to {max}"));
-    }
-    number
-}
-
-/// A decimal number without sign, which `parse` alone would accept.
-fn digits(text: &str) -> Option<u32> {
-    text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
 /// The model speaks of the API's fields.
@@ -355,10 +340,6 @@ impl RuleDocument {
                 .collect(),
         }
     }
-}
-
-fn word<T: Copy + PartialEq>(words: &[(&'static str, T)], value: T) -> Option<&'static str> {
-    words.iter().find(|(_, v)| *v == value).map(|(word, _)| *word)
 }
 
 fn named(names: &[(&'static str, u8)], number: u32) -> NumberOrText {

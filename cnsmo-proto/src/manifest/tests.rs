@@ -4,7 +4,13 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::pb::{
+    balancer::{
+        Algorithm, Backend, BackendStatus, HealthCheck, LoadBalancer, LoadBalancerSpec,
+        LoadBalancerStatus, Mode, NodeBalancerStatus, Selector, ServicePort,
+    },
     meta::Metadata,
+    network::{Member, Network, NetworkSpec, NetworkStatus, Refused, StaticAddresses},
+    node::{Node, NodeSpec, NodeStatus, OverlayStatus, PeerStatus},
     policy::{
         Action, Direction, FirewallPolicy, FirewallPolicySpec, FirewallRule, IcmpType, PortRange,
     },
@@ -93,7 +99,7 @@ fn a_bad_field_is_refused_with_its_path() {
     let cases: Vec<(String, &str)> = vec![
         ("metadata: {name: web}\nspec: {}".into(), "kind"),
         ("kind: Firewall\nmetadata: {name: web}".into(), "kind"),
-        ("kind: LoadBalancer\nmetadata: {name: web}".into(), "kind"),
+        ("kind: Deployment\nmetadata: {name: web}".into(), "kind"),
         ("kind: 7\nmetadata: {name: web}".into(), "kind"),
         ("kind: Node\nkind: Node\nmetadata: {name: web}".into(), "kind"),
         ("kind: FirewallPolicy\nspec: {}".into(), "metadata"),
@@ -109,7 +115,9 @@ fn a_bad_field_is_refused_with_its_path() {
         ("kind: Node\nmetadata: {name: a, labels: {x: a, x: b}}".into(), "metadata.labels.x"),
         ("kind: Node\nmetadata: {name: a, labels: [x]}".into(), "metadata.labels"),
         ("kind: Node\nmetadata: {name: a, uuid: x}".into(), "metadata.uuid"),
-        ("kind: Node\nmetadata: {name: a}\nspec: {}".into(), "spec"),
+        ("kind: Node\nmetadata: {name: a}\nspec: {drain: true}".into(), "spec.drain"),
+        ("kind: Node\nmetadata: {name: a}\nspec: {draining: 1}".into(), "spec.draining"),
+        ("kind: Node\nmetadata: {name: a}\nspec:".into(), "spec"),
         (with_spec("target: web"), "spec.target"),
         (with_spec("target: {role: true}"), "spec.target.role"),
         (with_spec("priority: -1"), "spec.priority"),
@@ -166,10 +174,204 @@ fn a_bad_field_is_refused_with_its_path() {
         ("kind: !mine Node\nmetadata: {name: a}".into(), ""),
     ];
     for (text, field) in cases {
-        let errors = read(&text).expect_err(&text);
-        let fields: Vec<_> = errors.iter().map(Invalid::field).collect();
-        assert_eq!(fields, [field], "{text}\n{errors}");
+        refused(&text, field);
     }
+}
+
+fn refused(text: &str, field: &str) {
+    let errors = read(text).expect_err(text);
+    let fields: Vec<_> = errors.iter().map(Invalid::field).collect();
+    assert_eq!(fields, [field], "{text}\n{errors}");
+}
+
+const NETWORK: &str = r#"kind: Network
+metadata: {name: shop}
+spec:
+  ipv4: 10.70.0.0/16
+  ipv6: "fd70::/64"
+  members: {team: shop}
+  addresses: {gw1: {ipv4: 10.70.0.5, ipv6: "fd70::5"}, db1: 10.70.0.21, web1: "fd70::b"}
+  listenPort: 51821
+  mtu: 1380
+"#;
+
+#[test]
+fn every_field_of_a_network_arrives() {
+    let Some(Kind::Network(network)) = read(NETWORK).unwrap().resources.remove(0).resource else {
+        panic!("not a network");
+    };
+    let addresses =
+        |ipv4: &str, ipv6: &str| StaticAddresses { ipv4: ipv4.to_owned(), ipv6: ipv6.to_owned() };
+    let expected = NetworkSpec {
+        ipv4_prefix: "10.70.0.0/16".into(),
+        ipv6_prefix: "fd70::/64".into(),
+        members: [("team".to_owned(), "shop".to_owned())].into(),
+        addresses: [
+            ("gw1".to_owned(), addresses("10.70.0.5", "fd70::5")),
+            ("db1".to_owned(), addresses("10.70.0.21", "")),
+            ("web1".to_owned(), addresses("", "fd70::b")),
+        ]
+        .into(),
+        listen_port: 51_821,
+        mtu: 1380,
+    };
+    assert_eq!(network.spec, Some(expected));
+}
+
+#[test]
+fn a_bad_field_of_a_network_is_refused_with_its_path() {
+    let cases = [
+        ("ipv4: 10.70.0.0/16", "ipv4: 10.70.0.1/16", "spec.ipv4"),
+        ("ipv4: 10.70.0.0/16", "ipv4: 10.70", "spec.ipv4"),
+        ("ipv4: 10.70.0.0/16", "ipv4: \"\"", "spec.ipv4"),
+        ("ipv4: 10.70.0.0/16", "ipv4Prefix: 10.70.0.0/16", "spec.ipv4Prefix"),
+        ("ipv6: \"fd70::/64\"", "ipv6: \"fd70::/127\"", "spec.ipv6"),
+        ("{team: shop}", "[web1, web2]", "spec.members"),
+        ("{team: shop}", "{team: 1}", "spec.members.team"),
+        ("db1: 10.70.0.21", "db1: 10.71.0.21", "spec.addresses.db1"),
+        ("db1: 10.70.0.21", "db1: 10.70.0.5", "spec.addresses.gw1"),
+        ("db1: 10.70.0.21", "gw1: 10.70.0.21", "spec.addresses.gw1"),
+        ("db1: 10.70.0.21", "db1: 21", "spec.addresses.db1"),
+        ("db1: 10.70.0.21", "db1: {}", "spec.addresses.db1"),
+        ("db1: 10.70.0.21", "db1: {v4: 10.70.0.21}", "spec.addresses.db1.v4"),
+        ("db1: 10.70.0.21", "db1: {ipv4: \"fd70::21\"}", "spec.addresses.db1.ipv4"),
+        ("db1: 10.70.0.21", "DB: 10.70.0.21", "spec.addresses.DB"),
+        ("51821", "0", "spec.listenPort"),
+        ("51821", "65536", "spec.listenPort"),
+        ("1380", "1279", "spec.mtu"),
+        ("1380", "8921", "spec.mtu"),
+    ];
+    for (good, bad, field) in cases {
+        assert!(NETWORK.contains(good), "{good}");
+        refused(&NETWORK.replace(good, bad), field);
+    }
+    let error = read(&NETWORK.replace("10.70.0.0/16", "10.70.0.1/16")).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "net.yaml: document 1 (Network shop): spec.ipv4: 10.70.0.1/16 has host bits; \
+         did you mean 10.70.0.0/16? (line 4)"
+    );
+    refused("kind: Network\nmetadata: {name: shop}\nspec: {}", "spec.ipv4");
+}
+
+const BALANCER: &str = r#"kind: LoadBalancer
+metadata: {name: front}
+spec:
+  network: shop
+  addresses: [10.70.0.80, "fd70::80"]
+  ports:
+    - {protocol: tcp, port: 80, targetPort: 8080}
+    - {protocol: udp, port: 53}
+  backends: {role: web}
+  gateways: {role: gateway}
+  algorithm: source
+  mode: nat
+  health: {port: 8081, interval: 1s, timeout: 250ms, fall: 3, rise: 4}
+"#;
+
+fn balancer(text: &str) -> LoadBalancerSpec {
+    match read(text).unwrap().resources.remove(0).resource {
+        Some(Kind::LoadBalancer(balancer)) => balancer.spec.unwrap(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn every_field_of_a_balancer_arrives() {
+    let label = |value: &str| BTreeMap::from([("role".to_owned(), value.to_owned())]);
+    let expected = LoadBalancerSpec {
+        network: "shop".into(),
+        addresses: vec!["10.70.0.80".into(), "fd70::80".into()],
+        ports: vec![
+            ServicePort { protocol: 6, port: 80, target_port: 8080 },
+            ServicePort { protocol: 17, port: 53, target_port: 53 },
+        ],
+        backends: label("web"),
+        gateways: Some(Selector { labels: label("gateway") }),
+        algorithm: Algorithm::Source.into(),
+        mode: Mode::Nat.into(),
+        health: Some(HealthCheck {
+            port: 8081,
+            interval: Some(prost_types::Duration { seconds: 1, nanos: 0 }),
+            timeout: Some(prost_types::Duration { seconds: 0, nanos: 250_000_000 }),
+            fall: 3,
+            rise: 4,
+        }),
+    };
+    assert_eq!(balancer(BALANCER), expected);
+}
+
+#[test]
+fn no_gateways_are_not_all_vms_and_no_health_check_is_not_the_default_one() {
+    let short: String = BALANCER.lines().take(9).flat_map(|line| [line, "\n"]).collect();
+    let spec = balancer(&short);
+    assert_eq!((spec.gateways, spec.health), (None, None));
+    assert_eq!(spec.algorithm, i32::from(Algorithm::Maglev));
+    let spec = balancer(&(short + "  gateways: {}\n  health: {}\n"));
+    assert_eq!(spec.gateways, Some(Selector::default()));
+    let check = spec.health.unwrap();
+    assert_eq!((check.port, check.fall, check.rise), (8080, 2, 2));
+}
+
+#[test]
+fn a_bad_field_of_a_balancer_is_refused_with_its_path() {
+    let cases = [
+        ("  network: shop\n", "", "spec.network"),
+        ("network: shop", "network: Shop", "spec.network"),
+        ("  backends: {role: web}\n", "", "spec.backends"),
+        ("\"fd70::80\"", "10.70.0.80", "spec.addresses[1]"),
+        ("\"fd70::80\"", "10.70.0.0/24", "spec.addresses[1]"),
+        ("\"fd70::80\"", "127.0.0.1", "spec.addresses[1]"),
+        ("[10.70.0.80, \"fd70::80\"]", "10.70.0.80", "spec.addresses"),
+        ("[10.70.0.80, \"fd70::80\"]", "[]", "spec.addresses"),
+        ("protocol: udp", "protocol: sctp", "spec.ports[1].protocol"),
+        ("protocol: udp, ", "", "spec.ports[1].protocol"),
+        ("port: 53", "port: 0", "spec.ports[1].port"),
+        ("protocol: udp, port: 53", "protocol: tcp, port: 80", "spec.ports[1].port"),
+        ("port: 53", "port: 53, targetPort: 65536", "spec.ports[1].targetPort"),
+        ("port: 53", "port: 53, target: 5353", "spec.ports[1].target"),
+        ("{role: gateway}", "gw1", "spec.gateways"),
+        ("algorithm: source", "algorithm: random", "spec.algorithm"),
+        ("mode: nat", "mode: dsr", "spec.mode"),
+        ("interval: 1s", "interval: 1", "spec.health.interval"),
+        ("interval: 1s", "interval: 0s", "spec.health.interval"),
+        ("interval: 1s", "interval: 99ms", "spec.health.interval"),
+        ("timeout: 250ms", "timeout: 11s", "spec.health.timeout"),
+        ("timeout: 250ms", "timeout: -1s", "spec.health.timeout"),
+        ("fall: 3", "fall: 0", "spec.health.fall"),
+        ("rise: 4", "rise: 11", "spec.health.rise"),
+    ];
+    for (good, bad, field) in cases {
+        assert!(BALANCER.contains(good), "{good}");
+        refused(&BALANCER.replace(good, bad), field);
+    }
+    let udp_only = BALANCER.replace("    - {protocol: tcp, port: 80, targetPort: 8080}\n", "");
+    refused(&udp_only.replace("port: 8081, ", ""), "spec.health.port");
+}
+
+#[test]
+fn a_nodes_spec_is_read_and_an_absent_one_stays_absent() {
+    for (text, expected) in [
+        ("", None),
+        ("spec: {}", Some(NodeSpec { draining: false })),
+        ("spec: {draining: true}", Some(NodeSpec { draining: true })),
+    ] {
+        let parsed = read(&format!("kind: Node\nmetadata: {{name: a}}\n{text}")).unwrap();
+        let Some(Kind::Node(node)) = &parsed.resources[0].resource else { panic!("not a node") };
+        assert_eq!(node.spec, expected, "{text}");
+    }
+}
+
+#[test]
+fn a_file_cut_anywhere_is_read_or_refused_as_a_whole() {
+    let policy = with_rule(&["ports: [80]"]);
+    let whole = format!("{NETWORK}---\n{BALANCER}---\n{policy}");
+    for end in (0..whole.len()).filter(|end| whole.is_char_boundary(*end)) {
+        if let Err(errors) = read(&whole[..end]) {
+            assert!(errors.iter().next().is_some(), "cut at {end}");
+        }
+    }
+    assert_eq!(read(&whole).unwrap().resources.len(), 3);
 }
 
 #[test]
@@ -271,7 +473,7 @@ fn the_manifests_in_the_documentation_are_read() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/manifest.md");
     let text = fs::read_to_string(path).unwrap();
     let blocks: Vec<_> = text.split("```yaml\n").skip(1).collect();
-    assert_eq!(blocks.len(), 2);
+    assert_eq!(blocks.len(), 4);
     for block in blocks {
         let yaml = block.split("```").next().unwrap();
         assert_eq!(read(yaml).unwrap().resources.len(), 1, "{yaml}");
@@ -435,6 +637,158 @@ fn what_is_printed_with_a_status_can_be_applied_again() {
     assert_eq!(policies(&json.to_string())[0].priority, 5);
 }
 
+#[test]
+fn the_statuses_of_network_balancer_and_node_are_written_and_read_over() {
+    let parse_one = |text: &str| read(text).unwrap().resources.remove(0).resource.unwrap();
+    let (Kind::Network(mut network), Kind::LoadBalancer(mut balancer)) =
+        (parse_one(NETWORK), parse_one(BALANCER))
+    else {
+        panic!("not a network and a balancer");
+    };
+    network.status = Some(NetworkStatus {
+        members: vec![Member {
+            node: "db1".into(),
+            ipv4: "10.70.0.21".into(),
+            public_key: vec![0; 32],
+            endpoints: vec!["192.0.2.1:51820".into()],
+            ..Member::default()
+        }],
+        refused: vec![Refused { node: "db2".into(), message: "is in `a`".into() }],
+        conditions: vec![],
+    });
+    let on_gateway = BackendStatus { node: "web1".into(), flows: 7, ..BackendStatus::default() };
+    balancer.status = Some(LoadBalancerStatus {
+        backends: vec![Backend { node: "web1".into(), draining: true, ..Backend::default() }],
+        nodes: vec![NodeBalancerStatus {
+            node: "gw1".into(),
+            applied: true,
+            backends: vec![BackendStatus { reason: "Draining".into(), ..on_gateway }],
+            ..NodeBalancerStatus::default()
+        }],
+        conditions: vec![],
+    });
+    let overlay = OverlayStatus {
+        network: "shop".into(),
+        public_key: vec![0; 32],
+        peers: vec![PeerStatus { node: "db1".into(), sent_bytes: 9, ..PeerStatus::default() }],
+        ..OverlayStatus::default()
+    };
+    let node = Node {
+        metadata: Some(Metadata { name: "web1".into(), ..Metadata::default() }),
+        spec: Some(NodeSpec { draining: true }),
+        status: Some(NodeStatus { overlay: Some(overlay), ..NodeStatus::default() }),
+    };
+    let printed = |resource: Kind| {
+        let manifest = Manifest::new(&Resource { resource: Some(resource) }).unwrap();
+        let json = serde_json::to_value(&manifest).unwrap();
+        let written = serde_json::to_value(manifest.without_status()).unwrap();
+        let again = read(&json.to_string()).unwrap().resources.remove(0);
+        let again = serde_json::to_value(Manifest::new(&again).unwrap()).unwrap();
+        assert_eq!(again, written);
+        json
+    };
+    let key = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=";
+    let network = printed(Kind::Network(network));
+    assert_eq!(network["status"]["members"][0]["publicKey"], key);
+    assert_eq!(network["status"]["refused"][0]["message"], "is in `a`");
+    let balancer = printed(Kind::LoadBalancer(balancer));
+    assert_eq!(balancer["status"]["backends"][0]["draining"], true);
+    assert_eq!(balancer["status"]["nodes"][0]["backends"][0]["flows"], 7);
+    let node = printed(Kind::Node(node));
+    assert_eq!(node["spec"]["draining"], true);
+    assert_eq!(node["status"]["overlay"]["publicKey"], key);
+    assert_eq!(node["status"]["overlay"]["peers"][0]["sentBytes"], 9);
+}
+
+prop_compose! {
+    fn network_spec()(
+        base in any::<std::net::Ipv4Addr>(),
+        len in 8_u8..=24,
+        base6 in any::<std::net::Ipv6Addr>(),
+        len6 in 16_u8..=112,
+        members in label(),
+        hosts in prop::collection::btree_map("[a-z]{1,8}", (1_u8..255, 0..3), 0..5),
+        listen_port in 1_u32..=65_535,
+        mtu in prop_oneof![Just(0_u32), 1280_u32..=8920],
+    ) -> NetworkSpec {
+        let v4 = ipnet::Ipv4Net::new(base, len).unwrap().trunc();
+        let v6 = ipnet::Ipv6Net::new(base6, len6).unwrap().trunc();
+        let mut used = BTreeSet::new();
+        let hosts = hosts.into_iter().filter(|(_, (host, _))| used.insert(*host));
+        let addresses = hosts.map(|(node, (host, families))| {
+            let ipv4 = (u32::from(v4.network()) + u32::from(host)).to_be_bytes();
+            let ipv6 = u128::from(v6.network()) + u128::from(host);
+            let ipv4 = if families == 1 { String::new() } else { std::net::Ipv4Addr::from(ipv4).to_string() };
+            let ipv6 = if families == 0 { String::new() } else { std::net::Ipv6Addr::from(ipv6).to_string() };
+            (node, StaticAddresses { ipv4, ipv6 })
+        });
+        NetworkSpec {
+            ipv4_prefix: v4.to_string(),
+            ipv6_prefix: v6.to_string(),
+            members,
+            addresses: addresses.collect(),
+            listen_port,
+            mtu,
+        }
+    }
+}
+
+prop_compose! {
+    fn balancer_spec()(
+        v4 in prop::collection::btree_set(0x0a00_0000_u32..0x0b00_0000, 1..5),
+        v6 in prop::collection::btree_set(0x2000_u128 << 112..0x4000_u128 << 112, 0..4),
+        ports in prop::collection::btree_map((prop::bool::ANY, 1_u32..=65_535), 1_u32..=65_535, 1..6),
+        backends in label(),
+        gateways in prop::option::of(label()),
+        algorithm in 1..=3,
+        health in prop::option::of((1_u32..=65_535, 100_i64..=60_000, 50_i64..=10_000, 1_u32..=10, 1_u32..=10)),
+    ) -> LoadBalancerSpec {
+        let time = |ms: i64| Some(prost_types::Duration {
+            seconds: ms / 1000,
+            nanos: i32::try_from(ms % 1000).unwrap() * 1_000_000,
+        });
+        LoadBalancerSpec {
+            network: "shop".into(),
+            addresses: v4
+                .into_iter()
+                .map(|bits| std::net::Ipv4Addr::from(bits).to_string())
+                .chain(v6.into_iter().map(|bits| std::net::Ipv6Addr::from(bits).to_string()))
+                .collect(),
+            ports: ports
+                .into_iter()
+                .map(|((udp, port), target_port)| ServicePort { protocol: if udp { 17 } else { 6 }, port, target_port })
+                .collect(),
+            backends,
+            gateways: gateways.map(|labels| Selector { labels }),
+            algorithm,
+            mode: Mode::Nat.into(),
+            health: health.map(|(port, interval, timeout, fall, rise)| HealthCheck {
+                port,
+                interval: time(interval),
+                timeout: time(timeout),
+                fall,
+                rise,
+            }),
+        }
+    }
+}
+
+/// YAML and JSON of it are read as it.
+fn survives(resource: &Resource) -> Result<(), TestCaseError> {
+    let manifest = Manifest::new(resource).unwrap();
+    let yaml = serde_saphyr::to_string(&manifest).unwrap();
+    let json = serde_json::to_string_pretty(&manifest).unwrap();
+    for text in [yaml, json] {
+        match read(&text) {
+            Ok(parsed) => {
+                prop_assert_eq!(&parsed.resources, std::slice::from_ref(resource), "{}", text);
+            }
+            Err(errors) => prop_assert!(false, "{errors}\n{text}"),
+        }
+    }
+    Ok(())
+}
+
 prop_compose! {
     fn port_range()(a: u16, b: u16) -> PortRange {
         PortRange { first: a.min(b).into(), last: a.max(b).into() }
@@ -531,16 +885,22 @@ proptest! {
             spec: Some(FirewallPolicySpec { target, priority, default_ingress, default_egress, rules }),
             status: None,
         };
-        let resource = Resource { resource: Some(Kind::FirewallPolicy(policy)) };
-        let manifest = Manifest::new(&resource).unwrap();
-        let yaml = serde_saphyr::to_string(&manifest).unwrap();
-        let json = serde_json::to_string_pretty(&manifest).unwrap();
-        for text in [yaml, json] {
-            match read(&text) {
-                Ok(parsed) => prop_assert_eq!(&parsed.resources, std::slice::from_ref(&resource), "{}", text),
-                Err(errors) => prop_assert!(false, "{errors}\n{text}"),
-            }
-        }
+        survives(&Resource { resource: Some(Kind::FirewallPolicy(policy)) })?;
+    }
+
+    #[test]
+    fn a_network_survives_the_way_to_a_file_and_back(labels in label(), spec in network_spec()) {
+        prop_assume!(crate::model::Network::try_from(spec.clone()).is_ok());
+        let metadata = Some(Metadata { name: "shop".to_owned(), labels, ..Metadata::default() });
+        let network = Network { metadata, spec: Some(spec), status: None };
+        survives(&Resource { resource: Some(Kind::Network(network)) })?;
+    }
+
+    #[test]
+    fn a_balancer_survives_the_way_to_a_file_and_back(labels in label(), spec in balancer_spec()) {
+        let metadata = Some(Metadata { name: "front".to_owned(), labels, ..Metadata::default() });
+        let balancer = LoadBalancer { metadata, spec: Some(spec), status: None };
+        survives(&Resource { resource: Some(Kind::LoadBalancer(balancer)) })?;
     }
 
     #[test]

@@ -24,11 +24,15 @@ const CLSACT_HANDLE: (u16, u16) = (0, 0xc5);
 
 /// Attaches to every device, or replaces the programs attached there. On an error the hooks that were not there before
 /// are removed again.
-pub(super) fn attach(ebpf: &mut Ebpf, options: &Options) -> Result<Vec<Attachment>, KernelError> {
+pub(super) fn attach(
+    ebpf: &mut Ebpf,
+    options: &Options,
+    gateway: bool,
+) -> Result<Vec<Attachment>, KernelError> {
     let links = options.pins.join("links");
     let before = pinned(&links);
     let attached: Result<_, _> =
-        options.interfaces.iter().map(|name| attach_to(ebpf, options, name)).collect();
+        options.interfaces.iter().map(|name| attach_to(ebpf, options, name, gateway)).collect();
     if attached.is_err() {
         for name in pinned(&links).difference(&before) {
             detach(&links, name);
@@ -37,18 +41,58 @@ pub(super) fn attach(ebpf: &mut Ebpf, options: &Options) -> Result<Vec<Attachmen
     attached
 }
 
-/// As [`attach`], to one device. Egress first: what a VM sends is known before the answers come.
+/// As [`attach`], to one device. Egress first: what a VM sends is known before the answers come. `gateway`: what XDP
+/// leaves to TC is judged there.
 pub(super) fn attach_to(
     ebpf: &mut Ebpf,
     options: &Options,
     interface: &str,
+    gateway: bool,
 ) -> Result<Attachment, KernelError> {
     let links = options.pins.join("links");
     let device = Device { links: &links, interface, ethernet: is_ethernet(interface)? };
     fs::create_dir_all(&links).map_err(KernelError::file(&links))?;
     let egress = device.tc(ebpf, TcAttachType::Egress)?;
+    if gateway && device.ethernet && options.xdp != XdpChoice::Off {
+        device.balance(ebpf)?;
+    }
     let ingress = device.ingress(ebpf, options.xdp)?;
+    if !ingress.starts_with("xdp") {
+        device.retire_balance();
+    }
     Ok(Attachment { interface: interface.to_owned(), ingress, egress })
+}
+
+/// Has what XDP leaves to TC judged there, on a device that is attached to.
+pub(super) fn balance(
+    ebpf: &mut Ebpf,
+    options: &Options,
+    attachment: &Attachment,
+) -> Result<(), KernelError> {
+    let links = options.pins.join("links");
+    let device = Device { links: &links, interface: &attachment.interface, ethernet: true };
+    if attachment.ingress.starts_with("xdp") { device.balance(ebpf) } else { Ok(()) }
+}
+
+/// Ends what [`balance`] began; XDP leaves nothing to TC any more.
+pub(super) fn end_balance(options: &Options, attachment: &Attachment) {
+    let links = options.pins.join("links");
+    let device = Device { links: &links, interface: &attachment.interface, ethernet: true };
+    if attachment.ingress.starts_with("xdp") {
+        device.retire_balance();
+    }
+}
+
+/// Detaches from every device but these.
+pub(super) fn detach_others(pins: &Path, kept: &[&str]) {
+    let links = pins.join("links");
+    let kept: Vec<String> = kept.iter().map(|interface| pin_name(interface)).collect();
+    for name in pinned(&links) {
+        let device = name.split_once('@').map_or(name.as_str(), |(device, _)| device);
+        if !kept.iter().any(|kept| kept == device) {
+            detach(&links, &name);
+        }
+    }
 }
 
 /// Unpins every link, which detaches it, and removes filters from the devices named in the pins.
@@ -76,6 +120,7 @@ fn detach(links: &Path, name: &str) {
     let interface = &device.replace(DOT, ".");
     for (hook, program) in [
         (TcAttachType::Ingress, "nic_ingress"),
+        (TcAttachType::Ingress, "nic_balance"),
         (TcAttachType::Ingress, "tunnel_ingress"),
         (TcAttachType::Egress, "nic_egress"),
         (TcAttachType::Egress, "tunnel_egress"),
@@ -85,6 +130,9 @@ fn detach(links: &Path, name: &str) {
     }
     let _ = fs::remove_dir(path);
 }
+
+/// Stands for the program behind XDP in the names of pins.
+const BALANCE: &str = "balance";
 
 /// Separates device and hook in the name of a pin that stands for filters, which the kernel cannot pin.
 const CLSACT_MARK: &str = "@clsact-";
@@ -161,17 +209,46 @@ impl Device<'_> {
 
     /// tcx where the kernel has it, else a filter of clsact.
     fn tc(&self, ebpf: &mut Ebpf, hook: TcAttachType) -> Result<&'static str, KernelError> {
-        let what = || format!("attach to {}", self.interface);
+        let way = if hook == TcAttachType::Egress { "egress" } else { "ingress" };
         let name = match (self.ethernet, hook == TcAttachType::Egress) {
             (true, true) => "nic_egress",
             (true, false) => "nic_ingress",
             (false, true) => "tunnel_egress",
             (false, false) => "tunnel_ingress",
         };
+        self.hook(ebpf, hook, name, way)
+    }
+
+    /// Beside XDP at ingress; on a kernel without tcx in the place that TC has alone.
+    fn balance(&self, ebpf: &mut Ebpf) -> Result<(), KernelError> {
+        self.hook(ebpf, TcAttachType::Ingress, "nic_balance", BALANCE).map(drop)
+    }
+
+    fn retire_balance(&self) {
+        let pin = self.pin(&format!("tcx-{BALANCE}"));
+        let mark = self.links.join(format!("{}{CLSACT_MARK}{BALANCE}", pin_name(self.interface)));
+        if pin.exists() {
+            let _ = sys::detach_link(&pin);
+            let _ = fs::remove_file(pin);
+        }
+        if mark.exists() {
+            let _ = tc::qdisc_detach_program(self.interface, TcAttachType::Ingress, "nic_balance");
+            let _ = fs::remove_dir(mark);
+        }
+    }
+
+    /// `way`: last part of the pin's name.
+    fn hook(
+        &self,
+        ebpf: &mut Ebpf,
+        hook: TcAttachType,
+        name: &str,
+        way: &str,
+    ) -> Result<&'static str, KernelError> {
+        let what = || format!("attach to {}", self.interface);
         ensure_loaded(ebpf, name)?;
         let program: &mut SchedClassifier =
             program(ebpf, name).map_err(KernelError::kernel(what()))?;
-        let way = if hook == TcAttachType::Egress { "egress" } else { "ingress" };
         match self.tcx(program, hook, way) {
             Ok(()) => Ok("tcx"),
             // The kernel is older than 6.6.

@@ -13,18 +13,19 @@ use aya::{
 };
 use cnsmo_common::{
     ABI_VERSION,
+    balance::{BALANCERS_MAX, RINGS_LEN},
     control::{Live, LiveParts, SLOT_FIRST},
     probe::TRACE_LEN,
 };
 
 use super::{
-    Clock, Flows, GracePeriod, Kernel, KernelError, Mapped, OBJECT, Options,
+    Balancers, Clock, Flows, GracePeriod, Kernel, KernelError, Mapped, OBJECT, Options,
     log::{ProgramLog, RING_BYTES},
     sys::{create_large_array, open_pinned, pin},
 };
 
 /// Maps that are pinned: everything a packet's fate depends on.
-const PINNED: [&str; 11] = [
+const PINNED: [&str; 16] = [
     "CONTROL",
     "BLOB_V4",
     "BLOB_V6",
@@ -36,6 +37,11 @@ const PINNED: [&str; 11] = [
     "HALF_OPEN_V4",
     "HALF_OPEN_V6",
     "FRAGMENTS",
+    "SERVICES",
+    "BALANCERS",
+    "RINGS",
+    "BACKENDS",
+    "TURNS",
 ];
 
 pub(super) struct Loaded {
@@ -61,12 +67,14 @@ pub(super) fn load(options: &Options) -> Result<Loaded, KernelError> {
     let maps = options.pins.join(format!("maps-{ABI_VERSION}-{flows}-{rules}-{words}"));
     let fresh = !maps.join("CONTROL").exists();
     fs::create_dir_all(&maps).map_err(KernelError::file(&maps))?;
-    for name in ["BLOB_V4", "BLOB_V6"] {
+    for (name, bytes) in
+        [("BLOB_V4", words * 2 * 8), ("BLOB_V6", words * 2 * 8), ("RINGS", RINGS_LEN * 2)]
+    {
         // aya cannot give a value its size; it takes a pinned map as it is.
         let path = maps.join(name);
         if !path.exists() {
-            let bytes = u32::try_from(words * 2 * 8)
-                .map_err(KernelError::kernel("size the policy memory"))?;
+            let bytes =
+                u32::try_from(bytes).map_err(KernelError::kernel("size the policy memory"))?;
             let map =
                 create_large_array(bytes).map_err(KernelError::kernel("create the policy map"))?;
             pin(map.as_fd(), &path).map_err(KernelError::file(&path))?;
@@ -138,6 +146,7 @@ impl Loaded {
             stat_counts: self.per_cpu("STAT_COUNTS")?,
             flows_v4: self.flows("ESTABLISHED_V4")?,
             flows_v6: self.flows("ESTABLISHED_V6")?,
+            balancers: self.balancers()?,
             grace: GracePeriod::new().map_err(KernelError::kernel("create a map of maps"))?,
             ebpf: self.ebpf,
             log,
@@ -149,6 +158,9 @@ impl Loaded {
             retired: std::collections::BTreeMap::new(),
             attachments: Vec::new(),
             devices: Vec::new(),
+            tunnel: None,
+            gateway: false,
+            plan: None,
             options,
         })
     }
@@ -179,9 +191,20 @@ impl Loaded {
         self.take(name)?.try_into().map_err(KernelError::kernel(format!("use {name}")))
     }
 
-    fn flows<A: Copy + 'static>(&mut self, name: &str) -> Result<Flows<A>, KernelError>
+    fn balancers(&mut self) -> Result<Balancers, KernelError> {
+        let words = self.map_pinned("BALANCERS", BALANCERS_MAX)?;
+        let rings = self.map_pinned("RINGS", RINGS_LEN)?;
+        let services =
+            self.take("SERVICES")?.try_into().map_err(KernelError::kernel("use SERVICES"))?;
+        let backends =
+            self.take("BACKENDS")?.try_into().map_err(KernelError::kernel("use BACKENDS"))?;
+        Balancers::new(services, words, rings, backends)
+    }
+
+    fn flows<A: Copy + Ord + 'static>(&mut self, name: &str) -> Result<Flows<A>, KernelError>
     where
         cnsmo_common::flow::FlowKey<A>: aya::Pod,
+        cnsmo_common::flow::Flow<A>: aya::Pod,
     {
         let fd = self.pinned(name)?;
         let map: HashMap<MapData, _, _> =

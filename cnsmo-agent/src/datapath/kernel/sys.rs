@@ -78,9 +78,19 @@ impl GracePeriod {
         Ok(Self { outer, inner })
     }
 
+    /// As [`Self::wait_for_readers`]; if the kernel refuses that, waits for longer than any program runs.
+    pub(super) fn settle(&self) {
+        if let Err(error) = self.wait_for_readers() {
+            // What was switched is live all the same. A program runs for microseconds: none is left after this.
+            tracing::warn!(%error, "failed to wait for running programs; waiting a second instead");
+            #[expect(clippy::disallowed_methods, reason = "on the data path's own thread")]
+            std::thread::sleep(std::time::Duration::from_secs(1));
+        }
+    }
+
     /// Returns when every program that runs now has ended: the kernel waits for that before an update of a map of maps
     /// returns. membarrier(2) does the same, but not with one CPU online or with nohz_full.
-    pub(super) fn wait_for_readers(&self) -> io::Result<()> {
+    fn wait_for_readers(&self) -> io::Result<()> {
         let (key, value) = (0u32, self.inner.as_raw_fd());
         let mut attr = Attr::new(&[self.outer.as_raw_fd() as u32]);
         attr.set_pointer(2, &raw const key);

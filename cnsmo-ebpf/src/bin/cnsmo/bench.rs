@@ -3,7 +3,7 @@
 
 use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
 use cnsmo_ebpf::{
-    packet::Direct,
+    packet::{Direct, FRONT},
     pipeline::{ETHERNET, Verdict, run},
 };
 
@@ -21,10 +21,10 @@ pub fn bench_flows(ctx: XdpContext) -> u32 {
     }
     let (start, end) = (ctx.data(), ctx.data_end());
     // SAFETY: both ends come from this context.
-    let packet = unsafe { Direct::new(start, end, end - start) };
+    let packet = unsafe { Direct::<FRONT>::new(start, end, (end - start) as u32, 0) };
     match run::<_, _, ETHERNET, false>(&packet, &Maps) {
-        Verdict::Pass => xdp_action::XDP_PASS,
         Verdict::Drop(_) => xdp_action::XDP_DROP,
+        _ => xdp_action::XDP_PASS,
     }
 }
 

@@ -16,6 +16,8 @@ mod probe;
 mod programs;
 #[cfg(target_arch = "bpf")]
 mod report;
+#[cfg(target_arch = "bpf")]
+mod skb;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

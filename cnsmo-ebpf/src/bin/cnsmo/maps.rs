@@ -10,9 +10,12 @@ use aya_ebpf::{
 };
 use cnsmo_common::{
     Direction,
+    balance::{
+        BACKENDS_MAX, BALANCERS_MAX, Backend, RINGS_LEN, Ring, SERVICES_MAX, Service, ServiceKey,
+    },
     blob::HEADER_WORDS,
     control::{Control, Live, RuleAction},
-    flow::{Conn, FlowKey, Fragment, FragmentKey},
+    flow::{Flow, FlowKey, Fragment, FragmentKey},
     probe::BROKEN,
     stat::{Count, Reason, STAT_ESTABLISHED_FULL, STATS},
 };
@@ -44,16 +47,34 @@ static RULE_COUNTS: PerCpuArray<Count> = PerCpuArray::with_max_entries(2, 0);
 static STAT_COUNTS: PerCpuArray<Count> = PerCpuArray::with_max_entries(STATS, 0);
 
 #[map]
-static ESTABLISHED_V4: HashMap<FlowKey<[u8; 4]>, Conn> = HashMap::with_max_entries(1, 0);
+static ESTABLISHED_V4: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> = HashMap::with_max_entries(1, 0);
 #[map]
-static ESTABLISHED_V6: HashMap<FlowKey<[u8; 16]>, Conn> = HashMap::with_max_entries(1, 0);
+static ESTABLISHED_V6: HashMap<FlowKey<[u8; 16]>, Flow<[u8; 16]>> = HashMap::with_max_entries(1, 0);
 #[map]
-static HALF_OPEN_V4: LruHashMap<FlowKey<[u8; 4]>, Conn> = LruHashMap::with_max_entries(1, 0);
+static HALF_OPEN_V4: LruHashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> =
+    LruHashMap::with_max_entries(1, 0);
 #[map]
-static HALF_OPEN_V6: LruHashMap<FlowKey<[u8; 16]>, Conn> = LruHashMap::with_max_entries(1, 0);
+static HALF_OPEN_V6: LruHashMap<FlowKey<[u8; 16]>, Flow<[u8; 16]>> =
+    LruHashMap::with_max_entries(1, 0);
 /// Datagrams under way in fragments: short-lived and rare, so a small table. Full: the oldest is lost.
 #[map]
 static FRAGMENTS: LruHashMap<FragmentKey, Fragment> = LruHashMap::with_max_entries(4096, 0);
+
+/// Virtual addresses.
+#[map]
+static SERVICES: HashMap<ServiceKey, Service> = HashMap::with_max_entries(SERVICES_MAX as u32, 0);
+/// Rings in force, one word each, by place of the balancer.
+#[map]
+static BALANCERS: Array<u64> = Array::with_max_entries(BALANCERS_MAX as u32, BPF_F_MMAPABLE);
+/// Slots of all rings in ONE value. Declared small, as `BLOB_V4`.
+#[map]
+static RINGS: Array<[u64; 8]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// By number.
+#[map]
+static BACKENDS: Array<Backend> = Array::with_max_entries(BACKENDS_MAX as u32, 0);
+/// Turns taken, by place of the balancer.
+#[map]
+static TURNS: PerCpuArray<u32> = PerCpuArray::with_max_entries(BALANCERS_MAX as u32, 0);
 
 /// Room for one packet's case: it does not fit on the stack.
 #[map]
@@ -121,6 +142,50 @@ impl Tables for Maps {
         *into = *fragment;
         true
     }
+    #[inline(always)]
+    fn service(&self, key: &ServiceKey, into: &mut Service) -> bool {
+        // SAFETY: copied while the program runs; one word, which is replaced and never changed.
+        let Some(service) = (unsafe { SERVICES.get(key) }) else {
+            return false;
+        };
+        *into = *service;
+        true
+    }
+    #[inline(always)]
+    fn ring(&self, balancer: u16) -> Ring {
+        match BALANCERS.get_ptr(balancer as u32) {
+            // SAFETY: valid and aligned. Volatile, so that it is read once although the agent writes it meanwhile.
+            Some(word) => Ring(unsafe { read_volatile(word) }),
+            None => Ring(0),
+        }
+    }
+    #[inline(always)]
+    fn slot(&self, place: u32) -> u16 {
+        match RINGS.get_ptr(0) {
+            // SAFETY: masked; the value is that long.
+            Some(rings) => unsafe { *rings.cast::<u16>().add(place as usize & (RINGS_LEN - 1)) },
+            None => u16::MAX,
+        }
+    }
+    #[inline(always)]
+    fn backend(&self, id: u16, into: &mut Backend) -> bool {
+        let Some(backend) = BACKENDS.get(id as u32) else {
+            return false;
+        };
+        *into = *backend;
+        true
+    }
+    #[inline(always)]
+    fn turn(&self, balancer: u16) -> u32 {
+        let Some(turn) = TURNS.get_ptr_mut(balancer as u32) else {
+            return 0;
+        };
+        // SAFETY: this CPU's own.
+        unsafe {
+            *turn = (*turn).wrapping_add(1);
+            *turn
+        }
+    }
 }
 
 #[inline(always)]
@@ -135,18 +200,18 @@ fn add(counter: Option<*mut Count>, count: Count) {
 }
 
 #[inline(always)]
-fn touch(conn: Option<*mut Conn>, visit: &mut impl Visit) -> bool {
-    let Some(conn) = conn else {
+fn touch<A>(flow: Option<*mut Flow<A>>, visit: &mut impl Visit<A>) -> bool {
+    let Some(flow) = flow else {
         return false;
     };
     // SAFETY: valid while the program runs. Other CPUs may write at the same time: fields are stored whole.
-    visit.visit(unsafe { &mut *conn });
+    visit.visit(unsafe { &mut *flow });
     true
 }
 
 /// The two families differ in their maps and in the shape of the classifier's key, in nothing else.
 macro_rules! flow_tables {
-    ($address:ty, $case:ident, $established:ident, $half_open:ident, $walk:ident) => {
+    ($address:ty, $family:ident, $case:ident, $established:ident, $half_open:ident, $walk:ident) => {
         impl FlowTables<$address> for Maps {
             #[inline(always)]
             fn with_case(&self, work: impl Work<$address>) -> Result<u32, Reason> {
@@ -156,22 +221,34 @@ macro_rules! flow_tables {
                 work.judge(unsafe { &mut *case })
             }
             #[inline(always)]
-            fn touch_established(&self, key: &FlowKey<$address>, visit: &mut impl Visit) -> bool {
+            fn touch_established(
+                &self,
+                key: &FlowKey<$address>,
+                visit: &mut impl Visit<$address>,
+            ) -> bool {
                 touch($established.get_ptr_mut(key), visit)
             }
             #[inline(always)]
-            fn touch_half_open(&self, key: &FlowKey<$address>, visit: &mut impl Visit) -> bool {
+            fn touch_half_open(
+                &self,
+                key: &FlowKey<$address>,
+                visit: &mut impl Visit<$address>,
+            ) -> bool {
                 touch($half_open.get_ptr_mut(key), visit)
             }
             #[inline(always)]
-            fn insert_half_open(&self, key: &FlowKey<$address>, conn: &Conn) {
+            fn insert_half_open(&self, key: &FlowKey<$address>, flow: &Flow<$address>) {
                 // Fails only if another CPU holds the bucket; the next packet of the flow tries again.
-                let _ = $half_open.insert(key, conn, 0);
+                let _ = $half_open.insert(key, flow, 0);
             }
             #[inline(always)]
-            fn promote(&self, key: &FlowKey<$address>, conn: &Conn) {
+            fn claim_half_open(&self, key: &FlowKey<$address>, flow: &Flow<$address>) -> bool {
+                $half_open.insert(key, flow, BPF_NOEXIST.into()).is_ok()
+            }
+            #[inline(always)]
+            fn promote(&self, key: &FlowKey<$address>, flow: &Flow<$address>) {
                 const EEXIST: i32 = 17;
-                match $established.insert(key, conn, BPF_NOEXIST.into()) {
+                match $established.insert(key, flow, BPF_NOEXIST.into()) {
                     Ok(()) => {
                         let _ = $half_open.remove(key);
                     }
@@ -179,7 +256,7 @@ macro_rules! flow_tables {
                     Err(error) if error == -EEXIST => {}
                     Err(_) => {
                         self.count_stat(STAT_ESTABLISHED_FULL, Count { packets: 1, bytes: 0 });
-                        let _ = $half_open.insert(key, conn, 0);
+                        let _ = $half_open.insert(key, flow, 0);
                     }
                 }
             }
@@ -197,11 +274,123 @@ macro_rules! flow_tables {
                 }
                 Some(index as u32)
             }
+            #[inline(always)]
+            fn decide(&self, case: &mut Case<$address>, _: &Control, stale: bool) {
+                lend(case);
+                stages::$family::decide(stale as u64);
+            }
+            #[inline(always)]
+            fn decide_again(&self, case: &mut Case<$address>, _: &Control) {
+                lend(case);
+                stages::$family::decide_again();
+            }
+            #[inline(always)]
+            fn choose(&self, case: &mut Case<$address>, _: &Control) {
+                lend(case);
+                stages::$family::choose();
+            }
+            #[inline(always)]
+            fn attempt(&self, case: &mut Case<$address>, _: &Control, place: u32, port: u32) {
+                lend(case);
+                stages::$family::attempt(place as u64, port as u64);
+            }
+            #[inline(always)]
+            fn settle(&self, case: &mut Case<$address>) {
+                lend(case);
+                stages::$family::settle();
+            }
         }
     };
 }
-flow_tables!([u8; 4], CASE_V4, ESTABLISHED_V4, HALF_OPEN_V4, walk_v4);
-flow_tables!([u8; 16], CASE_V6, ESTABLISHED_V6, HALF_OPEN_V6, walk_v6);
+/// The case of the packet that this program has just judged.
+#[inline(always)]
+pub fn last_v4() -> Option<&'static Case<[u8; 4]>> {
+    CASE_V4.get(0)
+}
+
+/// As [`last_v4`].
+#[inline(always)]
+pub fn last_v6() -> Option<&'static Case<[u8; 16]>> {
+    CASE_V6.get(0)
+}
+
+flow_tables!([u8; 4], v4, CASE_V4, ESTABLISHED_V4, HALF_OPEN_V4, walk_v4);
+flow_tables!([u8; 16], v6, CASE_V6, ESTABLISHED_V6, HALF_OPEN_V6, walk_v6);
+
+/// Tells the compiler that others may now change the case.
+#[inline(always)]
+fn lend<A>(case: &mut Case<A>) {
+    core::hint::black_box(case);
+}
+
+/// Stages that work on the case alone, as global functions: the verifier proves each once. Each finds the case anew,
+/// because a global function takes no pointer; the borrow of the caller is the same memory of the same CPU.
+mod stages {
+    macro_rules! stages {
+        ($family:ident, $case:ident, $decide:ident, $again:ident, $choose:ident, $attempt:ident, $settle:ident) => {
+            pub mod $family {
+                use cnsmo_ebpf::{balance, pipeline, tables::Tables as _};
+
+                use crate::maps::{Maps, $case};
+
+                pub use $again as decide_again;
+                pub use $attempt as attempt;
+                pub use $choose as choose;
+                pub use $decide as decide;
+                pub use $settle as settle;
+
+                #[unsafe(no_mangle)]
+                #[inline(never)]
+                pub extern "C" fn $decide(stale: u64) -> u64 {
+                    if let (Some(case), Some(control)) = ($case.get_ptr_mut(0), Maps.control()) {
+                        // SAFETY: this CPU's own; the caller waits.
+                        pipeline::decide(unsafe { &mut *case }, &Maps, control, stale != 0);
+                    }
+                    0
+                }
+                #[unsafe(no_mangle)]
+                #[inline(never)]
+                pub extern "C" fn $again() -> u64 {
+                    if let (Some(case), Some(control)) = ($case.get_ptr_mut(0), Maps.control()) {
+                        // SAFETY: as above.
+                        pipeline::decide_again(unsafe { &mut *case }, &Maps, control);
+                    }
+                    0
+                }
+                #[unsafe(no_mangle)]
+                #[inline(never)]
+                pub extern "C" fn $choose() -> u64 {
+                    if let (Some(case), Some(control)) = ($case.get_ptr_mut(0), Maps.control()) {
+                        // SAFETY: as above.
+                        balance::choose(unsafe { &mut *case }, &Maps, control);
+                    }
+                    0
+                }
+                #[unsafe(no_mangle)]
+                #[inline(never)]
+                pub extern "C" fn $attempt(place: u64, port: u64) -> u64 {
+                    if let (Some(case), Some(control)) = ($case.get_ptr_mut(0), Maps.control()) {
+                        let (place, port) = (place as u32, port as u32);
+                        // SAFETY: as above.
+                        balance::attempt(unsafe { &mut *case }, &Maps, control, place, port);
+                    }
+                    0
+                }
+                #[unsafe(no_mangle)]
+                #[inline(never)]
+                pub extern "C" fn $settle() -> u64 {
+                    if let Some(case) = $case.get_ptr_mut(0) {
+                        // SAFETY: as above.
+                        balance::settle(unsafe { &mut *case }, &Maps);
+                    }
+                    0
+                }
+            }
+        };
+    }
+    stages!(v4, CASE_V4, decide_v4, decide_again_v4, choose_v4, attempt_v4, settle_v4);
+    stages!(v6, CASE_V6, decide_v6, decide_again_v6, choose_v6, attempt_v6, settle_v6);
+}
 
 #[inline(always)]
 fn walk_v4(q: &Question<[u8; 4]>, live: Live) -> u64 {

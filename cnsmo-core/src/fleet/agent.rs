@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -11,20 +10,31 @@ use cnsmo_proto::{
     model::{Labels, RULES_MAX},
     pb::{
         agent::{Ack, StatusReport, TypeState, Welcome, update::Kind},
+        balancer::BackendStatus,
         node::NodeStatus,
         policy::RuleCounter,
     },
 };
 use tonic::Status;
 
-use super::{Down, DownSender, POLICY_TYPE, Push, Revision, Set, State, wall_clock};
+use super::{
+    BALANCER, Catalog, Down, DownSender, POLICY, Push, Revision, SET_TYPE, Topic,
+    set::{Set, Target},
+    wall_clock,
+};
 
 /// An agent whose heartbeats show another set than it acknowledged gets a snapshot, but not more often than this.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
-/// Addresses, interfaces or drop counters that a status report may list; the rest is cut off.
+/// Resources of one update, encoded. An agent takes messages of 64 MiB; the rest is for names and framing.
+const UPDATE_BYTES_MAX: usize = 60 << 20;
+/// Addresses, interfaces, drop counters or peers that a status report may list; the rest is cut off.
 const REPORTED_MAX: usize = 256;
+/// Backends of one balancer that a status report may list; one with more is left out.
+const BACKENDS_MAX: usize = 16_384;
 /// Bytes of a text from an agent; the rest is cut off.
 const TEXT_BYTES_MAX: usize = 1_024;
+/// Bytes of an X25519 key (RFC 7748, section 5).
+const KEY_BYTES: usize = 32;
 
 #[derive(Debug)]
 pub(super) struct Session {
@@ -45,31 +55,30 @@ struct InFlight {
     nonce: u64,
     kind: Kind,
     /// The whole set after it.
-    target: Arc<Set>,
-    /// Of the target.
-    digest: Digest,
+    target: Target,
 }
 
 #[derive(Debug)]
 pub(super) struct Rejection {
-    pub(super) revision: Revision,
+    version: Revision,
     pub(super) message: String,
 }
 
 #[derive(Debug)]
-pub(super) struct Member {
+pub(super) struct Agent {
     pub(super) labels: Labels,
-    desired: Arc<Set>,
-    digest: Digest,
+    /// That it is a member of.
+    pub(super) network: Option<String>,
+    desired: Target,
     session: Option<Session>,
     in_flight: Option<InFlight>,
     /// Nonce of this session's bookmark.
     bookmarked: Option<u64>,
     /// Target of the last update that was answered; none: only a snapshot helps. What was rejected is in it, so it is not
     /// sent again.
-    sent: Option<Arc<Set>>,
+    sent: Option<Target>,
     /// What the agent runs, if its digest has proved it.
-    proven: Option<Arc<Set>>,
+    proven: Option<Target>,
     /// As the agent said last.
     running: Option<(Revision, Digest)>,
     pub(super) rejected: BTreeMap<String, Rejection>,
@@ -83,15 +92,18 @@ pub(super) struct Member {
     /// The lease is over.
     pub(super) late: bool,
     pub(super) report: NodeStatus,
+    /// By policy.
     pub(super) counters: BTreeMap<String, Vec<RuleCounter>>,
+    /// By balancer.
+    pub(super) backends: BTreeMap<String, Vec<BackendStatus>>,
 }
 
-impl Member {
+impl Agent {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             labels: Labels::default(),
-            desired: Arc::default(),
-            digest: Digest::default(),
+            network: None,
+            desired: Target::default(),
             session: None,
             in_flight: None,
             bookmarked: None,
@@ -107,46 +119,45 @@ impl Member {
             late: false,
             report: NodeStatus::default(),
             counters: BTreeMap::new(),
+            backends: BTreeMap::new(),
         }
     }
 
     /// Names of the policies that select it.
-    pub(super) fn policies(&self) -> impl Iterator<Item = &String> {
-        self.desired.keys()
+    pub(super) fn policies(&self) -> impl Iterator<Item = &str> {
+        self.desired.own.keys().filter_map(|key| key.strip_prefix(POLICY))
     }
 
-    /// Puts a policy into the desired set or takes it out. Returns whether that changed the set.
-    pub(super) fn want(
-        &mut self,
-        policy: &str,
-        revision: Option<Revision>,
-        before: Revision,
-    ) -> bool {
-        let old = self.desired.get(policy).copied();
-        if old == revision {
+    /// Puts a resource of its own into the desired set or takes it out. Returns whether that changed the set.
+    pub(super) fn want(&mut self, key: &str, version: Option<Revision>, before: Revision) -> bool {
+        let was_in_sync = self.in_sync();
+        if !self.desired.own.put(key, version) {
+            return false;
+        }
+        self.rejected.remove(key);
+        if was_in_sync {
+            self.applied_revision = before;
+        }
+        true
+    }
+
+    /// Takes over what all members of its network are sent. Returns whether that changed the set.
+    pub(super) fn share(&mut self, shared: &Set, before: Revision) -> bool {
+        if self.desired.shared.digest() == shared.digest() {
             return false;
         }
         if self.in_sync() {
             self.applied_revision = before;
         }
-        let desired = Arc::make_mut(&mut self.desired);
-        if let Some(old) = old {
-            desired.remove(policy);
-            self.digest.remove(policy, old);
-            self.rejected.remove(policy);
-        }
-        if let Some(revision) = revision {
-            desired.insert(policy.to_owned(), revision);
-            self.digest.add(policy, revision);
-        } else {
-            self.counters.remove(policy);
-        }
+        self.desired.shared = shared.clone();
+        let desired = &self.desired;
+        self.rejected.retain(|key, rejected| desired.get(key) == Some(rejected.version));
         true
     }
 
     /// The kernel of this node enforces the desired set.
     pub(super) fn in_sync(&self) -> bool {
-        self.running.is_some_and(|(_, digest)| digest == self.digest)
+        self.running.is_some_and(|(_, digest)| digest == self.desired.digest())
     }
 
     /// The highest revision whose effect on this node is enforced.
@@ -154,9 +165,9 @@ impl Member {
         if self.in_sync() { current } else { self.applied_revision }
     }
 
-    /// Whether the node enforces what `policy` says now.
-    pub(super) fn applies(&self, policy: &str) -> bool {
-        let proven = |set: &Arc<Set>| set.get(policy) == self.desired.get(policy);
+    /// Whether the node enforces what is desired of `topic` now.
+    pub(super) fn applies(&self, topic: &Topic) -> bool {
+        let proven = |set: &Target| !self.desired.differences(set).keys().any(|key| topic.has(key));
         self.in_sync() || self.proven.as_ref().is_some_and(proven)
     }
 
@@ -189,17 +200,17 @@ impl Member {
             (self.sent, self.proven) = (None, None);
             return;
         };
-        if have == self.digest {
+        if have == self.desired.digest() {
             self.sent = Some(self.desired.clone());
             self.proven = Some(self.desired.clone());
             self.rejected.clear();
-        } else if let Some(lost) = lost.filter(|lost| lost.digest == have) {
+        } else if let Some(lost) = lost.filter(|lost| lost.target.digest() == have) {
             self.sent = Some(lost.target.clone());
             self.proven = Some(lost.target);
-        } else if self.proven.as_deref().map(digest_of) != Some(have) {
+        } else if self.proven.as_ref().map(Target::digest) != Some(have) {
             (self.sent, self.proven) = (None, None);
         }
-        if self.sent.as_ref() == Some(&self.desired) {
+        if self.was_sent_all() {
             self.bookmark(revision);
         }
     }
@@ -215,8 +226,12 @@ impl Member {
             revision,
             upserts: Vec::new(),
             removals: Vec::new(),
-            digest: self.digest,
+            digest: self.desired.digest(),
         }));
+    }
+
+    fn was_sent_all(&self) -> bool {
+        self.sent.as_ref().map(Target::digest) == Some(self.desired.digest())
     }
 
     /// Ends the session, if there is one.
@@ -242,63 +257,59 @@ impl Member {
         over
     }
 
-    /// Sends the next update if one is due and none waits for its answer. Returns false if the agent had to be cut.
-    pub(super) fn push(&mut self, state: &State) -> bool {
-        if self.session.is_none() || self.in_flight.is_some() {
-            return true;
+    /// Sends the next update if one is due and none waits for its answer. Returns whether the node has another status for it:
+    /// the agent had to be cut, or its set is too large.
+    pub(super) fn push(&mut self, catalog: &Catalog, revision: Revision) -> bool {
+        let digest = self.desired.digest();
+        let refused = self.refused.as_ref().is_some_and(|(refused, _)| *refused == digest);
+        if self.session.is_none() || self.in_flight.is_some() || refused || self.was_sent_all() {
+            return false;
         }
-        if self.refused.as_ref().is_some_and(|(digest, _)| *digest == self.digest) {
-            return true;
-        }
-        if self.sent.as_ref() == Some(&self.desired) {
-            return true;
-        }
-        let empty = Set::new();
         let (kind, base) = match &self.sent {
-            None => (Kind::Snapshot, &empty),
-            Some(sent) => (Kind::Delta, sent.as_ref()),
+            None => (Kind::Snapshot, Target::default()),
+            Some(sent) => (Kind::Delta, sent.clone()),
         };
-        let new = self.desired.iter().filter(|(name, revision)| base.get(*name) != Some(revision));
-        let upserts = new
-            .filter_map(|(name, revision)| {
-                let policy = state.policies().get(name)?;
-                Some((name.clone(), *revision, policy.spec.clone()))
-            })
-            .collect();
-        let removals =
-            base.keys().filter(|name| !self.desired.contains_key(*name)).cloned().collect();
+        let (mut upserts, mut removals) = (Vec::new(), Vec::new());
+        for (key, version) in self.desired.differences(&base) {
+            match version
+                .and_then(|version| Some((key.clone(), version, catalog.get(key)?.clone())))
+            {
+                Some(upsert) => upserts.push(upsert),
+                None => removals.push(key.clone()),
+            }
+        }
+        let bytes: usize = upserts.iter().map(|(_, _, spec)| spec.encoded_len()).sum();
+        if bytes > UPDATE_BYTES_MAX {
+            let why = format!(
+                "the resources for this VM take {bytes} bytes; one update takes {UPDATE_BYTES_MAX}"
+            );
+            self.refused = Some((digest, why));
+            return true;
+        }
         if kind == Kind::Snapshot {
             // A fresh start, perhaps of another version of the agent: what was rejected is tried once more.
             self.rejected.clear();
         }
         let nonce = self.next_nonce();
-        self.in_flight =
-            Some(InFlight { nonce, kind, target: self.desired.clone(), digest: self.digest });
-        self.send(Down::Update(Push {
-            nonce,
-            kind,
-            base_revision: self.running.map_or(0, |(revision, _)| revision),
-            revision: state.revision(),
-            upserts,
-            removals,
-            digest: self.digest,
-        }))
+        self.in_flight = Some(InFlight { nonce, kind, target: self.desired.clone() });
+        let base_revision = self.running.map_or(0, |(revision, _)| revision);
+        let push = Push { nonce, kind, base_revision, revision, upserts, removals, digest };
+        !self.send(Down::Update(push))
     }
 
     /// What the agent runs after `target` if it keeps the last good version of what it has rejected.
-    fn without_rejected(&self, target: &Set) -> Set {
-        let keeps = |(name, revision): (&String, &Revision)| {
-            if self.rejected.get(name).is_none_or(|rejected| rejected.revision != *revision) {
-                return Some((name.clone(), *revision));
+    fn without_rejected(&self, target: &Target) -> Target {
+        let mut kept = target.clone();
+        for (key, rejected) in &self.rejected {
+            if target.get(key) == Some(rejected.version) {
+                kept.put(key, self.proven.as_ref().and_then(|proven| proven.get(key)));
             }
-            let last_good = self.proven.as_ref()?.get(name)?;
-            Some((name.clone(), *last_good))
-        };
-        target.iter().filter_map(keeps).collect()
+        }
+        kept
     }
 
     pub(super) fn on_ack(&mut self, ack: Ack) -> Result<(), Status> {
-        if ack.r#type != POLICY_TYPE {
+        if ack.r#type != SET_TYPE {
             return Err(Status::invalid_argument("ack.type: is not known"));
         }
         let applied =
@@ -316,20 +327,20 @@ impl Member {
             return Ok(());
         };
         if !ack.error.is_empty() {
-            self.proven = self.proven.take().filter(|set| digest_of(set) == reported);
+            self.proven = self.proven.take().filter(|set| set.digest() == reported);
             self.sent = None;
             if flight.kind == Kind::Snapshot {
-                self.refused = Some((flight.digest, cut(ack.error)));
+                self.refused = Some((flight.target.digest(), cut(ack.error)));
             }
             return Ok(());
         }
         self.refused = None;
         for error in ack.resource_errors {
-            if flight.target.get(&error.name) == Some(&error.revision)
-                && self.desired.get(&error.name) == Some(&error.revision)
+            let version = Some(error.version);
+            if flight.target.get(&error.name) == version && self.desired.get(&error.name) == version
             {
-                let message = cut(error.message);
-                self.rejected.insert(error.name, Rejection { revision: error.revision, message });
+                let (version, message) = (error.version, cut(error.message));
+                self.rejected.insert(error.name, Rejection { version, message });
             }
         }
         self.prove(&flight, reported);
@@ -339,7 +350,7 @@ impl Member {
     /// Finds out which set the agent runs after `flight`.
     fn prove(&mut self, flight: &InFlight, reported: Digest) {
         self.sent = Some(flight.target.clone());
-        if flight.digest == reported {
+        if flight.target.digest() == reported {
             self.proven = Some(flight.target.clone());
             return;
         }
@@ -348,20 +359,16 @@ impl Member {
             (self.sent, self.proven) = (None, None);
             if flight.kind == Kind::Snapshot {
                 let text = "the agent runs another set than it was sent";
-                self.refused = Some((flight.digest, text.into()));
+                self.refused = Some((flight.target.digest(), text.into()));
             }
             return;
         }
         let kept = self.without_rejected(&flight.target);
-        let rejected = &self.rejected;
-        let dropped: Set = flight
-            .target
-            .iter()
-            .filter(|(name, _)| !rejected.contains_key(*name))
-            .map(|(name, revision)| (name.clone(), *revision))
-            .collect();
-        self.proven =
-            [kept, dropped].into_iter().find(|set| digest_of(set) == reported).map(Arc::new);
+        let mut dropped = flight.target.clone();
+        for key in self.rejected.keys() {
+            dropped.put(key, None);
+        }
+        self.proven = [kept, dropped].into_iter().find(|set| set.digest() == reported);
     }
 
     /// Takes the set that a heartbeat shows. Returns whether something changed.
@@ -389,25 +396,23 @@ impl Member {
 
     /// Takes a status report, cut to its limits. Returns whether something changed.
     pub(super) fn on_report(&mut self, report: StatusReport) -> bool {
-        let mut node = report.node.unwrap_or_default();
-        node.addresses.truncate(REPORTED_MAX);
-        node.interfaces.truncate(REPORTED_MAX);
-        if let Some(firewall) = &mut node.firewall {
-            firewall.drops.truncate(REPORTED_MAX);
-        }
-        for text in [&mut node.reason, &mut node.message, &mut node.kernel, &mut node.agent_version]
-        {
-            *text = cut(std::mem::take(text));
-        }
+        let node = cut_status(report.node.unwrap_or_default());
+        let known = |kind: &str, name: &str| self.desired.get(&format!("{kind}{name}")).is_some();
         let counters = report
             .policies
             .into_iter()
-            .filter(|one| self.desired.contains_key(&one.policy) && one.rules.len() <= RULES_MAX)
+            .filter(|one| known(POLICY, &one.policy) && one.rules.len() <= RULES_MAX)
             .map(|one| (one.policy, one.rules))
             .collect();
-        let changed = self.report != node || self.counters != counters;
-        self.report = node;
-        self.counters = counters;
+        let backends = report
+            .load_balancers
+            .into_iter()
+            .filter(|one| known(BALANCER, &one.load_balancer) && one.backends.len() <= BACKENDS_MAX)
+            .map(|one| (one.load_balancer, one.backends.into_iter().map(cut_backend).collect()))
+            .collect();
+        let changed =
+            (&self.report, &self.counters, &self.backends) != (&node, &counters, &backends);
+        (self.report, self.counters, self.backends) = (node, counters, backends);
         changed
     }
 
@@ -430,12 +435,40 @@ impl Member {
     }
 }
 
-fn digest_of(set: &Set) -> Digest {
-    set.iter().map(|(name, revision)| (name.as_str(), *revision)).collect()
-}
-
 fn digest(bytes: &[u8]) -> Result<Digest, String> {
     Digest::try_from(bytes).map_err(|_| format!("{} bytes; a digest has 32", bytes.len()))
+}
+
+/// A status within its limits.
+fn cut_status(mut node: NodeStatus) -> NodeStatus {
+    node.addresses.truncate(REPORTED_MAX);
+    node.interfaces.truncate(REPORTED_MAX);
+    if let Some(firewall) = &mut node.firewall {
+        firewall.drops.truncate(REPORTED_MAX);
+    }
+    for text in [&mut node.reason, &mut node.message, &mut node.kernel, &mut node.agent_version] {
+        *text = cut(std::mem::take(text));
+    }
+    if let Some(overlay) = &mut node.overlay {
+        overlay.peers.truncate(REPORTED_MAX);
+        let own =
+            [&mut overlay.network, &mut overlay.backend, &mut overlay.reason, &mut overlay.device];
+        let peers = overlay.peers.iter_mut().flat_map(|peer| [&mut peer.node, &mut peer.endpoint]);
+        for text in own.into_iter().chain(peers) {
+            *text = cut(std::mem::take(text));
+        }
+        overlay.public_key.truncate(KEY_BYTES);
+    }
+    node
+}
+
+fn cut_backend(backend: BackendStatus) -> BackendStatus {
+    BackendStatus {
+        node: cut(backend.node),
+        reason: cut(backend.reason),
+        message: cut(backend.message),
+        ..backend
+    }
 }
 
 /// The start of a text.

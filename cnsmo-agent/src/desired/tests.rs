@@ -1,9 +1,18 @@
-use cnsmo_proto::pb::policy::{Action, Direction, FirewallPolicySpec, FirewallRule};
+use cnsmo_proto::pb::{
+    agent::resource::Spec as Wire,
+    balancer as balancer_pb, network as network_pb,
+    policy::{Action, Direction, FirewallPolicySpec, FirewallRule},
+};
 use proptest::prelude::*;
 
 use super::*;
 
 const EPOCH: u64 = 7;
+
+/// Names without a kind are of policies.
+fn full(name: &str) -> String {
+    if name.contains('/') { name.to_owned() } else { format!("firewall-policy/{name}") }
+}
 
 /// A policy with one rule; the priority tells versions apart.
 fn good(name: &str, revision: i64) -> Resource {
@@ -15,22 +24,22 @@ fn good(name: &str, revision: i64) -> Resource {
     };
     let priority = u32::try_from(revision).unwrap();
     let spec = FirewallPolicySpec { priority, rules: vec![rule], ..Default::default() };
-    Resource { name: name.into(), revision, spec: Some(Spec::FirewallPolicy(spec)) }
+    Resource { name: full(name), version: revision, spec: Some(Wire::FirewallPolicy(spec)) }
 }
 
 /// Refused by the model: a priority above the limit.
 fn bad(name: &str, revision: i64) -> Resource {
     let spec = FirewallPolicySpec { priority: u32::MAX, ..Default::default() };
-    Resource { name: name.into(), revision, spec: Some(Spec::FirewallPolicy(spec)) }
+    Resource { name: full(name), version: revision, spec: Some(Wire::FirewallPolicy(spec)) }
 }
 
 fn digest(set: &[(&str, i64)]) -> Vec<u8> {
-    set.iter().copied().collect::<Digest>().to_vec()
+    digest_of(set.iter().map(|(name, version)| (full(name), *version))).to_vec()
 }
 
 fn update(kind: Kind, base: i64, revision: i64, sent: &[(&str, i64)]) -> Update {
     Update {
-        r#type: FIREWALL_POLICY.into(),
+        r#type: RESOURCE_TYPE.into(),
         kind: kind.into(),
         base_revision: base,
         revision,
@@ -40,29 +49,35 @@ fn update(kind: Kind, base: i64, revision: i64, sent: &[(&str, i64)]) -> Update 
 }
 
 fn snapshot(revision: i64, upserts: &[Resource]) -> Update {
-    let sent: Vec<_> = upserts.iter().map(|r| (r.name.as_str(), r.revision)).collect();
+    let sent: Vec<_> = upserts.iter().map(|r| (r.name.as_str(), r.version)).collect();
     Update { upserts: upserts.to_vec(), ..update(Kind::Snapshot, 0, revision, &sent) }
 }
 
 /// `a` at 1 and `b` at 2.
-fn two() -> PolicySet {
+fn two() -> DesiredSet {
     let update = snapshot(2, &[good("a", 1), good("b", 2)]);
-    PolicySet::default().stage(EPOCH, update).unwrap().into_set()
+    DesiredSet::default().stage(EPOCH, update).unwrap().into_set()
 }
 
-fn names(set: &PolicySet) -> Vec<(&str, i64, u32)> {
-    set.running.iter().map(|(n, r)| (n.as_str(), r.revision, r.policy.priority)).collect()
+/// Name, version and priority of the policies.
+fn names(set: &DesiredSet) -> Vec<(&str, i64, u32)> {
+    let version = |name: &Name| set.running[&Key::FirewallPolicy(name.clone())].version;
+    set.policies().map(|(n, p)| (n.as_str(), version(n), p.priority)).collect()
 }
 
-fn name(text: &str) -> Name {
-    Name::new(text).unwrap()
+fn state(set: &DesiredSet) -> TypeState {
+    set.running_state(&BTreeMap::new())
+}
+
+fn key(text: &str) -> Key {
+    full(text).parse().unwrap()
 }
 
 #[test]
 fn a_snapshot_replaces_everything() {
     let next = two().stage(EPOCH, snapshot(5, &[good("c", 5)])).unwrap().into_set();
     assert_eq!(names(&next), [("c", 5, 5)]);
-    let state = next.running_state();
+    let state = state(&next);
     assert_eq!((state.revision, state.digest), (5, digest(&[("c", 5)])));
 }
 
@@ -70,7 +85,7 @@ fn a_snapshot_replaces_everything() {
 fn a_delta_changes_what_it_names() {
     let delta = Update {
         upserts: vec![good("b", 4), good("c", 5)],
-        removals: vec!["a".into()],
+        removals: vec![full("a")],
         ..update(Kind::Delta, 2, 5, &[("b", 4), ("c", 5)])
     };
     let next = two().stage(EPOCH, delta).unwrap().into_set();
@@ -81,8 +96,8 @@ fn a_delta_changes_what_it_names() {
 fn a_bookmark_moves_the_revision_only() {
     let bookmark = update(Kind::Bookmark, 0, 9, &[("a", 1), ("b", 2)]);
     let next = two().stage(EPOCH, bookmark).unwrap().into_set();
-    assert_eq!(next.running_state().revision, 9);
-    assert!(next.enforces_the_same_as(&two()));
+    assert_eq!(state(&next).revision, 9);
+    assert_eq!(next.running, two().running);
 }
 
 #[test]
@@ -91,14 +106,14 @@ fn updates_that_do_not_fit_are_refused_whole() {
     let ab: &[_] = &[("a", 1), ("b", 2)];
     let twice = Update {
         upserts: vec![good("a", 3)],
-        removals: vec!["a".into()],
+        removals: vec![full("a")],
         ..update(Kind::Delta, 2, 3, ab)
     };
-    let loaded = Update { removals: vec!["a".into()], ..update(Kind::Bookmark, 0, 3, ab) };
+    let loaded = Update { removals: vec![full("a")], ..update(Kind::Bookmark, 0, 3, ab) };
     let mut other_type = update(Kind::Bookmark, 0, 3, ab);
-    other_type.r#type = "cnsmo.lb.v1.LoadBalancer".into();
+    other_type.r#type = "cnsmo.policy.v1.FirewallPolicy".into();
     let short = Update { digest: vec![1; 31], ..update(Kind::Bookmark, 0, 3, ab) };
-    let digest_of = |set: &PolicySet| set.sent_digest();
+    let digest_of = |set: &DesiredSet| set.sent_digest();
     let cases = [
         (EPOCH, update(Kind::Delta, 1, 3, ab), Refusal::OtherBase { base: 1, have: 2 }),
         (EPOCH, update(Kind::Snapshot, 0, 1, &[]), Refusal::LowerRevision { revision: 1, have: 2 }),
@@ -106,9 +121,9 @@ fn updates_that_do_not_fit_are_refused_whole() {
         (8, update(Kind::Delta, 2, 3, ab), Refusal::OtherEpoch { core: 8, have: EPOCH }),
         (8, update(Kind::Bookmark, 0, 3, ab), Refusal::OtherEpoch { core: 8, have: EPOCH }),
         (EPOCH, update(Kind::Unspecified, 0, 3, ab), Refusal::UnknownKind(0)),
-        (EPOCH, twice, Refusal::Twice("a".into())),
+        (EPOCH, twice, Refusal::Twice(full("a"))),
         (EPOCH, loaded, Refusal::BookmarkWithChanges),
-        (EPOCH, other_type, Refusal::UnknownType("cnsmo.lb.v1.LoadBalancer".into())),
+        (EPOCH, other_type, Refusal::UnknownType("cnsmo.policy.v1.FirewallPolicy".into())),
         (
             EPOCH,
             update(Kind::Delta, 2, 3, &[("a", 1)]),
@@ -129,8 +144,8 @@ fn a_restored_store_may_go_back_with_a_snapshot() {
 
 #[test]
 fn a_new_agent_takes_a_bookmark_of_nothing_in_any_epoch() {
-    let next = PolicySet::default().stage(EPOCH, update(Kind::Bookmark, 0, 4, &[])).unwrap();
-    assert_eq!(next.set().running_state().revision, 4);
+    let next = DesiredSet::default().stage(EPOCH, update(Kind::Bookmark, 0, 4, &[])).unwrap();
+    assert_eq!(state(next.set()).revision, 4);
 }
 
 #[test]
@@ -142,15 +157,15 @@ fn an_invalid_resource_is_rejected_alone_and_its_last_version_stays() {
         };
         let next = two().stage(EPOCH, update).unwrap().into_set();
         assert_eq!(names(&next), [("a", 1, 1), ("b", 4, 4)]);
-        let rejected: Vec<_> = next.rejections();
-        let rejected: Vec<_> = rejected.iter().map(|r| (r.name.as_str(), r.revision)).collect();
-        assert_eq!(rejected, [("Not A Name", 5), ("a", 3)]);
+        let rejected = next.rejections();
+        let rejected: Vec<_> = rejected.iter().map(|r| (r.name.as_str(), r.version)).collect();
+        assert_eq!(rejected, [("firewall-policy/Not A Name", 5), ("firewall-policy/a", 3)]);
         assert!(next.rejections()[1].message.starts_with("spec.priority: "));
-        assert_eq!(next.running_state().digest, digest(&[("a", 1), ("b", 4)]));
+        assert_eq!(state(&next).digest, digest(&[("a", 1), ("b", 4)]));
     }
 }
 
-fn with_a_rejected() -> PolicySet {
+fn with_a_rejected() -> DesiredSet {
     let update =
         Update { upserts: vec![bad("a", 3)], ..update(Kind::Delta, 2, 3, &[("a", 3), ("b", 2)]) };
     two().stage(EPOCH, update).unwrap().into_set()
@@ -166,7 +181,7 @@ fn what_was_rejected_still_counts_as_sent() {
     let next = set.stage(EPOCH, repaired).unwrap().into_set();
     assert!(next.rejections().is_empty());
     assert_eq!(names(&next), [("a", 4, 4), ("b", 2, 2)]);
-    let removed = Update { removals: vec!["a".into()], ..update(Kind::Delta, 3, 4, &[("b", 2)]) };
+    let removed = Update { removals: vec![full("a")], ..update(Kind::Delta, 3, 4, &[("b", 2)]) };
     let next = set.stage(EPOCH, removed).unwrap().into_set();
     assert!(next.rejections().is_empty());
     assert_eq!(names(&next), [("b", 2, 2)]);
@@ -195,7 +210,7 @@ fn a_policy_that_the_data_path_refuses_falls_back_to_its_last_version() {
         ..update(Kind::Delta, 2, 4, &[("a", 3), ("b", 2), ("c", 4)])
     };
     let mut staged = before.stage(EPOCH, delta).unwrap();
-    let refused = |n: &str| BTreeMap::from([(name(n), "too large".to_owned())]);
+    let refused = |n: &str| BTreeMap::from([(key(n), "too large".to_owned())]);
     assert!(!staged.fall_back(&before, &refused("b")), "b has not changed");
     assert!(staged.fall_back(&before, &refused("a")));
     assert!(!staged.fall_back(&before, &refused("a")), "a is the last version again");
@@ -208,14 +223,138 @@ fn a_policy_that_the_data_path_refuses_falls_back_to_its_last_version() {
 #[test]
 fn the_ledger_keeps_what_runs_and_what_was_rejected() {
     let set = with_a_rejected();
-    assert_eq!(PolicySet::from_record(set.to_record(vec![])), set);
+    assert_eq!(DesiredSet::from_record(set.to_record(vec![])), set);
+}
+
+fn derived(name: &str, version: i64, spec: Wire) -> Resource {
+    Resource { name: name.into(), version, spec: Some(spec) }
+}
+
+fn network(name: &str, version: i64) -> Resource {
+    let spec = network_pb::NetworkSpec { ipv4_prefix: "10.70.0.0/24".into(), ..Default::default() };
+    derived(&format!("network/{name}"), version, Wire::Network(spec))
+}
+
+fn member(network: &str, node: &str, last: u8) -> Resource {
+    let spec = network_pb::Member {
+        network: network.into(),
+        node: node.into(),
+        ipv4: format!("10.70.0.{last}"),
+        public_key: vec![last; 32],
+        ..Default::default()
+    };
+    derived(&format!("member/{network}/{node}"), last.into(), Wire::Member(spec))
+}
+
+fn balancer(name: &str, version: i64) -> Resource {
+    let spec = balancer_pb::LoadBalancerSpec {
+        network: "n".into(),
+        addresses: vec!["10.70.0.80".into()],
+        ports: vec![balancer_pb::ServicePort { protocol: 6, port: 80, target_port: 0 }],
+        ..Default::default()
+    };
+    derived(&format!("load-balancer/{name}"), version, Wire::LoadBalancer(spec))
+}
+
+fn backend(balancer: &str, node: &str, version: i64) -> Resource {
+    let spec = balancer_pb::Backend {
+        load_balancer: balancer.into(),
+        node: node.into(),
+        ipv4: "10.70.0.2".into(),
+        draining: version % 2 == 0,
+        ..Default::default()
+    };
+    derived(&format!("backend/{balancer}/{node}"), version, Wire::Backend(spec))
+}
+
+fn one_of_each() -> DesiredSet {
+    let all = [
+        good("a", 1),
+        network("n", 1),
+        member("n", "x", 2),
+        balancer("b", 3),
+        backend("b", "x", 5),
+    ];
+    DesiredSet::default().stage(EPOCH, snapshot(5, &all)).unwrap().into_set()
 }
 
 #[test]
-fn too_many_policies_are_refused_whole() {
-    let all: Vec<_> = (0..=POLICIES_MAX).map(|n| good(&format!("p{n}"), 1)).collect();
-    let refusal = PolicySet::default().stage(EPOCH, snapshot(1, &all)).unwrap_err();
-    assert_eq!(refusal, Refusal::TooMany(POLICIES_MAX + 1));
+fn all_kinds_are_kept_and_come_back_from_the_ledger() {
+    let set = one_of_each();
+    assert_eq!(set.rejections(), []);
+    assert_eq!((set.policies().count(), set.networks().count(), set.members().count()), (1, 1, 1));
+    assert_eq!((set.balancers().count(), set.backends().count()), (1, 1));
+    let (n, x) = (Name::new("n").unwrap(), Name::new("x").unwrap());
+    assert_eq!(set.member(&n, &x).unwrap().node, x);
+    assert_eq!(set.member(&x, &n), None);
+    assert_eq!(DesiredSet::from_record(set.to_record(vec![])), set);
+}
+
+#[test]
+fn a_name_that_contradicts_its_content_is_rejected_alone() {
+    let as_other = |name: &str, resource: Resource| Resource { name: name.into(), ..resource };
+    for (resource, reason) in [
+        (as_other("member/m/x", member("n", "x", 2)), "spec.network: is `n`, the name says `m`"),
+        (as_other("member/n/y", member("n", "x", 2)), "spec.node: is `x`, the name says `y`"),
+        (
+            as_other("backend/c/x", backend("b", "x", 1)),
+            "spec.loadBalancer: is `b`, the name says `c`",
+        ),
+        (as_other("backend/b/y", backend("b", "x", 1)), "spec.node: is `x`, the name says `y`"),
+        (as_other("network/n", good("n", 1)), "spec: is not of the kind that the name says"),
+        (as_other("volume/n", good("n", 1)), "name: begins with no kind"),
+        (Resource { spec: None, ..good("n", 1) }, "spec: missing"),
+    ] {
+        let next = DesiredSet::default().stage(EPOCH, snapshot(1, &[resource, good("a", 1)]));
+        let next = next.unwrap().into_set();
+        let [rejection] = &next.rejections()[..] else { panic!("not one rejection") };
+        assert!(rejection.message.starts_with(reason), "{}", rejection.message);
+        assert_eq!(names(&next), [("a", 1, 1)]);
+    }
+}
+
+#[test]
+fn what_is_blocked_is_kept_but_does_not_count_as_running() {
+    let set = one_of_each();
+    let blocked = BTreeMap::from([(key("network/n"), "no device".to_owned())]);
+    let without = [("a", 1), ("member/n/x", 2), ("load-balancer/b", 3), ("backend/b/x", 5)];
+    assert_eq!(set.running_state(&blocked).digest, digest(&without));
+    let [error] = &set.errors(&blocked)[..] else { panic!("not one error") };
+    assert_eq!((&*error.name, error.version, &*error.message), ("network/n", 1, "no device"));
+    assert_eq!(set.sent_digest().to_vec(), state(&set).digest);
+}
+
+#[test]
+fn a_refused_balancer_takes_its_changed_backends_back_with_it() {
+    let before = one_of_each();
+    let sent = [
+        ("a", 1),
+        ("network/n", 1),
+        ("member/n/x", 2),
+        ("load-balancer/b", 3),
+        ("backend/b/x", 6),
+        ("backend/b/y", 7),
+    ];
+    let delta = Update {
+        upserts: vec![backend("b", "x", 6), backend("b", "y", 7)],
+        ..update(Kind::Delta, 5, 7, &sent)
+    };
+    let mut staged = before.stage(EPOCH, delta).unwrap();
+    let refused = BTreeMap::from([(key("load-balancer/b"), "too many".to_owned())]);
+    assert!(staged.fall_back(&before, &refused));
+    assert!(!staged.fall_back(&before, &refused), "nothing more can go back");
+    let set = staged.into_set();
+    assert_eq!(set.running, before.running);
+    let rejected: Vec<_> = set.rejections().into_iter().map(|r| (r.name, r.version)).collect();
+    assert_eq!(rejected, [("backend/b/x".to_owned(), 6), ("backend/b/y".to_owned(), 7)]);
+    assert_eq!(set.sent_digest().to_vec(), digest(&sent));
+}
+
+#[test]
+fn too_many_resources_are_refused_whole() {
+    let all: Vec<_> = (0..=RESOURCES_MAX).map(|n| good(&format!("p{n}"), 1)).collect();
+    let refusal = DesiredSet::default().stage(EPOCH, snapshot(1, &all)).unwrap_err();
+    assert_eq!(refusal, Refusal::TooMany(RESOURCES_MAX + 1));
 }
 
 /// What a core may send: right or wrong in each part on its own.
@@ -265,7 +404,7 @@ impl Model {
             if step.kind == Kind::Snapshot {
                 next.sent.clear();
             } else {
-                update.removals = step.removals.iter().cloned().collect();
+                update.removals = step.removals.iter().map(|name| full(name)).collect();
                 next.sent.retain(|name, _| !step.removals.contains(name));
             }
             let revision = next.revision.max(1);
@@ -297,7 +436,7 @@ impl Model {
 proptest! {
     #[test]
     fn any_updates_leave_the_last_accepted_set(steps in prop::collection::vec(step(), 0..40)) {
-        let (mut set, mut model) = (PolicySet::default(), Model::default());
+        let (mut set, mut model) = (DesiredSet::default(), Model::default());
         for step in steps {
             let (next, update) = model.send(&step);
             let twice = step.kind == Kind::Delta
@@ -315,10 +454,10 @@ proptest! {
                 Err(refusal) => prop_assert!(!acceptable, "{refusal}: {step:?}"),
             }
             let running: BTreeMap<_, _> =
-                set.running.iter().map(|(n, r)| (n.to_string(), r.revision)).collect();
+                names(&set).iter().map(|(name, version, _)| (name.to_string(), *version)).collect();
             prop_assert_eq!(&running, &model.good);
             prop_assert_eq!(set.revision, model.revision);
-            let stored = PolicySet::from_record(set.to_record(vec![]));
+            let stored = DesiredSet::from_record(set.to_record(vec![]));
             prop_assert_eq!(&stored, &set, "the ledger loses nothing");
         }
     }

@@ -1,0 +1,233 @@
+//! What all members of a network are sent: the network, its members, its balancers and their backends.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use cnsmo_proto::{
+    model::{Addresses, ENDPOINTS_MAX},
+    pb::{
+        balancer::Backend,
+        network::{Member, NetworkSpec},
+        resource::Kind,
+    },
+};
+
+use super::{BACKEND, BALANCER, Fleet, Key, MEMBER, NETWORK, Revision, Set, Spec};
+use crate::state::{Node, State, StoredBalancer};
+
+/// What a balancer has in the set of its network.
+#[derive(Debug)]
+pub(super) struct Served {
+    pub(super) network: String,
+    /// Names of nodes.
+    pub(super) backends: BTreeSet<String>,
+}
+
+impl Fleet {
+    pub(super) fn network_changed(&mut self, name: &str, state: &State) {
+        let key = format!("{NETWORK}{name}");
+        match state.networks().get(name) {
+            Some(network) => {
+                // The members' records have the addresses.
+                let spec = NetworkSpec {
+                    addresses: Default::default(),
+                    ..NetworkSpec::clone(&network.spec)
+                };
+                let revision = network.metadata.revision;
+                self.publish(name, &key, revision, Spec::Network(Arc::new(spec)));
+            }
+            None => self.withdraw(name, &key),
+        }
+    }
+
+    /// Port and prefixes are in the members' endpoints, the prefixes of all networks in those of all.
+    pub(super) fn networks_changed(&mut self, state: &State) {
+        for roster in state.networks().keys().filter_map(|network| state.roster(network)) {
+            for node in &roster.members {
+                self.publish_member(node, state);
+            }
+        }
+    }
+
+    pub(super) fn balancer_changed(&mut self, name: &str, state: &State) {
+        let balancer = state.balancers().get(name);
+        let network = balancer.map(|balancer| balancer.model.network.as_str());
+        let backends: BTreeSet<String> = balancer
+            .map(|balancer| self.matching(state, &balancer.model.backends))
+            .into_iter()
+            .flatten()
+            .filter(|node| state.member(node).is_some_and(|(_, own, _)| Some(own) == network))
+            .collect();
+        if let Some(old) = self.served.remove(name) {
+            let stays = network == Some(old.network.as_str());
+            for node in old.backends.iter().filter(|node| !stays || !backends.contains(*node)) {
+                self.withdraw(&old.network, &backend_key(name, node));
+            }
+            if !stays {
+                self.withdraw(&old.network, &format!("{BALANCER}{name}"));
+            }
+        }
+        let Some(balancer) = balancer else { return };
+        let spec = Spec::Balancer(balancer.spec.clone());
+        let network = balancer.model.network.to_string();
+        self.publish(&network, &format!("{BALANCER}{name}"), balancer.metadata.revision, spec);
+        for node in &backends {
+            self.publish_backend(balancer, node, state);
+        }
+        self.served.insert(name.to_owned(), Served { network, backends });
+    }
+
+    /// Takes over where a node is now, and what is derived from it.
+    pub(super) fn place_changed(&mut self, name: &str, state: &State, before: Revision) {
+        let place = state.member(name).map(|(_, network, _)| network);
+        let old = self.agents.get(name).and_then(|agent| agent.network.as_deref());
+        if old != place {
+            self.withdraw_node(name);
+            if let Some(agent) = self.agents.get_mut(name) {
+                agent.network = place.map(ToOwned::to_owned);
+                agent.backends.clear();
+                match place {
+                    // Told with the other members.
+                    Some(network) => drop(self.stale.insert(network.to_owned())),
+                    None => {
+                        agent.share(&Set::default(), before);
+                        self.outbox.insert(name.to_owned());
+                    }
+                }
+            }
+        }
+        let Some((node, network, _)) = state.member(name) else { return };
+        self.publish_member(name, state);
+        for (balancer_name, balancer) in state.balancers() {
+            if balancer.model.network.as_str() != network {
+                continue;
+            }
+            let selects = balancer.model.backends.selects(&node.labels);
+            let Some(served) = self.served.get_mut(balancer_name) else { continue };
+            if selects {
+                served.backends.insert(name.to_owned());
+                self.publish_backend(balancer, name, state);
+            } else if served.backends.remove(name) {
+                self.withdraw(network, &backend_key(balancer_name, name));
+            }
+        }
+    }
+
+    /// Takes all that is derived from a node out of the set of its network.
+    pub(super) fn withdraw_node(&mut self, name: &str) {
+        let agent = self.agents.get_mut(name);
+        let Some(network) = agent.and_then(|agent| agent.network.take()) else { return };
+        let of = self.served.iter_mut().filter(|(_, served)| served.network == network);
+        let left: Vec<String> = of
+            .filter_map(|(balancer, served)| served.backends.remove(name).then(|| balancer.clone()))
+            .collect();
+        for balancer in left {
+            self.withdraw(&network, &backend_key(&balancer, name));
+        }
+        self.withdraw(&network, &format!("{MEMBER}{network}/{name}"));
+    }
+
+    /// Gives all members of changed networks their new set.
+    pub(super) fn tell_members(&mut self, state: &State, before: Revision) {
+        for network in std::mem::take(&mut self.stale) {
+            let Some(shared) = self.shared.get(&network) else { continue };
+            for name in state.roster(&network).into_iter().flat_map(|roster| &roster.members) {
+                let Some(agent) = self.agents.get_mut(name) else { continue };
+                if agent.share(shared, before) {
+                    self.changed.insert((Kind::Node, name.clone()));
+                    self.outbox.insert(name.clone());
+                }
+            }
+            if !state.networks().contains_key(&network) {
+                self.shared.remove(&network);
+            }
+        }
+    }
+
+    fn publish_member(&mut self, name: &str, state: &State) {
+        let Some((node, network, addresses)) = state.member(name) else { return };
+        let Addresses { v4, v6 } = addresses;
+        let member = Member {
+            network: network.to_owned(),
+            node: name.to_owned(),
+            ipv4: v4.map(|address| address.to_string()).unwrap_or_default(),
+            ipv6: v6.map(|address| address.to_string()).unwrap_or_default(),
+            public_key: node.announcement.public_key.map(|key| key.0.to_vec()).unwrap_or_default(),
+            endpoints: endpoints(node, network, state),
+            labels: node.labels.as_map().clone(),
+        };
+        let key = format!("{MEMBER}{network}/{name}");
+        self.publish_derived(network, &key, Spec::Member(Arc::new(member)));
+    }
+
+    fn publish_backend(&mut self, balancer: &StoredBalancer, name: &str, state: &State) {
+        let Some((node, network, Addresses { v4, v6 })) = state.member(name) else { return };
+        let load_balancer = balancer.metadata.name.clone();
+        let key = backend_key(&load_balancer, name);
+        let backend = Backend {
+            load_balancer: load_balancer.clone(),
+            node: name.to_owned(),
+            ipv4: v4.map(|address| address.to_string()).unwrap_or_default(),
+            ipv6: v6.map(|address| address.to_string()).unwrap_or_default(),
+            draining: node.draining,
+        };
+        self.changed.insert((Kind::LoadBalancer, load_balancer));
+        self.publish_derived(network, &key, Spec::Backend(Arc::new(backend)));
+    }
+
+    fn publish_derived(&mut self, network: &str, key: &str, spec: Spec) {
+        // What did not change keeps its version.
+        if self.catalog.get(key) != Some(&spec) {
+            let version = version_of(&spec.encode_to_vec());
+            self.publish(network, key, version, spec);
+        }
+    }
+
+    fn publish(&mut self, network: &str, key: &str, version: Revision, spec: Spec) {
+        let set = self.shared.entry(network.to_owned()).or_default();
+        if set.put(key, Some(version)) {
+            self.catalog.insert(Key::from(key), spec);
+            self.set_changed(network);
+        }
+    }
+
+    fn withdraw(&mut self, network: &str, key: &str) {
+        if let Some(set) = self.shared.get_mut(network)
+            && set.put(key, None)
+        {
+            self.catalog.remove(key);
+            self.set_changed(network);
+        }
+    }
+
+    fn set_changed(&mut self, network: &str) {
+        self.stale.insert(network.to_owned());
+        self.changed.insert((Kind::Network, network.to_owned()));
+    }
+}
+
+/// Where the tunnel of a node may be reached. Not inside a tunnel: a packet to such an endpoint would need itself.
+fn endpoints(node: &Node, network: &str, state: &State) -> Vec<String> {
+    let Some(network) = state.networks().get(network) else { return Vec::new() };
+    let inside =
+        |address: IpAddr| state.networks().values().any(|network| network.model.contains(address));
+    let addresses = node.announcement.addresses.iter().filter(|address| !inside(**address));
+    let endpoint =
+        |address: &IpAddr| SocketAddr::new(*address, network.model.listen_port).to_string();
+    addresses.take(ENDPOINTS_MAX).map(endpoint).collect()
+}
+
+pub(super) fn backend_key(balancer: &str, node: &str) -> String {
+    format!("{BACKEND}{balancer}/{node}")
+}
+
+/// The first 63 bits of the SHA-256, but not 0.
+fn version_of(encoded: &[u8]) -> Revision {
+    let hash = ring::digest::digest(&ring::digest::SHA256, encoded);
+    let mut first = [0; 8];
+    first.copy_from_slice(&hash.as_ref()[..8]);
+    (u64::from_be_bytes(first) >> 1).max(1).cast_signed()
+}
