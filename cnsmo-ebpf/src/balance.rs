@@ -309,26 +309,53 @@ struct Copy<'a, A> {
 impl<A: Family> Visit<A> for Copy<'_, A> {
     #[inline(always)]
     fn visit(&mut self, flow: &mut Flow<A>) {
-        let (ours, theirs) = (&self.twin.translation, &flow.translation);
-        self.foreign = flow.conn.flags & flag::TRANSLATED == 0
-            || ours.src != theirs.src
-            || ours.sport != theirs.sport
-            || ours.dst != theirs.dst
-            || ours.dport != theirs.dport;
+        self.foreign = is_foreign(self.twin, flow);
         if !self.foreign {
             flow.conn = self.twin.conn;
         }
     }
 }
 
-/// Forgets the other entry of a translated flow.
+/// Whether an entry under the key of `twin` is not the one that it stands for. Not bit by bit: another policy may have
+/// admitted it, and its state may be newer.
+#[inline(always)]
+fn is_foreign<A: Family>(twin: &Flow<A>, entry: &Flow<A>) -> bool {
+    let (ours, theirs) = (&twin.translation, &entry.translation);
+    entry.conn.flags & flag::TRANSLATED == 0
+        || ours.src != theirs.src
+        || ours.sport != theirs.sport
+        || ours.dst != theirs.dst
+        || ours.dport != theirs.dport
+}
+
+/// Forgets the other entry of a translated flow. Its key may be another flow's by now: a port is free again when its
+/// flow is over, and this entry may outlast that.
 #[inline(never)]
 pub(crate) fn forget_twin<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T) {
     set_twin(case);
-    tables.remove(&case.twin_key);
+    set_twin_translation(case);
+    let mut check = Check { twin: &case.twin, foreign: true };
+    if !tables.touch_established(&case.twin_key, &mut check) {
+        tables.touch_half_open(&case.twin_key, &mut check);
+    }
+    if !check.foreign {
+        tables.remove(&case.twin_key);
+    }
 }
 
-/// Has the other entry bear the stamp of the policy in force too.
+struct Check<'a, A> {
+    twin: &'a Flow<A>,
+    foreign: bool,
+}
+
+impl<A: Family> Visit<A> for Check<'_, A> {
+    #[inline(always)]
+    fn visit(&mut self, flow: &mut Flow<A>) {
+        self.foreign = is_foreign(self.twin, flow);
+    }
+}
+
+/// Has the other entry bear the stamp of the policy in force too, but no other flow that has its key by now.
 #[inline(never)]
 pub(crate) fn stamp_twin<A: Family, T: Tables + FlowTables<A>>(
     case: &mut Case<A>,
@@ -336,8 +363,24 @@ pub(crate) fn stamp_twin<A: Family, T: Tables + FlowTables<A>>(
     stamp: &mut impl Visit<A>,
 ) {
     set_twin(case);
-    if !tables.touch_established(&case.twin_key, stamp) {
-        tables.touch_half_open(&case.twin_key, stamp);
+    set_twin_translation(case);
+    let mut stamp = OfTwin { twin: &case.twin, visit: stamp };
+    if !tables.touch_established(&case.twin_key, &mut stamp) {
+        tables.touch_half_open(&case.twin_key, &mut stamp);
+    }
+}
+
+struct OfTwin<'a, A, V> {
+    twin: &'a Flow<A>,
+    visit: &'a mut V,
+}
+
+impl<A: Family, V: Visit<A>> Visit<A> for OfTwin<'_, A, V> {
+    #[inline(always)]
+    fn visit(&mut self, flow: &mut Flow<A>) {
+        if !is_foreign(self.twin, flow) {
+            self.visit.visit(flow);
+        }
     }
 }
 

@@ -173,6 +173,10 @@ pub struct Kernel {
     tunnel: Option<(Attachment, u32)>,
     /// What XDP leaves to TC is judged there.
     gateway: bool,
+    /// Whole rounds of the sweeps when balancers were last removed.
+    kept_since: [u64; 2],
+    /// The network has changed and no policy was switched to since.
+    moved: bool,
     /// Balancers in force; `None`: not known yet.
     plan: Option<Plan>,
 }
@@ -402,7 +406,9 @@ impl Kernel {
 
     /// Hooks on all devices that there shall be.
     fn attach(&mut self, policy: &Effective, plan: &Plan) -> Result<(), KernelError> {
-        let gateway = plan.has_gateway();
+        // Also where XDP leaves packets to TC for flows that outlive their balancer.
+        let leaves = self.control.read(0, 1)[0].switches & switch::LEAVE_TO_TC != 0;
+        let gateway = plan.has_gateway() || leaves;
         if self.attachments.is_empty() {
             self.devices = self.options.interfaces.iter().map(|name| device_index(name)).collect();
             self.attachments = attach::attach(&mut self.ebpf, &self.options, gateway)?;
@@ -419,13 +425,7 @@ impl Kernel {
     }
 
     /// Hooks that shall not be any more.
-    fn detach_unwanted(&mut self, policy: &Effective, plan: &Plan) {
-        if !plan.has_gateway() {
-            for attachment in &self.attachments {
-                attach::end_balance(&self.options, attachment);
-            }
-            self.gateway = false;
-        }
+    fn detach_unwanted(&mut self, policy: &Effective) {
         if policy.tunnel.is_none() {
             self.tunnel = None;
             self.set_control(|control| control.tunnel = 0);
@@ -453,24 +453,40 @@ impl Kernel {
         Ok(())
     }
 
-    /// The other way round, with all programs that might still leave a packet to TC waited for.
+    /// The other way round. Where XDP leaves packets to TC, it goes on to for a while: see `narrow_filters`.
     fn remove_balancers(&mut self, plan: &Plan) -> Result<(), KernelError> {
         self.balancers.remove(plan)?;
         if !plan.has_services() {
             self.set_control(|control| control.switches &= !switch::SERVICES);
         }
-        let filter = plan.gateway_filter();
-        let control = self.control.read(0, 1)[0];
-        if control.left_to_tc != filter || control.judged_by_tc != filter {
-            if !plan.has_gateway() {
-                self.set_control(|control| control.switches &= !switch::LEAVE_TO_TC);
-            }
-            self.set_control(|control| control.left_to_tc = filter);
-            // A packet that XDP has passed on reaches TC while its CPU is in the same bottom half.
-            self.grace.settle();
-            self.set_control(|control| control.judged_by_tc = filter);
-        }
+        self.kept_since = [self.flows_v4.rounds, self.flows_v6.rounds];
         Ok(())
+    }
+
+    /// Gives addresses that no gateway balancer has any more back to XDP: not before their last flow is over, which TC
+    /// alone can rewrite. Called once per sweep; XDP first, TC one sweep later, when no packet is between the two.
+    fn narrow_filters(&mut self) {
+        let Some(plan) = &self.plan else { return };
+        let (filter, has_gateway) = (plan.gateway_filter(), plan.has_gateway());
+        let control = self.control.read(0, 1)[0];
+        if control.left_to_tc != filter {
+            // The round of the removal and the one after: a flow may have become established behind the first.
+            let swept = [&self.flows_v4.rounds, &self.flows_v6.rounds]
+                .into_iter()
+                .zip(self.kept_since)
+                .all(|(rounds, since)| *rounds >= since + 2);
+            if swept && self.flows_v4.for_clients + self.flows_v6.for_clients == 0 {
+                self.set_control(|control| control.left_to_tc = filter);
+            }
+        } else if control.judged_by_tc != filter {
+            self.set_control(|control| control.judged_by_tc = filter);
+        } else if !has_gateway && control.switches & switch::LEAVE_TO_TC != 0 {
+            self.set_control(|control| control.switches &= !switch::LEAVE_TO_TC);
+            for attachment in &self.attachments {
+                attach::end_balance(&self.options, attachment);
+            }
+            self.gateway = false;
+        }
     }
 
     /// Whether addresses that only the tunnel reaches are others than before: flows are judged anew then.
@@ -585,7 +601,7 @@ impl Kernel {
         if is_live {
             self.attach(policy, plan)?;
         }
-        let moved = self.set_network(policy.tunnel.as_ref());
+        self.moved |= self.set_network(policy.tunnel.as_ref());
         self.add_balancers(plan)?;
         let next = LiveParts {
             half: self.live.half ^ 1,
@@ -596,16 +612,17 @@ impl Kernel {
             // 0 stands for "never".
             generation: self.live.generation.checked_add(1).unwrap_or(1),
         };
-        if !moved && self.is_live(compiled, &self.actions(policy, self.live.half), next) {
+        if !self.moved && self.is_live(compiled, &self.actions(policy, self.live.half), next) {
             self.names = names(policy);
         } else {
             self.switch(policy, compiled, next)?;
+            self.moved = false;
         }
         if !is_live {
             self.attach(policy, plan)?;
         }
         self.remove_balancers(plan)?;
-        self.detach_unwanted(policy, plan);
+        self.detach_unwanted(policy);
         Ok(())
     }
 }
@@ -629,7 +646,10 @@ impl Datapath for Kernel {
 
     fn steer(&mut self, balancers: &[Balancer]) -> Result<(), ApplyError> {
         let plan = self.balancers.plan(balancers).map_err(ApplyError::BalancersRefused)?;
-        Ok(self.balancers.steer(&plan, &self.grace)?)
+        self.balancers.steer(&plan, &self.grace)?;
+        // Where a failed policy goes back to.
+        self.plan = Some(plan);
+        Ok(())
     }
 
     fn status(&mut self) -> Status {
@@ -680,6 +700,7 @@ impl Datapath for Kernel {
                 tracing::warn!(%error, "failed to sweep expired flows; will try again");
             }
         }
+        self.narrow_filters();
     }
 }
 
@@ -736,7 +757,11 @@ struct Flows<A> {
     live: u64,
     /// Translated flows to each backend, as of the last whole round.
     backends: BTreeMap<A, u64>,
-    seen: (u64, BTreeMap<A, u64>),
+    /// Translated flows of clients at the network cards, as of the last whole round.
+    for_clients: u64,
+    /// Whole rounds so far.
+    rounds: u64,
+    seen: (u64, BTreeMap<A, u64>, u64),
 }
 
 impl<A: Copy + Ord + 'static> Flows<A>
@@ -746,7 +771,8 @@ where
 {
     fn new(fd: OwnedFd, map: HashMap<MapData, FlowKey<A>, Flow<A>>) -> Self {
         let (batches, backends) = (Batches::new(BATCH), BTreeMap::new());
-        Self { fd, map, batches, live: 0, backends, seen: (0, BTreeMap::new()) }
+        let seen = (0, BTreeMap::new(), 0);
+        Self { fd, map, batches, live: 0, backends, for_clients: 0, rounds: 0, seen }
     }
 
     /// The programs take an expired flow for none; this only makes room.
@@ -765,13 +791,15 @@ where
                 }
                 if conn.flags & flag::OUTER != 0 {
                     *self.seen.1.entry(flow.translation.dst).or_default() += 1;
+                    self.seen.2 += u64::from(conn.flags & flag::EGRESS == 0);
                 }
                 if conn.flags & (flag::TRANSLATED | flag::OUTER) != flag::TRANSLATED {
                     self.seen.0 += 1;
                 }
             }
             if done {
-                (self.live, self.backends) = std::mem::take(&mut self.seen);
+                (self.live, self.backends, self.for_clients) = std::mem::take(&mut self.seen);
+                self.rounds += 1;
                 break;
             }
         }

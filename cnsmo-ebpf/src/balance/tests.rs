@@ -192,7 +192,11 @@ fn sealed(mut packet: Vec<u8>) -> Vec<u8> {
         packet[10..12].copy_from_slice(&sum.to_be_bytes());
     }
     let at = checksum_at(&packet);
-    let sum = !(whole_sum(&packet).1 as u16);
+    // 0 would say that UDP has none (RFC 768).
+    let sum = match !(whole_sum(&packet).1 as u16) {
+        0 => 0xffff,
+        sum => sum,
+    };
     packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
     packet
 }
@@ -395,6 +399,24 @@ fn ports_run_out_and_come_back() {
     assert!(ports.len() * 10 > usize::from(NAT_PORTS) * 9, "{} ports used", ports.len());
     vm.later(1_001);
     vm.forward(Ip::V4, &udp_of(Ip::V4, call(70_000)));
+}
+
+#[test]
+fn a_port_that_another_flow_has_by_now_stays_with_it() {
+    for ip in FAMILIES {
+        let vm = Vm::new(algorithm::MAGLEV, &[BACKENDS[0]]);
+        let call = |port| Tuple(CLIENT, port, VIRTUAL, PORT);
+        let send = |port| tuple(&vm.forward(ip, &udp_of(ip, call(port))));
+        let first = send(1024);
+        vm.later(1_001);
+        // All are over at their second packet; the first to choose the same port takes it over.
+        let (port, inner) = (1025..u16::MAX)
+            .map(|port| (port, send(port)))
+            .find(|(_, inner)| *inner == first)
+            .expect("there are fewer ports for backends than for clients");
+        send(1024);
+        assert_eq!(tuple(&vm.back(ip, &udp_of(ip, reversed(inner)))), reversed(call(port)));
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! with what its predecessor made, and touches nothing that stays.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap as Index},
+    collections::{BTreeMap, BTreeSet, HashMap as Index, HashSet},
     net::IpAddr,
 };
 
@@ -155,10 +155,11 @@ impl Balancers {
 
     /// Writes the rings that differ, and switches each by one store.
     pub(super) fn steer(&mut self, plan: &Plan, grace: &GracePeriod) -> Result<(), KernelError> {
+        self.make_room(plan, grace);
         for (&place, balancer) in &plan.places {
             let mut numbered = Vec::new();
             for target in &balancer.backends {
-                numbered.push((&target.node, self.number(backend(target.addresses), grace)?));
+                numbered.push((&target.node, self.number(backend(target.addresses))?));
             }
             let slots = ring(balancer.algorithm, numbered);
             let place = usize::from(place);
@@ -192,16 +193,14 @@ impl Balancers {
         for place in (0..BALANCERS_MAX as u16).filter(|place| !used.contains(place)) {
             self.words.store_word(usize::from(place) * size_of::<u64>(), 0);
         }
+        self.read = true;
         Ok(())
     }
 
     /// The number of a backend; a new one takes a place that no ring has.
-    fn number(&mut self, backend: Backend, grace: &GracePeriod) -> Result<u16, KernelError> {
+    fn number(&mut self, backend: Backend) -> Result<u16, KernelError> {
         if let Some(&number) = self.numbers.get(&backend) {
             return Ok(number);
-        }
-        if self.numbers.len() >= BACKENDS_MAX {
-            self.forget_unused(grace);
         }
         let taken: BTreeSet<u16> = self.numbers.values().copied().collect();
         let free = (0..BACKENDS_MAX as u16).find(|number| !taken.contains(number));
@@ -212,8 +211,15 @@ impl Balancers {
         Ok(free)
     }
 
-    /// Frees the numbers that are in no ring. Their addresses stay in the map until a new backend takes the number.
-    fn forget_unused(&mut self, grace: &GracePeriod) {
+    /// If a plan's new backends find no place: frees the numbers that are in no ring and not in the plan, all before the
+    /// first is given away. Their addresses stay in the map until a new backend takes the number.
+    fn make_room(&mut self, plan: &Plan, grace: &GracePeriod) {
+        let targets = plan.places.values().flat_map(|balancer| &balancer.backends);
+        let wanted: HashSet<Backend> = targets.map(|target| backend(target.addresses)).collect();
+        let new = wanted.iter().filter(|backend| !self.numbers.contains_key(backend)).count();
+        if self.numbers.len() + new <= BACKENDS_MAX {
+            return;
+        }
         let mut used = BTreeSet::new();
         for word in self.words.read(0, BALANCERS_MAX) {
             let ring = Ring(word);
@@ -221,7 +227,7 @@ impl Balancers {
         }
         self.read = true;
         self.settle(grace);
-        self.numbers.retain(|_, number| used.contains(number));
+        self.numbers.retain(|backend, number| wanted.contains(backend) || used.contains(number));
     }
 
     /// Waits until no program reads what was replaced.

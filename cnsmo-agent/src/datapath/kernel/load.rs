@@ -160,6 +160,8 @@ impl Loaded {
             devices: Vec::new(),
             tunnel: None,
             gateway: false,
+            kept_since: [0; 2],
+            moved: false,
             plan: None,
             options,
         })
