@@ -257,7 +257,7 @@ fn errors_between_resources_name_both_and_the_field() {
     let cases = [
         (
             vec![network_of("a", "10.70.4.0/24", "", &[])],
-            "Network office: spec.ipv4Prefix: 10.70.0.0/16 overlaps 10.70.4.0/24 of Network a",
+            "Network office: spec.ipv4: 10.70.0.0/16 overlaps 10.70.4.0/24 of Network a",
         ),
         (
             vec![balancer_of("x", "none", "10.70.0.8", false)],
