@@ -7,13 +7,14 @@ use std::{
     collections::BTreeMap,
     io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::Path,
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, bail};
 
-use crate::{interrupt, netns::Netns, shell};
+use crate::{interrupt, netns::Netns, process::Process, shell};
 
 /// Ports the scanner asks for: all well-known ones, and the two others something listens on.
 const SCANNED_PORTS: &str = "1-1024,5432,8080";
@@ -74,6 +75,23 @@ pub(crate) fn serve_udp(netns: &Netns, port: u16, name: &'static str) -> anyhow:
         }
     });
     Ok(())
+}
+
+/// Starts a web server inside, on both families, for the files of a folder.
+pub(crate) fn serve_files(
+    netns: &Netns,
+    port: u16,
+    root: &Path,
+    log: &Path,
+) -> anyhow::Result<Process> {
+    const START_LIMIT: Duration = Duration::from_secs(30);
+    let port = port.to_string();
+    let mut command = netns.command("python3")?;
+    command.args(["-u", "-m", "http.server", &port, "--bind", "::", "--protocol", "HTTP/1.1"]);
+    command.arg("--directory").arg(root);
+    let mut server = Process::spawn("http.server", &mut command, log)?;
+    server.wait_for("Serving HTTP", START_LIMIT)?;
+    Ok(server)
 }
 
 /// Sends `count` datagrams and waits for no answer.
