@@ -49,7 +49,8 @@ use crate::{
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// From the last agent's start to the last node's READY, and from a restart to READY again.
 const READY_LIMIT: Duration = Duration::from_secs(60);
-const CORE_PORT: u16 = 7443;
+/// Of the core.
+pub(crate) const CORE_PORT: u16 = 7443;
 /// The router's address on every device, reachable without a subnet.
 const GATEWAY_V6: &str = "fe80::1";
 const GATEWAY_V4: &str = "169.254.77.1";
@@ -103,6 +104,11 @@ impl LargeFile {
         }
         shell::write(path, &contents)?;
         Ok(Self { marker, sha256: digest(&SHA256, &contents).as_ref().to_vec() })
+    }
+
+    /// In hexadecimal digits.
+    pub(crate) fn sha256_text(&self) -> String {
+        shell::hex(&self.sha256)
     }
 }
 
@@ -296,8 +302,13 @@ impl Fleet {
     /// Starts the web server of a VM, or starts it again.
     pub(crate) fn start_web(&mut self, vm: &'static str) -> anyhow::Result<()> {
         let root = self.dir().join(format!("www-{vm}"));
+        let port = WEB_PORT.to_string();
+        let mut command = self.netns(vm)?.command("python3")?;
+        command.args(["-u", "-m", "http.server", &port, "--bind", "::", "--protocol", "HTTP/1.1"]);
+        command.arg("--directory").arg(root);
         let log = self.log(&format!("http-{vm}"));
-        let server = traffic::serve_files(self.netns(vm)?, WEB_PORT, &root, &log)?;
+        let mut server = Process::spawn("http.server", &mut command, &log)?;
+        server.wait_for("Serving HTTP", START_LIMIT)?;
         self.web.insert(vm, server);
         Ok(())
     }

@@ -5,6 +5,7 @@ pub(crate) mod load;
 
 use std::{
     collections::BTreeMap,
+    fs,
     io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::Path,
@@ -14,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::{interrupt, netns::Netns, process::Process, shell};
+use crate::{interrupt, netns::Netns, shell};
 
 /// Ports the scanner asks for: all well-known ones, and the two others something listens on.
 const SCANNED_PORTS: &str = "1-1024,5432,8080";
@@ -77,21 +78,19 @@ pub(crate) fn serve_udp(netns: &Netns, port: u16, name: &'static str) -> anyhow:
     Ok(())
 }
 
-/// Starts a web server inside, on both families, for the files of a folder.
-pub(crate) fn serve_files(
-    netns: &Netns,
-    port: u16,
-    root: &Path,
-    log: &Path,
-) -> anyhow::Result<Process> {
-    const START_LIMIT: Duration = Duration::from_secs(30);
-    let port = port.to_string();
-    let mut command = netns.command("python3")?;
-    command.args(["-u", "-m", "http.server", &port, "--bind", "::", "--protocol", "HTTP/1.1"]);
-    command.arg("--directory").arg(root);
-    let mut server = Process::spawn("http.server", &mut command, log)?;
-    server.wait_for("Serving HTTP", START_LIMIT)?;
-    Ok(server)
+/// Starts a TCP server inside, on both families, that sends a file to whoever connects. It ends with this process.
+pub(crate) fn serve_file(netns: &Netns, port: u16, file: &Path) -> anyhow::Result<()> {
+    let contents = fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+    let listener = netns
+        .run(|| TcpListener::bind(("::", port)))?
+        .with_context(|| format!("listening on port {port} in {}", netns.name()))?;
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // A file that is not complete is what the client is there to notice.
+            let _ = stream.write_all(&contents);
+        }
+    });
+    Ok(())
 }
 
 /// Sends `count` datagrams and waits for no answer.
