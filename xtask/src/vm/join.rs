@@ -24,7 +24,7 @@ use crate::{
     checks::Report,
     fleet::{CORE_PORT, Control, LargeFile, Programs, TUNNEL_PORT, WEB_PORT},
     interrupt,
-    netns::{Netns, PinDir},
+    netns::{self, Netns, PinDir},
     process::Process,
     progress, run, shell,
     traffic::{self, Probe},
@@ -68,6 +68,7 @@ const SEEN: &str = "SEEN ";
 /// Boots `kernel` into the fleet, with `agent` as a static program.
 pub(super) fn run(kernel: Kernel, agent: &Path) -> anyhow::Result<()> {
     progress::heading(&format!("Debian's {} joins a fleet of this host", kernel.name()));
+    netns::sweep();
     let programs = Programs::of(&run::build()?)?;
     let mut site = progress::step("core, network and the host's agent", || Site::new(programs))?;
     let mut report = Report::default();
@@ -213,6 +214,7 @@ impl Site {
         let control = Control::new(programs, "vm")?;
         let (underlay, host) = (Netns::new("underlay")?, Netns::new(HOST)?);
         connect(&underlay, &host)?;
+        prefer_engine(&host)?;
         let file = control.dir().join("large");
         let large = LargeFile::write(&file, TRANSFER_BYTES)?;
         traffic::serve_file(&host, FILE_PORT, &file)?;
@@ -314,6 +316,15 @@ fn connect(underlay: &Netns, host: &Netns) -> anyhow::Result<()> {
     }
     host.ip(&["route", "add", "10.78.0.0/16", "via", "10.78.2.1"])?;
     host.ip(&["-6", "route", "add", "fd78::/16", "via", "fd78:2::1"])
+}
+
+/// Where the kernel of this host has WireGuard too, a device in user space is there before the agent, which takes it over.
+fn prefer_engine(host: &Netns) -> anyhow::Result<()> {
+    if host.ip(&["link", "add", "probe", "type", "wireguard"]).is_err() {
+        return Ok(());
+    }
+    host.ip(&["link", "delete", "probe"])?;
+    host.ip(&["tuntap", "add", "dev", "cnsmo0", "mode", "tun", "vnet_hdr"])
 }
 
 /// What the VM does. It has no default route: nothing for the overlay can leave beside the tunnel.
