@@ -1,8 +1,8 @@
 //! `cargo xtask bench lb`: the data path's cost per packet, by a program that runs it; and a client, a gateway, and
 //! backends behind it, with ours and others on the gateway.
 //!
-//! All of the latter shares the machine's cores, the network between gateway and backends included. So these are ratios of whole
-//! paths, and a gateway's own cost differs by more than they do.
+//! All of the latter shares the machine's cores, the network between gateway and backends included. So these are ratios
+//! of whole paths, and a gateway's own cost differs by more than they do.
 
 mod hub;
 mod load;
