@@ -22,5 +22,9 @@ const _: () = assert!(size_of::<Header>() == 64);
 /// Headers in one run; a power of two.
 pub const TRACE_LEN: u32 = 4_096;
 
+/// Bytes of a benchmark's headers: Ethernet, IPv6, TCP, and what makes whole words of them.
+pub const BENCH_HEADERS: usize = 80;
+const _: () = assert!(BENCH_HEADERS >= 14 + 40 + 20 && BENCH_HEADERS.is_multiple_of(8));
+
 /// Result of a header: what classification answers when the blob is broken.
 pub const BROKEN: u32 = u32::MAX;

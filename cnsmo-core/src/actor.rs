@@ -381,7 +381,7 @@ impl Actor {
         let announcement =
             announcement.map_err(|e| Error::Invalid(format!("hello: {}", e.at("announcement"))))?;
         let plan = self.state.plan_connect(node, &labels, announcement, SystemTime::now())?;
-        self.commit(plan).await?;
+        self.commit_for_agent(node, plan).await?;
         Ok(self.fleet.connect(node, hello, down, self.epoch, Instant::now()))
     }
 
@@ -394,10 +394,21 @@ impl Actor {
         let Some(announcement) = announced else { return };
         let announcement = Announcement::try_from(announcement)
             .map_err(|e| Error::Invalid(e.at("announcement").to_string()));
-        let plan = announcement.and_then(|new| self.state.plan_announcement(&node, new));
-        if let Err(error) = self.commit_plan(plan).await {
+        let result = match announcement.and_then(|new| self.state.plan_announcement(&node, new)) {
+            Ok(plan) => self.commit_for_agent(&node, plan).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = result {
             self.fleet.end(&node, session, error.into());
         }
+    }
+
+    /// What changes nothing is free.
+    async fn commit_for_agent(&mut self, node: &str, plan: Plan) -> Result<(), Error> {
+        if !plan.is_empty() {
+            self.fleet.admit_change(node, Instant::now())?;
+        }
+        self.commit(plan).await
     }
 
     async fn commit_plan(&mut self, plan: Result<Plan, Error>) -> Result<(), Error> {

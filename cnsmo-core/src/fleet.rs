@@ -38,6 +38,7 @@ use self::{
     set::{Key, Set},
 };
 use crate::{
+    error::Error,
     state::{Event, State},
     store::Revision,
 };
@@ -394,6 +395,14 @@ impl Fleet {
         agent.begin(Session::new(id, down), welcome, hello.have.get(SET_TYPE), now);
         self.touched(name);
         id
+    }
+
+    /// Counts a change that an agent causes in the record of its node.
+    ///
+    /// # Errors
+    /// It causes too many.
+    pub fn admit_change(&mut self, name: &str, now: Instant) -> Result<(), Error> {
+        self.agents.get_mut(name).map_or(Ok(()), |agent| agent.admit_change(now))
     }
 
     /// Takes a message of an agent. A message of an older session is dropped; an error ends the session. An announcement is

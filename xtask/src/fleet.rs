@@ -9,6 +9,7 @@
 //! Each host has the same last part in IPv6: 10.77.1.11 is fd77:1::11. As in a cloud, a VM has a host address,
 //! everything goes through its router, and a route there leads the virtual addresses 10.77.100.80 and fd77:100::80 to gw1.
 
+mod control;
 mod topology;
 
 use std::{
@@ -17,7 +18,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::Output,
     time::Duration,
 };
 
@@ -30,15 +31,16 @@ use ring::{
     digest::{SHA256, digest},
     rand::{SecureRandom as _, SystemRandom},
 };
-use serde_json::Value;
 
-pub(crate) use self::topology::{Family, GATEWAY, To, WEB, in_overlay, pairs, vms};
 use self::topology::{HOSTS, Spec};
+pub(crate) use self::{
+    control::{Control, Programs, said},
+    topology::{Family, GATEWAY, To, WEB, in_overlay, pairs, vms},
+};
 use crate::{
     capture::Capture,
-    cargo::Built,
     interrupt,
-    netns::{Netns, PinDir, RunDir},
+    netns::{Netns, PinDir},
     process::Process,
     shell, traffic,
 };
@@ -47,7 +49,8 @@ use crate::{
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// From the last agent's start to the last node's READY, and from a restart to READY again.
 const READY_LIMIT: Duration = Duration::from_secs(60);
-const CORE_PORT: u16 = 7443;
+/// Of the core.
+pub(crate) const CORE_PORT: u16 = 7443;
 /// The router's address on every device, reachable without a subnet.
 const GATEWAY_V6: &str = "fe80::1";
 const GATEWAY_V4: &str = "169.254.77.1";
@@ -68,25 +71,6 @@ pub(crate) const LARGE_BYTES: u64 = 64 << 20;
 /// The large file is a sequence of blocks that all begin with the marker: each full-sized packet holds a part of one.
 const BLOCK: usize = 512;
 
-/// The fleet's programs, as cargo built them.
-#[derive(Debug)]
-pub(crate) struct Programs {
-    pub(crate) core: PathBuf,
-    pub(crate) agent: PathBuf,
-    pub(crate) cli: PathBuf,
-}
-
-impl Programs {
-    /// Takes them from a build of the three packages.
-    pub(crate) fn of(built: &Built) -> anyhow::Result<Self> {
-        Ok(Self {
-            core: built.executable("cnsmo-core")?,
-            agent: built.executable("cnsmo-agent")?,
-            cli: built.executable("cnsmo")?,
-        })
-    }
-}
-
 /// A host of the fleet: a namespace with one device `eth0`.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -100,6 +84,32 @@ pub(crate) struct LargeFile {
     /// Random, in each of its blocks.
     pub(crate) marker: [u8; 16],
     pub(crate) sha256: Vec<u8>,
+}
+
+impl LargeFile {
+    /// Writes one of so many bytes.
+    pub(crate) fn write(path: &Path, bytes: u64) -> anyhow::Result<Self> {
+        let random = SystemRandom::new();
+        let mut marker = [0; 16];
+        let mut block = [0; BLOCK];
+        let fill =
+            |bytes: &mut [u8]| random.fill(bytes).ok().context("the system gave no randomness");
+        fill(&mut marker)?;
+        fill(&mut block)?;
+        block[..marker.len()].copy_from_slice(&marker);
+        let mut contents = block.repeat(usize::try_from(bytes)? / BLOCK);
+        // No two blocks are the same, so that a lost or doubled one does not go unnoticed.
+        for (n, block) in (0_u64..).zip(contents.chunks_mut(BLOCK)) {
+            block[marker.len()..marker.len() + 8].copy_from_slice(&n.to_be_bytes());
+        }
+        shell::write(path, &contents)?;
+        Ok(Self { marker, sha256: digest(&SHA256, &contents).as_ref().to_vec() })
+    }
+
+    /// In hexadecimal digits.
+    pub(crate) fn sha256_text(&self) -> String {
+        shell::hex(&self.sha256)
+    }
 }
 
 /// Running agent of one VM.
@@ -120,15 +130,14 @@ pub(crate) struct Fleet {
     web: BTreeMap<&'static str, Process>,
     hosts: BTreeMap<&'static str, Host>,
     router: Netns,
-    programs: Programs,
     large: LargeFile,
-    dir: RunDir,
+    control: Control,
 }
 
 impl Fleet {
     /// Builds the network and starts the servers, without core and agents.
     pub(crate) fn new(programs: Programs) -> anyhow::Result<Self> {
-        let dir = RunDir::new("run")?;
+        let control = Control::new(programs, "run")?;
         let router = Netns::new("router")?;
         router.sysctl("net/ipv4/ip_forward", "1")?;
         router.sysctl("net/ipv6/conf/all/forwarding", "1")?;
@@ -142,16 +151,15 @@ impl Fleet {
             let gateway = To::Underlay(GATEWAY).address(family).context("the gateway")?;
             router.ip(&["route", "add", &public, "via", &gateway.to_string()])?;
         }
-        let large = large_file(&dir.path().join("large"))?;
+        let large = LargeFile::write(&control.dir().join("large"), LARGE_BYTES)?;
         let mut fleet = Self {
             agents: BTreeMap::new(),
             core: None,
             web: BTreeMap::new(),
             hosts,
             router,
-            programs,
             large,
-            dir,
+            control,
         };
         fleet.start_servers()?;
         Ok(fleet)
@@ -182,6 +190,11 @@ impl Fleet {
         Capture::start(&self.router, &self.dir().join(format!("{name}.pcap")), filter)
     }
 
+    /// Its core, agents and command line.
+    pub(crate) fn control(&self) -> &Control {
+        &self.control
+    }
+
     /// The file that each web server has at [`LARGE_FILE`].
     pub(crate) fn large(&self) -> &LargeFile {
         &self.large
@@ -189,22 +202,22 @@ impl Fleet {
 
     /// Folder of logs, sockets and state.
     pub(crate) fn dir(&self) -> &Path {
-        self.dir.path()
+        self.control.dir()
     }
 
     /// The core's socket for operators.
     pub(crate) fn socket(&self) -> PathBuf {
-        self.dir().join("core.sock")
+        self.control.socket()
     }
 
     /// Folder of the core's state.
     pub(crate) fn core_state(&self) -> PathBuf {
-        self.dir().join("core")
+        self.control.core_state()
     }
 
     /// Folder of an agent's state.
     pub(crate) fn agent_state(&self, vm: &str) -> PathBuf {
-        self.dir().join(format!("agent-{vm}"))
+        self.control.agent_state(vm)
     }
 
     /// Every process in a namespace of the fleet.
@@ -219,26 +232,15 @@ impl Fleet {
     /// Starts the core, or starts it again, and waits until it serves.
     pub(crate) fn start_core(&mut self) -> anyhow::Result<()> {
         let host = self.host("core")?;
-        let listen = SocketAddr::new(host.spec.address(Family::V4), CORE_PORT).to_string();
-        let mut command = host.netns.command(&self.programs.core)?;
-        command
-            .arg("--state-dir")
-            .arg(self.core_state())
-            .args(["--listen", &listen])
-            .arg("--socket")
-            .arg(self.socket());
-        let mut core = Process::spawn("cnsmo-core", &mut command, &self.log("core"))?;
-        core.wait_for("ready", START_LIMIT)?;
+        let listen = SocketAddr::new(host.spec.address(Family::V4), CORE_PORT);
+        let core = self.control.start_core(&host.netns, listen)?;
         self.core = Some(core);
         Ok(())
     }
 
     /// Makes a join token that is good for the whole fleet.
     pub(crate) fn make_token(&self) -> anyhow::Result<()> {
-        let uses = vms().len().to_string();
-        let file = self.token_file().display().to_string();
-        self.cli_ok(&["token", "create", "--max-uses", &uses, "--ttl", "1h", "--output", &file])
-            .map(drop)
+        self.control.make_token(vms().len())
     }
 
     /// Starts the agent of each of these VMs, which never ran there.
@@ -248,16 +250,7 @@ impl Fleet {
 
     /// Waits until the core calls these VMs ready.
     pub(crate) fn wait_ready(&mut self, wanted: &[&str]) -> anyhow::Result<()> {
-        let mut seen = String::new();
-        let all = interrupt::wait_until(READY_LIMIT, || {
-            let output = self.cli(&["nodes", "-o", "json"])?;
-            seen = said(&output);
-            let ready = ready_nodes(&String::from_utf8_lossy(&output.stdout));
-            Ok(wanted.iter().all(|vm| ready.iter().any(|name| name == vm)))
-        })?;
-        if all {
-            return Ok(());
-        }
+        let Some(seen) = self.control.wait_ready(wanted, READY_LIMIT)? else { return Ok(()) };
         let logs: String = self
             .agents
             .iter()
@@ -325,7 +318,7 @@ impl Fleet {
         let agent = self.agents.get_mut(vm).with_context(|| format!("no agent on {vm}"))?;
         agent.process.terminate(START_LIMIT)?;
         let host = self.hosts.get(vm).with_context(|| format!("no host {vm}"))?;
-        let mut command = host.netns.command(&self.programs.agent)?;
+        let mut command = host.netns.command(&self.control.programs.agent)?;
         shell::read(command.arg("detach").arg("--bpffs").arg(agent.pins.path())).map(drop)
     }
 
@@ -336,53 +329,29 @@ impl Fleet {
 
     /// Runs the operator's command line.
     pub(crate) fn cli(&self, arguments: &[&str]) -> anyhow::Result<Output> {
-        let mut command = Command::new(&self.programs.cli);
-        command.arg("--socket").arg(self.socket()).args(arguments);
-        let output = shell::capture(&mut command)?;
-        interrupt::check()?;
-        Ok(output)
+        self.control.cli(arguments)
     }
 
     /// As [`Fleet::cli`], and it must succeed. Returns its standard output.
     pub(crate) fn cli_ok(&self, arguments: &[&str]) -> anyhow::Result<String> {
-        let output = self.cli(arguments)?;
-        let command = arguments.join(" ");
-        ensure!(output.status.success(), "cnsmo {command} failed\n{}", said(&output).trim_end());
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        self.control.cli_ok(arguments)
     }
 
     /// The operator's command line as a person would type it.
     pub(crate) fn cli_hint(&self) -> String {
-        format!("{} --socket {}", self.programs.cli.display(), self.socket().display())
+        format!("{} --socket {}", self.control.programs.cli.display(), self.socket().display())
     }
 
     /// Makes the fleet's folder stay, for reading its logs, by moving the logs out of it.
     pub(crate) fn keep_logs(&self, to: &Path) -> anyhow::Result<()> {
-        std::fs::create_dir_all(to).with_context(|| format!("making {}", to.display()))?;
-        for log in shell::files(self.dir())? {
-            if let (Some("log"), Some(name)) =
-                (log.extension().and_then(|e| e.to_str()), log.file_name())
-            {
-                std::fs::copy(&log, to.join(name)).context("keeping a log")?;
-            }
-        }
-        Ok(())
+        self.control.keep_logs(to)
     }
 
     fn start_agent(&mut self, vm: &'static str, pins: PinDir) -> anyhow::Result<()> {
         let host = self.host(vm)?;
         let labels = host.spec.vm.as_ref().with_context(|| format!("{vm} is no VM"))?.labels;
-        let core = self.socket_address(To::Underlay("core"), CORE_PORT)?.to_string();
-        let mut command = host.netns.command(&self.programs.agent)?;
-        command
-            .args(["--core", &core, "--node", vm, "--interface", "eth0", "--label", labels])
-            .arg("--token-file")
-            .arg(self.token_file())
-            .arg("--state-dir")
-            .arg(self.agent_state(vm))
-            .arg("--bpffs")
-            .arg(pins.path());
-        let process = Process::spawn("cnsmo-agent", &mut command, &self.log(vm))?;
+        let core = self.socket_address(To::Underlay("core"), CORE_PORT)?;
+        let process = self.control.start_agent((vm, &host.netns), core, labels, &pins)?;
         self.agents.insert(vm, Agent { process, pins });
         Ok(())
     }
@@ -408,19 +377,9 @@ impl Fleet {
         traffic::serve_udp(self.netns("client")?, UDP_PORT, "client")
     }
 
-    fn token_file(&self) -> PathBuf {
-        self.dir().join("token")
-    }
-
     fn log(&self, name: &str) -> PathBuf {
-        self.dir().join(format!("{name}.log"))
+        self.control.log(name)
     }
-}
-
-/// What a program wrote, errors first.
-pub(crate) fn said(output: &Output) -> String {
-    let errors = String::from_utf8_lossy(&output.stderr);
-    errors.into_owned() + &String::from_utf8_lossy(&output.stdout)
 }
 
 fn host(spec: &'static Spec, router: &Netns) -> anyhow::Result<Host> {
@@ -438,51 +397,4 @@ fn host(spec: &'static Spec, router: &Netns) -> anyhow::Result<Host> {
     router.ip(&["route", "add", &v4, "dev", &port])?;
     router.ip(&["-6", "route", "add", &v6, "dev", &port])?;
     Ok(Host { netns, spec })
-}
-
-/// Writes the file for large transfers.
-fn large_file(path: &Path) -> anyhow::Result<LargeFile> {
-    let random = SystemRandom::new();
-    let mut marker = [0; 16];
-    let mut block = [0; BLOCK];
-    let fill = |bytes: &mut [u8]| random.fill(bytes).ok().context("the system gave no randomness");
-    fill(&mut marker)?;
-    fill(&mut block)?;
-    block[..marker.len()].copy_from_slice(&marker);
-    let mut contents = block.repeat(usize::try_from(LARGE_BYTES)? / BLOCK);
-    // No two blocks are the same, so that a lost or doubled one does not go unnoticed.
-    for (n, block) in (0_u64..).zip(contents.chunks_mut(BLOCK)) {
-        block[marker.len()..marker.len() + 8].copy_from_slice(&n.to_be_bytes());
-    }
-    shell::write(path, &contents)?;
-    Ok(LargeFile { marker, sha256: digest(&SHA256, &contents).as_ref().to_vec() })
-}
-
-/// Names of the nodes whose phase is READY in `cnsmo nodes -o json`. Empty while the core does not answer.
-fn ready_nodes(json: &str) -> Vec<String> {
-    let Ok(value) = serde_json::from_str::<Value>(json) else { return Vec::new() };
-    let list = value.as_array().or_else(|| value["items"].as_array());
-    let nodes = list.into_iter().flatten();
-    nodes
-        .filter(|node| {
-            let phase = node["status"]["phase"].as_str().unwrap_or_default();
-            phase.eq_ignore_ascii_case("ready") || phase == "PHASE_READY"
-        })
-        .filter_map(|node| Some(node["metadata"]["name"].as_str()?.to_owned()))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_ready_nodes_count() {
-        let json = r#"{"items":[
-            {"metadata":{"name":"web1"},"status":{"phase":"READY"}},
-            {"metadata":{"name":"web2"},"status":{"phase":"JOINING"}},
-            {"metadata":{"name":"db1"}}]}"#;
-        assert_eq!(ready_nodes(json), ["web1"]);
-        assert!(ready_nodes("connection refused").is_empty());
-    }
 }

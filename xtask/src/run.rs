@@ -65,7 +65,7 @@ fn replace_by(package: &str, arguments: &[String]) -> anyhow::Result<()> {
 
 /// All programs at once also for one of them: with other packages cargo would choose other features, and build
 /// everything again.
-fn build() -> anyhow::Result<cargo::Built> {
+pub(crate) fn build() -> anyhow::Result<cargo::Built> {
     cargo::build(cargo().args([
         "build",
         "--package=cnsmo-core",

@@ -7,15 +7,13 @@ pub(crate) mod overlay;
 pub(crate) mod policy;
 pub(crate) mod secrets;
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
-use anyhow::Context as _;
 use serde_json::Value;
 
 use crate::{
     checks::{self, Report},
     fleet::Fleet,
-    shell,
 };
 
 /// From an agent's or the core's event to its being visible to the operator: several reporting periods.
@@ -35,16 +33,12 @@ fn settle(fleet: &Fleet) -> anyhow::Result<()> {
 
 /// Writes a manifest and returns its path.
 fn manifest(fleet: &Fleet, name: &str, text: &str) -> anyhow::Result<String> {
-    let path: PathBuf = fleet.dir().join(name);
-    shell::write(&path, text)?;
-    Ok(path.display().to_string())
+    fleet.control().manifest(name, text)
 }
 
 /// What `cnsmo get KIND [NAME] -o json` prints.
 fn get(fleet: &Fleet, what: &[&str]) -> anyhow::Result<Value> {
-    let command = [&["get"], what, &["-o", "json"]].concat();
-    let text = fleet.cli_ok(&command)?;
-    serde_json::from_str(&text).with_context(|| format!("reading `cnsmo {}`", command.join(" ")))
+    fleet.control().get(what)
 }
 
 /// 64-bit integers may be texts in JSON.

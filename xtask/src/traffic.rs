@@ -5,8 +5,10 @@ pub(crate) mod load;
 
 use std::{
     collections::BTreeMap,
+    fs,
     io::{self, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::Path,
     thread,
     time::Duration,
 };
@@ -71,6 +73,21 @@ pub(crate) fn serve_udp(netns: &Netns, port: u16, name: &'static str) -> anyhow:
         while let Ok((_, from)) = socket.recv_from(&mut buffer) {
             // A lost answer is what the client is there to notice.
             let _ = socket.send_to(name.as_bytes(), from);
+        }
+    });
+    Ok(())
+}
+
+/// Starts a TCP server inside, on both families, that sends a file to whoever connects. It ends with this process.
+pub(crate) fn serve_file(netns: &Netns, port: u16, file: &Path) -> anyhow::Result<()> {
+    let contents = fs::read(file).with_context(|| format!("reading {}", file.display()))?;
+    let listener = netns
+        .run(|| TcpListener::bind(("::", port)))?
+        .with_context(|| format!("listening on port {port} in {}", netns.name()))?;
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // A file that is not complete is what the client is there to notice.
+            let _ = stream.write_all(&contents);
         }
     });
     Ok(())

@@ -1,10 +1,14 @@
 //! `cargo xtask vm`: the kernel tests inside a kernel we promise, under QEMU.
 //!
 //! A Debian kernel is unpacked from its package, never installed. Its initramfs holds busybox, the modules in the order
-//! of their dependencies, and the tests as one static program; the results come back over the serial console.
+//! of their dependencies, and the tests as one static program; the results come back over the serial console. Then the
+//! same kernel, with a network card, joins a fleet of this host.
+
+mod initramfs;
+mod join;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -13,9 +17,9 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
-use object::{Object as _, ObjectSection as _};
 use ring::digest::{SHA256, digest};
 
+use self::initramfs::Initramfs;
 use crate::{
     cargo::{self, cargo},
     interrupt,
@@ -25,6 +29,7 @@ use crate::{
 
 /// Boot and tests on an emulated CPU that others share.
 const LIMIT: Duration = Duration::from_mins(10);
+const QEMU: &str = "qemu-system-x86_64";
 const MEMORY_MIB: &str = "1024";
 /// Modules without which no namespace has devices and no program attaches to them.
 const MODULES: &[&str] = &["veth", "tun", "sch_ingress", "cls_bpf", "wireguard"];
@@ -41,6 +46,9 @@ pub(crate) struct Options {
     /// Boot this static program instead of the tests
     #[arg(long, value_name = "FILE")]
     program: Option<PathBuf>,
+    /// Leave out the tests: only let the kernel join a fleet of this host
+    #[arg(long, conflicts_with = "program")]
+    join: bool,
 }
 
 /// A kernel of a Debian release.
@@ -83,18 +91,29 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
     setup::need_root("vm")?;
     setup::setup(setup::Scope::All)?;
     match &options.program {
+        None if options.join => join::run(options.kernel, &build()?.executable("cnsmo-agent")?),
         None => run(options.kernel),
         Some(program) => boot(options.kernel, program).map(drop),
     }
 }
 
-/// Builds the tests as a static program and runs those about the kernel inside `kernel`.
+/// Runs the tests about the kernel inside `kernel`, and lets it join a fleet of this host.
 pub(crate) fn run(kernel: Kernel) -> anyhow::Result<()> {
     progress::heading(&format!("Kernel tests inside Debian's {}", kernel.name()));
+    let built = build()?;
+    let console = boot(kernel, &built.executable("main")?)?;
+    ensure!(passed(&console) > 0, "no test is in a module `{FILTER}`: nothing was tested");
+    ensure!(console.contains(TUNNEL), "the kernel's WireGuard was not tested");
+    join::run(kernel, &built.executable("cnsmo-agent")?)
+}
+
+/// Tests and agent as static programs.
+fn build() -> anyhow::Result<cargo::Built> {
     let folder = cache()?.join("static");
-    let built = cargo::build(
+    cargo::build(
         cargo()
-            .args(["test", "--no-run", "--package=cnsmo-tests"])
+            .args(["build", "--package=cnsmo-tests", "--test=main"])
+            .args(["--package=cnsmo-agent", "--bin=cnsmo-agent"])
             // Naming the target keeps the flags away from build scripts and procedural macros.
             .args(["--target=x86_64-unknown-linux-gnu", "--target-dir"])
             .arg(folder)
@@ -102,11 +121,7 @@ pub(crate) fn run(kernel: Kernel) -> anyhow::Result<()> {
                 "RUSTFLAGS",
                 "-Ctarget-feature=+crt-static -Crelocation-model=static -Cstrip=symbols",
             ),
-    )?;
-    let console = boot(kernel, &built.executable("main")?)?;
-    ensure!(passed(&console) > 0, "no test is in a module `{FILTER}`: nothing was tested");
-    ensure!(console.contains(TUNNEL), "the kernel's WireGuard was not tested");
-    Ok(())
+    )
 }
 
 /// How many tests passed, as their summary says.
@@ -118,19 +133,15 @@ fn passed(console: &str) -> u32 {
 /// Boots `kernel` with one program and returns what the console said.
 fn boot(kernel: Kernel, program: &Path) -> anyhow::Result<String> {
     let tree = unpacked(kernel)?;
-    let name = format!("initramfs for {}", kernel.name());
-    let initramfs = progress::step(&name, || initramfs(&tree, program))?;
-    let image = find(&tree.join("boot"), "vmlinuz-")?;
+    let mut initramfs = Initramfs::new(&tree, MODULES)?;
+    initramfs.program("bin/tests", program)?;
+    let script =
+        format!("/bin/tests {FILTER} --nocapture --test-threads=1; R=$?; echo; echo RC=$R");
     let folder = crate::netns::RunDir::new("vm")?;
     let (initrd, console) = (folder.path().join("initrd"), folder.path().join("console.log"));
-    shell::write(&initrd, initramfs)?;
-    let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", MEMORY_MIB, "-nographic"])
-        .args(["-no-reboot", "-nic", "none", "-append", "console=ttyS0 quiet panic=-1"])
-        .arg("-kernel")
-        .arg(image)
-        .arg("-initrd")
-        .arg(initrd);
+    shell::write(&initrd, initramfs.finish(&script))?;
+    let mut qemu = Command::new(QEMU);
+    configure(&mut qemu, &tree, &initrd)?.args(["-nic", "none"]);
     let text = progress::step(&format!("Linux {} under QEMU", kernel.name()), || {
         let mut qemu = Process::spawn("qemu", &mut qemu, &console)?;
         let end = Instant::now() + LIMIT;
@@ -147,6 +158,22 @@ fn boot(kernel: Kernel, program: &Path) -> anyhow::Result<String> {
         }
     }
     Ok(text)
+}
+
+/// Arguments of QEMU but for the network card.
+fn configure<'a>(
+    qemu: &'a mut Command,
+    tree: &Path,
+    initrd: &Path,
+) -> anyhow::Result<&'a mut Command> {
+    let image = find(&tree.join("boot"), "vmlinuz-")?;
+    Ok(qemu
+        .args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", MEMORY_MIB, "-nographic"])
+        .args(["-no-reboot", "-append", "console=ttyS0 quiet panic=-1"])
+        .arg("-kernel")
+        .arg(image)
+        .arg("-initrd")
+        .arg(initrd))
 }
 
 /// Good only if the kernel booted, every module was loaded and the program ended well. QEMU's own exit status is 0 even
@@ -230,8 +257,7 @@ fn download(pin: &Pin, folder: &Path) -> anyhow::Result<PathBuf> {
     })?;
     let package = find(folder, &format!("{}_", pin.package))?;
     let bytes = fs::read(&package)?;
-    let seen: String =
-        digest(&SHA256, &bytes).as_ref().iter().map(|b| format!("{b:02x}")).collect();
+    let seen = shell::hex(digest(&SHA256, &bytes).as_ref());
     if seen != pin.sha256 {
         let _ = fs::remove_file(&package);
         bail!("{wanted} has the SHA-256 {seen}, not the pinned {}", pin.sha256);
@@ -251,129 +277,6 @@ fn find(folder: &Path, prefix: &str) -> anyhow::Result<PathBuf> {
         path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(prefix))
     });
     found.with_context(|| format!("no {prefix}* in {}", folder.display()))
-}
-
-/// Programs, modules and what starts them, as the kernel reads it: an uncompressed archive.
-fn initramfs(tree: &Path, program: &Path) -> anyhow::Result<Vec<u8>> {
-    let busybox = shell::find("busybox").context("busybox is missing")?;
-    let (mut order, mut archive) = (String::new(), Archive::default());
-    for folder in ["bin", "mod", "proc", "sys", "dev", "tmp", "run"] {
-        archive.add(folder, 0o040_755, &[]);
-    }
-    for (name, path) in load_order(&tree.join("lib/modules"), MODULES)? {
-        let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-        archive.add(&format!("mod/{name}.ko"), 0o100_644, &bytes);
-        order = order + &name + "\n";
-    }
-    let mut add = |name: &str, path: &Path| -> anyhow::Result<()> {
-        let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-        archive.add(name, 0o100_755, &bytes);
-        Ok(())
-    };
-    add("bin/busybox", &busybox)?;
-    add("bin/tests", program)?;
-    archive.add("mod/order", 0o100_644, order.as_bytes());
-    archive.add("init", 0o100_755, init().as_bytes());
-    Ok(archive.finish())
-}
-
-fn init() -> String {
-    format!(
-        "#!/bin/busybox sh\n\
-         B=/bin/busybox\n\
-         $B mount -t proc p /proc; $B mount -t sysfs s /sys; $B mount -t devtmpfs d /dev\n\
-         $B mount -t bpf b /sys/fs/bpf\n\
-         echo; echo BOOTED $($B uname -r)\n\
-         while read m; do $B insmod /mod/$m.ko || echo \"INSMOD FAIL $m\"; done < /mod/order\n\
-         $B mkdir -p /dev/net; [ -e /dev/net/tun ] || $B mknod /dev/net/tun c 10 200\n\
-         $B --install -s /bin\n\
-         export PATH=/bin RUST_BACKTRACE=1\n\
-         /bin/tests {FILTER} --nocapture --test-threads=1; R=$?; echo; echo RC=$R\n\
-         $B poweroff -f\n"
-    )
-}
-
-/// Modules with all they need, each after what it needs. Names that have no file are built into the kernel.
-fn load_order(modules: &Path, wanted: &[&str]) -> anyhow::Result<Vec<(String, PathBuf)>> {
-    let mut files = BTreeMap::new();
-    for path in shell::files(modules)? {
-        if path.extension().is_some_and(|extension| extension == "ko")
-            && let Some(stem) = path.file_stem()
-        {
-            files.insert(stem.to_string_lossy().replace('-', "_"), path);
-        }
-    }
-    ensure!(!files.is_empty(), "no modules below {}", modules.display());
-    let (mut order, mut seen) = (Vec::new(), BTreeSet::new());
-    for name in wanted {
-        visit(name, &files, &mut seen, &mut order)?;
-    }
-    Ok(order)
-}
-
-fn visit(
-    name: &str,
-    files: &BTreeMap<String, PathBuf>,
-    seen: &mut BTreeSet<String>,
-    order: &mut Vec<(String, PathBuf)>,
-) -> anyhow::Result<()> {
-    let name = name.replace('-', "_");
-    let Some(path) = files.get(&name) else { return Ok(()) };
-    if !seen.insert(name.clone()) {
-        return Ok(());
-    }
-    for needed in dependencies(path)? {
-        visit(&needed, files, seen, order)?;
-    }
-    order.push((name, path.clone()));
-    Ok(())
-}
-
-/// What a module's `.modinfo` says it depends on.
-fn dependencies(module: &Path) -> anyhow::Result<Vec<String>> {
-    let bytes = fs::read(module).with_context(|| format!("reading {}", module.display()))?;
-    let file = object::File::parse(&*bytes)?;
-    let section = file.section_by_name(".modinfo").context("a module without .modinfo")?;
-    let text = String::from_utf8_lossy(section.data()?).into_owned();
-    let depends = text.split('\0').find_map(|entry| entry.strip_prefix("depends="));
-    let names = depends.unwrap_or_default().split(',').filter(|name| !name.is_empty());
-    Ok(names.map(str::to_owned).collect())
-}
-
-/// A cpio archive in the form "newc", which the kernel unpacks (Documentation/driver-api/early-userspace/buffer-format.rst).
-#[derive(Default)]
-struct Archive {
-    bytes: Vec<u8>,
-    entries: u32,
-}
-
-impl Archive {
-    fn add(&mut self, name: &str, mode: u32, data: &[u8]) {
-        self.entries += 1;
-        // A file of 4 GiB does not fit into the memory of the VM either.
-        let size = u32::try_from(data.len()).unwrap_or(u32::MAX);
-        let links = if mode & 0o040_000 == 0 { 1 } else { 2 };
-        let name_size = u32::try_from(name.len()).unwrap_or(u32::MAX) + 1;
-        let fields = [self.entries, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0];
-        self.bytes.extend(b"070701");
-        for field in fields {
-            self.bytes.extend(format!("{field:08x}").bytes());
-        }
-        self.bytes.extend(name.bytes());
-        self.bytes.push(0);
-        self.pad();
-        self.bytes.extend(data);
-        self.pad();
-    }
-
-    fn finish(mut self) -> Vec<u8> {
-        self.add("TRAILER!!!", 0, &[]);
-        self.bytes
-    }
-
-    fn pad(&mut self) {
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
-    }
 }
 
 #[cfg(test)]
@@ -415,17 +318,5 @@ mod tests {
         assert_eq!(passed("BOOTED\ntest result: ok. 12 passed; 0 failed; 0 ignored\nRC=0"), 12);
         assert_eq!(passed("test result: ok. 0 passed; 0 failed"), 0);
         assert_eq!(passed("RC=0"), 0);
-    }
-
-    #[test]
-    fn an_archive_is_aligned_and_ends_with_its_trailer() {
-        let mut archive = Archive::default();
-        archive.add("init", 0o100_755, b"#!/bin/sh");
-        let bytes = archive.finish();
-        assert_eq!(bytes.len() % 4, 0);
-        assert!(bytes.starts_with(b"070701"));
-        // Header 110 bytes, name 5, padding 1; then the data.
-        assert_eq!(&bytes[116..125], b"#!/bin/sh");
-        assert!(bytes.windows(11).any(|window| window == b"TRAILER!!!\0"));
     }
 }

@@ -29,7 +29,7 @@ use cnsmo_common::{
     balance::FILTER_WORDS,
     control::{Control, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS, switch},
     flow::{Flow, FlowKey, flag, state},
-    probe::{Header, TRACE_LEN},
+    probe::{BENCH_HEADERS, Header, TRACE_LEN},
     stat,
 };
 use cnsmo_proto::{
@@ -226,6 +226,15 @@ impl Kernel {
     /// Lets `bench_flows` and `bench_no_firewall` begin anew, with that many flows, a power of two.
     pub fn set_bench_flows(&mut self, flows: u32) {
         self.position.write(0, &[0, flows - 1]);
+    }
+
+    /// As [`Self::set_bench_flows`], for `bench_balancer` and `bench_no_balancer`, which write `headers` to the frame before
+    /// each run. Until the next policy is applied.
+    pub fn set_bench_headers(&mut self, headers: &[u8; BENCH_HEADERS], flows: u32) {
+        let (words, _) = headers.as_chunks();
+        let words: Vec<_> = words.iter().map(|word| u32::from_ne_bytes(*word)).collect();
+        self.results.write(0, &words);
+        self.set_bench_flows(flows);
     }
 
     /// Fills the trace of program `probe` with headers for `policy`, and lets it classify with the live half.

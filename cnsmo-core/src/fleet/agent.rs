@@ -22,9 +22,15 @@ use super::{
     set::{Set, Target},
     wall_clock,
 };
+use crate::error::Error;
 
 /// An agent whose heartbeats show another set than it acknowledged gets a snapshot, but not more often than this.
 const RESYNC_INTERVAL: Duration = Duration::from_secs(30);
+/// Changes of its record that an agent may cause at once, by a first stream, other labels or another announcement: each is
+/// written to disk, and told to all members of its network. A VM that roams has some, a hostile one thousands.
+const CHANGES_MAX: u32 = 10;
+/// After this time it may cause one more.
+const CHANGE_INTERVAL: Duration = Duration::from_secs(6);
 /// Resources of one update, encoded. An agent takes messages of 64 MiB; the rest is for names and framing.
 const UPDATE_BYTES_MAX: usize = 60 << 20;
 /// Addresses, interfaces, drop counters or peers that a status report may list; the rest is cut off.
@@ -86,6 +92,8 @@ pub(super) struct Agent {
     pub(super) refused: Option<(Digest, String)>,
     /// Highest revision known to be enforced, while the desired set is not.
     applied_revision: Revision,
+    /// When all changes that it has caused will be worked off.
+    changes_until: Instant,
     heard: Instant,
     resynced: Option<Instant>,
     pub(super) heard_time: Option<SystemTime>,
@@ -113,6 +121,7 @@ impl Agent {
             rejected: BTreeMap::new(),
             refused: None,
             applied_revision: 0,
+            changes_until: now,
             heard: now,
             resynced: None,
             heard_time: None,
@@ -240,6 +249,18 @@ impl Agent {
             // A full channel ends as well: its sender is dropped here.
             let _ = session.down.messages.try_send(Err(status));
         }
+    }
+
+    /// Counts a change of its record. Fails beyond the limit, which a new session does not lift.
+    pub(super) fn admit_change(&mut self, now: Instant) -> Result<(), Error> {
+        let until = self.changes_until.max(now) + CHANGE_INTERVAL;
+        if until.saturating_duration_since(now) > CHANGE_INTERVAL * CHANGES_MAX {
+            return Err(Error::Exhausted(format!(
+                "the agent changes its labels or its announcement too often: {CHANGES_MAX} changes at once and one every {CHANGE_INTERVAL:?} are allowed"
+            )));
+        }
+        self.changes_until = until;
+        Ok(())
     }
 
     /// Renews the lease. Returns whether it was over.
@@ -383,6 +404,15 @@ impl Agent {
             .map_err(|e| Status::invalid_argument(format!("heartbeat.applied: {e}")))?;
         if self.running.is_some_and(|(_, digest)| digest == shown) {
             return Ok(false);
+        }
+        if shown == self.desired.digest() {
+            // What was rejected works now: nothing has to be sent for it.
+            self.running = Some((state.revision, shown));
+            self.sent = Some(self.desired.clone());
+            self.proven = Some(self.desired.clone());
+            self.rejected.clear();
+            self.refused = None;
+            return Ok(true);
         }
         let again =
             self.resynced.is_none_or(|at| now.saturating_duration_since(at) > RESYNC_INTERVAL);

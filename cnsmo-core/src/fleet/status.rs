@@ -304,7 +304,7 @@ fn judge(topic: &Topic, agents: &[(&String, &Agent)]) -> Judgement {
     }
     let total = agents.len();
     match worst {
-        None if total == 0 => (Truth::True, "NoNodes", "selects no node".into()),
+        None if total == 0 => (Truth::True, "NoNodes", "no node has to apply it".into()),
         None => (Truth::True, "Applied", format!("{total} of {total} nodes")),
         Some((reason, text)) => {
             let message = format!("{} of {total} nodes; {text}", total - failing);

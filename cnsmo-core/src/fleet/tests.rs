@@ -456,6 +456,45 @@ fn an_agent_whose_channel_is_full_is_cut() {
 }
 
 #[test]
+fn what_was_rejected_and_works_now_is_believed_at_the_next_heartbeat() {
+    let mut world = World::new();
+    let mut agent = TestAgent::new("a");
+    agent.connect(&mut world);
+    world.label("a", "n=a");
+    agent.rejects.insert(format!("{POLICY}p"));
+    // Twice within the interval of resyncs.
+    for priority in [1, 2] {
+        world.apply("p", "n=a", priority);
+        agent.answer(&mut world);
+        assert_eq!(world.phase("a"), Phase::Degraded);
+        let before = agent.sent.clone();
+        agent.set.clone_from(&agent.was_sent);
+        agent.heartbeat(&mut world);
+        assert_eq!(world.phase("a"), Phase::Ready);
+        let rejected = &world.fleet.agents["a"].rejected;
+        assert!(rejected.is_empty(), "{rejected:?}");
+        agent.receive();
+        assert_eq!(agent.sent, before, "nothing had to be sent");
+    }
+}
+
+#[test]
+fn an_agent_that_changes_its_record_all_the_time_is_refused_for_a_while() {
+    let mut world = World::new();
+    let (mut now, mut admitted) = (world.now, 0);
+    for _ in 0..1_000 {
+        admitted += u32::from(world.fleet.admit_change("a", now).is_ok());
+    }
+    assert_eq!(admitted, 10);
+    TestAgent::new("a").connect(&mut world);
+    world.fleet.admit_change("a", now).expect_err("another session lifts nothing");
+    world.fleet.admit_change("b", now).expect("others are not concerned");
+    now += Duration::from_secs(6);
+    world.fleet.admit_change("a", now).expect("one more after the interval");
+    world.fleet.admit_change("a", now).expect_err("but only one");
+}
+
+#[test]
 fn malformed_messages_end_the_session_with_the_field() {
     for (message, field) in [
         (connect_request::Message::Hello(Hello::default()), "hello"),

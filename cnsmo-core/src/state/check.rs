@@ -105,7 +105,7 @@ impl<'a> Next<'a> {
             let overlaps =
                 |(_, other): &&(&str, IpNet)| prefix.contains(other) || other.contains(prefix);
             if let Some((other, prefix_of_other)) = all[..n].iter().find(overlaps) {
-                let field = if prefix.addr().is_ipv4() { "ipv4Prefix" } else { "ipv6Prefix" };
+                let field = if prefix.addr().is_ipv4() { "ipv4" } else { "ipv6" };
                 return Err(Error::Invalid(format!(
                     "Network {name}: spec.{field}: {prefix} overlaps {prefix_of_other} of Network {other}"
                 )));

@@ -117,6 +117,8 @@ impl TryFrom<agent::Announcement> for Announcement {
         for (n, text) in wire.addresses.iter().enumerate() {
             let refused = |why: &str| Invalid::new(why).at_index(n).at("addresses");
             let address: IpAddr = text.parse().map_err(|_| refused("is not an IP address"))?;
+            // What an IPv4-mapped address leads to is that of IPv4 (RFC 4291, section 2.5.5.2).
+            let address = address.to_canonical();
             if address.is_loopback() || address.is_unspecified() || address.is_multicast() {
                 return Err(refused("leads to no other VM"));
             }

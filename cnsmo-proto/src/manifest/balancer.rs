@@ -114,7 +114,7 @@ fn time(d: &mut Decoder, node: &Node) -> Option<prost_types::Duration> {
     };
     let time = read.filter(|time| !time.is_zero());
     if time.is_none() {
-        d.mistyped(node, "a time such as 500ms or 2s");
+        d.mistyped(node, "milliseconds or seconds, such as 500ms or 2s");
     }
     time.and_then(|time| prost_types::Duration::try_from(time).ok())
 }

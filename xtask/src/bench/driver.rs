@@ -9,10 +9,11 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 
+use super::Row;
 use crate::{
     cargo::{self, cargo},
     process::pause,
-    progress,
+    progress, shell,
 };
 
 /// To remove what it made.
@@ -25,6 +26,21 @@ pub(super) fn build(program: &str) -> anyhow::Result<PathBuf> {
     let mut build = cargo();
     build.args(["build", "--release", "--package", "cnsmo-agent", "--bin", program]);
     cargo::build(&mut build)?.executable(program)
+}
+
+/// Has one of them measure and print rows.
+pub(super) fn rows(program: &str, arguments: &[&str]) -> anyhow::Result<Vec<Row>> {
+    let path = build(program)?;
+    progress::heading(&format!("Measuring with {program}"));
+    let output = Command::new(path)
+        .args(arguments)
+        .current_dir(shell::root())
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .with_context(|| format!("starting {program}"))?;
+    ensure!(output.status.success(), "{program} failed ({})", output.status);
+    serde_json::from_slice(&output.stdout).with_context(|| format!("reading the rows of {program}"))
 }
 
 /// One that runs, and talks in lines. It removes what it made when its input is closed, which dropping this does.

@@ -1,7 +1,8 @@
-//! `cargo xtask bench lb`: a client, a gateway, and backends behind it, with ours and others on the gateway.
+//! `cargo xtask bench lb`: the data path's cost per packet, by a program that runs it; and a client, a gateway, and
+//! backends behind it, with ours and others on the gateway.
 //!
-//! All of it shares the machine's cores, the network between gateway and backends included. So these are ratios of whole
-//! paths, and a gateway's own cost differs by more than they do.
+//! All of the latter shares the machine's cores, the network between gateway and backends included. So these are ratios
+//! of whole paths, and a gateway's own cost differs by more than they do.
 
 mod hub;
 mod load;
@@ -16,7 +17,7 @@ use std::{
 use anyhow::{Context as _, ensure};
 
 use self::hub::{DEVICE, DISCARD_PORT, Hub, MTU, Port};
-use super::{Better, Row, driver, driver::Driver};
+use super::{Better, Row, driver, driver::Driver, fw};
 use crate::{
     interrupt,
     netns::{Netns, PinDir, RunDir},
@@ -83,6 +84,7 @@ impl Side {
 }
 
 pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
+    let mut rows = driver::rows(fw::PROGRAM, &["lb"])?;
     let program = driver::build(PROGRAM)?;
     progress::heading("Measuring gateways");
     let bench = Bench::start(&program)?;
@@ -90,7 +92,8 @@ pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
     for round in 1..=ROUNDS {
         progress::step(&format!("round {round} of {ROUNDS}"), || samples.take(&bench))?;
     }
-    samples.rows()
+    rows.extend(samples.rows()?);
+    Ok(rows)
 }
 
 /// One value per round, ours and the peer's.

@@ -62,7 +62,7 @@ fn count(texts: &[Vec<u8>], needles: &[Vec<u8>]) -> usize {
 
 /// A key as programs may write it.
 fn forms(key: &[u8]) -> Vec<Vec<u8>> {
-    let hex: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex: String = shell::hex(key);
     let base64 = STANDARD.encode(key);
     vec![
         key.to_vec(),

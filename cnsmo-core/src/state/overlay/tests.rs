@@ -257,7 +257,7 @@ fn errors_between_resources_name_both_and_the_field() {
     let cases = [
         (
             vec![network_of("a", "10.70.4.0/24", "", &[])],
-            "Network office: spec.ipv4Prefix: 10.70.0.0/16 overlaps 10.70.4.0/24 of Network a",
+            "Network office: spec.ipv4: 10.70.0.0/16 overlaps 10.70.4.0/24 of Network a",
         ),
         (
             vec![balancer_of("x", "none", "10.70.0.8", false)],
@@ -318,6 +318,7 @@ fn announcements_are_checked_and_a_key_has_one_owner() {
         (wire(1, &["192.0.2.1"; 17]), "addresses: 17; at most 16"),
         (wire(1, &["192.0.2.1", "home"]), "addresses[1]: is not an IP address"),
         (wire(1, &["127.0.0.1"]), "addresses[0]: leads to no other VM"),
+        (wire(1, &["::ffff:127.0.0.1"]), "addresses[0]: leads to no other VM"),
         (wire(1, &["::"]), "addresses[0]: leads to no other VM"),
         (wire(1, &["ff02::1"]), "addresses[0]: leads to no other VM"),
     ] {

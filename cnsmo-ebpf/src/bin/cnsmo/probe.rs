@@ -21,9 +21,9 @@ use crate::maps::{Maps, classify_v4, classify_v6, place};
 /// Headers to classify.
 #[map]
 static TRACE: Array<[Header; TRACE_LEN as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-/// Their rule indexes.
+/// Their rule indexes. While the balancer is timed: the headers of its packets.
 #[map]
-static RESULTS: Array<[u32; TRACE_LEN as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+pub static RESULTS: Array<[u32; TRACE_LEN as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// The number of the next header or flow, and a mask for it.
 #[map]
 pub static POSITION: Array<[u32; 2]> = Array::with_max_entries(1, BPF_F_MMAPABLE);

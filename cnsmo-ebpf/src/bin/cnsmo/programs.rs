@@ -65,8 +65,9 @@ pub fn tunnel_egress(ctx: TcContext) -> i32 {
     tc::<WHOLE, TUNNEL, true>(&ctx)
 }
 
+/// A packet at a TC hook.
 #[inline(always)]
-fn tc<const ROLE: u8, const L3: usize, const EGRESS: bool>(ctx: &TcContext) -> i32 {
+pub fn tc<const ROLE: u8, const L3: usize, const EGRESS: bool>(ctx: &TcContext) -> i32 {
     let length = ctx.len();
     if ((ctx.data_end() - ctx.data()) as u32) < length.min(HEADERS_MAX) {
         // On failure the parser meets the end of the data and refuses.

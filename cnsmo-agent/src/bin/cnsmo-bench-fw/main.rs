@@ -1,7 +1,10 @@
-//! What the firewall costs per packet, beside doing nothing: `cargo xtask bench fw`.
+//! What the data path costs per packet, beside doing nothing: the firewall for `cargo xtask bench fw`; with argument `lb`, the
+//! balancer for `cargo xtask bench lb`.
 //!
 //! Each round times every case and its peer one after the other, by `BPF_PROG_TEST_RUN`; the medians of the rounds are
 //! printed as JSON rows on standard output. Verdicts are checked before anything is timed.
+
+mod balancer;
 
 use std::{io::Write as _, process::ExitCode};
 
@@ -36,7 +39,12 @@ const OPEN_PORT: u16 = 80;
 const CLOSED_PORT: u16 = 81;
 
 fn main() -> ExitCode {
-    match measure() {
+    let rows = if std::env::args().any(|argument| argument == "lb") {
+        pin_to_one_cpu().and_then(|()| balancer::measure())
+    } else {
+        pin_to_one_cpu().and_then(|()| measure())
+    };
+    match rows {
         Ok(rows) => {
             let mut out = std::io::stdout();
             match writeln!(out, "[{}]", rows.join(",\n ")) {
@@ -52,7 +60,6 @@ fn main() -> ExitCode {
 }
 
 fn measure() -> anyhow::Result<Vec<String>> {
-    pin_to_one_cpu()?;
     let mut rows = packets()?;
     for (id, family, rules) in [
         ("fw/classify-10", AddressFamily::V4, 10),
@@ -68,7 +75,7 @@ fn measure() -> anyhow::Result<Vec<String>> {
 
 /// The whole firewall on whole packets, 10,000 rules loaded.
 fn packets() -> anyhow::Result<Vec<String>> {
-    let bench = Bench::open(RULES as u32 + 16, 1 << 20)?;
+    let bench = Bench::open(RULES as u32 + 16, 1 << 20, 1 << 16)?;
     let mut bench = bench;
     bench.kernel.apply(&policy()?)?;
     bench.kernel.change_control(|control| control.pickup_until = 0);
@@ -100,7 +107,7 @@ fn packets() -> anyhow::Result<Vec<String>> {
 
 /// The classifier alone, headers of the rule set in turn.
 fn classify(id: &str, family: AddressFamily, rules: usize) -> anyhow::Result<String> {
-    let mut bench = Bench::open(rules as u32 + 16, 16 << 20)?;
+    let mut bench = Bench::open(rules as u32 + 16, 16 << 20, 1 << 16)?;
     let policy = sample::policy(Style::Groups, family, rules, 1);
     // Compares the kernel's results with the reference before the policy goes live.
     bench.kernel.apply(&policy)?;
@@ -122,7 +129,7 @@ struct Bench {
 }
 
 impl Bench {
-    fn open(rules_max: u32, policy_bytes: usize) -> anyhow::Result<Self> {
+    fn open(rules_max: u32, policy_bytes: usize, flows: u32) -> anyhow::Result<Self> {
         let name = format!("cnsmo-bench-{}", std::process::id());
         let pins = std::path::Path::new("/sys/fs/bpf").join(&name);
         let state = std::env::temp_dir().join(&name);
@@ -133,7 +140,7 @@ impl Bench {
             state: state.clone(),
             interfaces: vec![],
             xdp: XdpChoice::Auto,
-            flows: 65_536,
+            flows,
             policy_bytes,
             rules_max,
         };
@@ -244,9 +251,11 @@ fn median(mut samples: Vec<f64>) -> f64 {
 
 /// `ours` is net of the peer, which is everything but what is measured; `ratio` is gross.
 fn row(id: &str, ours: f64, peer: f64) -> String {
+    text(id, (ours - peer).max(0.0), ("empty", peer), ours / peer)
+}
+
+fn text(id: &str, ours: f64, (peer_name, peer): (&str, f64), ratio: f64) -> String {
     format!(
-        r#"{{"id":"{id}","unit":"ns","ours":{:.0},"peer_name":"empty","peer":{peer:.0},"ratio":{:.2},"better":"lower","rounds":{ROUNDS}}}"#,
-        (ours - peer).max(0.0),
-        ours / peer
+        r#"{{"id":"{id}","unit":"ns","ours":{ours:.0},"peer_name":"{peer_name}","peer":{peer:.0},"ratio":{ratio:.2},"better":"lower","rounds":{ROUNDS}}}"#
     )
 }
