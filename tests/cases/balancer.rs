@@ -295,6 +295,14 @@ fn carries_connections(label: &str, xdp: XdpChoice) {
             format!("10.99.0.{old}").parse().unwrap()
         };
         assert!(kernel.status().backend_flows.get(&backend).is_some_and(|n| *n >= 1));
+        // The balancer is deleted.
+        let mut without = policy(&[]);
+        without.balancers.clear();
+        net.apply(&mut kernel, &without);
+        for _ in 0..4 {
+            net.gateway.run(|| kernel.sweep()).unwrap();
+            exchange(&running);
+        }
         net.apply(&mut kernel, &policy(&[1, 2]));
     }
 
