@@ -5,6 +5,7 @@ use std::{
     fs, io,
     io::{Read as _, Write as _},
     net::{Shutdown, SocketAddr},
+    os::fd::OwnedFd,
     os::unix::{
         fs::{MetadataExt as _, PermissionsExt as _},
         net::{UnixListener, UnixStream},
@@ -18,11 +19,14 @@ use cnsmo_service::supervise::Chain;
 use ipnet::IpNet;
 use nix::sys::socket::{getsockopt, sockopt};
 use prost::Message as _;
+use socket2::{Domain, SockAddr, Socket, Type};
 
 /// Bytes of a message. 65,536 peers with addresses of both families fit.
 const MESSAGE_BYTES_MAX: u64 = 16 << 20;
 /// Both sides are on one machine; who does not answer by then is stuck.
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// Pause of the engine where the kernel hands no connection over.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// File of the private key below the agent's state directory.
 ///
@@ -187,9 +191,12 @@ impl PeerConfig {
 /// # Errors
 /// See [`ControlError`].
 pub fn ask(state_dir: &Path, request: Request) -> Result<Report, ControlError> {
-    let mut stream = UnixStream::connect(socket_path(state_dir))?;
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    // Also of connecting: an engine that is stuck takes nobody in once its backlog is full.
+    socket.set_write_timeout(Some(TIMEOUT))?;
+    socket.connect(&SockAddr::unix(socket_path(state_dir))?)?;
+    let mut stream = UnixStream::from(OwnedFd::from(socket));
     stream.set_read_timeout(Some(TIMEOUT))?;
-    stream.set_write_timeout(Some(TIMEOUT))?;
     stream.write_all(&Envelope { request: Some(request) }.encode_to_vec())?;
     stream.shutdown(Shutdown::Write)?;
     let mut answer = Vec::new();
@@ -230,7 +237,16 @@ impl Listener {
     /// Serves one connection after the other, until one asks for the end.
     pub(super) fn serve(&self, service: &impl Service) -> io::Result<()> {
         loop {
-            let (stream, _) = self.listener.accept()?;
+            let stream = match self.listener.accept() {
+                Ok((stream, _)) => stream,
+                // Such as too many open files. Packets flow meanwhile.
+                Err(error) => {
+                    tracing::warn!(%error, "failed to take a request in");
+                    #[expect(clippy::disallowed_methods, reason = "on a thread of its own")]
+                    std::thread::sleep(ACCEPT_RETRY);
+                    continue;
+                }
+            };
             match self.answer(stream, service) {
                 Ok(true) => return Ok(()),
                 Ok(false) => {}

@@ -402,7 +402,9 @@ impl Agent {
         let Some(state) = state.filter(|_| self.in_flight.is_none()) else { return Ok(false) };
         let shown = digest(&state.digest)
             .map_err(|e| Status::invalid_argument(format!("heartbeat.applied: {e}")))?;
-        if self.running.is_some_and(|(_, digest)| digest == shown) {
+        let same = self.running.is_some_and(|(_, digest)| digest == shown);
+        let explained = self.proven.as_ref().is_some_and(|set| set.digest() == shown);
+        if same && (explained || self.refused.is_some()) {
             return Ok(false);
         }
         if shown == self.desired.digest() {
@@ -421,7 +423,7 @@ impl Agent {
             self.resynced = Some(now);
             (self.sent, self.proven, self.refused) = (None, None, None);
         }
-        Ok(true)
+        Ok(again || !same)
     }
 
     /// Takes a status report, cut to its limits. Returns whether something changed.

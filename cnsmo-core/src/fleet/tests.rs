@@ -479,6 +479,26 @@ fn what_was_rejected_and_works_now_is_believed_at_the_next_heartbeat() {
 }
 
 #[test]
+fn a_set_that_nothing_explains_is_replaced_once_per_interval() {
+    let mut world = World::new();
+    let mut agent = TestAgent::new("a");
+    agent.connect(&mut world);
+    world.label("a", "n=a");
+    world.apply("p", "n=a", 1);
+    agent.answer(&mut world);
+    for within_interval in [false, true] {
+        agent.set.clear();
+        agent.heartbeat(&mut world);
+        assert_eq!(agent.answer(&mut world), !within_interval);
+    }
+    assert_eq!(world.phase("a"), Phase::Degraded);
+    world.now += Duration::from_secs(31);
+    agent.heartbeat(&mut world);
+    assert!(agent.answer(&mut world), "the set is sent again");
+    assert_eq!(world.phase("a"), Phase::Ready);
+}
+
+#[test]
 fn an_agent_that_changes_its_record_all_the_time_is_refused_for_a_while() {
     let mut world = World::new();
     let (mut now, mut admitted) = (world.now, 0);
