@@ -79,6 +79,38 @@ pub mod pb {
         }
         pub use v1::*;
     }
+    /// The core itself.
+    pub mod admin {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.admin.v1.rs");
+        }
+        pub use v1::*;
+    }
+    /// Messages.
+    pub mod bus {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.bus.v1.rs");
+        }
+        pub use v1::*;
+    }
+    /// Instances of services.
+    pub mod catalog {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.catalog.v1.rs");
+        }
+        pub use v1::*;
+    }
+    /// Keys, revisions, leases.
+    pub mod state {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.state.v1.rs");
+        }
+        pub use v1::*;
+    }
     /// Shared by all resources.
     pub mod meta {
         /// Version 1.

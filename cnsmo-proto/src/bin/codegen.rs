@@ -5,12 +5,19 @@ use std::{env, error::Error, fs, path::Path};
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let proto = root.join("proto");
-    let areas = ["agent", "balancer", "identity", "meta", "network", "node", "policy", "resource"];
+    let areas = [
+        "admin", "agent", "balancer", "bus", "catalog", "identity", "meta", "network", "node",
+        "policy", "resource", "state",
+    ];
     let files = areas.map(|area| proto.join(format!("cnsmo/{area}/v1/{area}.proto")));
     let out = env::args_os().nth(1).ok_or("the argument must be the folder to write to")?;
     fs::create_dir_all(&out)?;
     tonic_prost_build::configure()
         .btree_map(".")
+        // Payloads are handed on as they came.
+        .bytes(".cnsmo.admin")
+        .bytes(".cnsmo.bus")
+        .bytes(".cnsmo.state")
         // Much larger than the other messages of its union.
         .boxed(".cnsmo.agent.v1.ConnectRequest.message.status")
         .build_transport(false)
