@@ -100,6 +100,13 @@ impl TestCore {
 
     /// Over TLS, with or without a certificate and its key.
     pub(crate) async fn tls(&self, identity: Option<(&str, &str)>) -> Channel {
+        self.try_tls(identity).await.unwrap()
+    }
+
+    async fn try_tls(
+        &self,
+        identity: Option<(&str, &str)>,
+    ) -> Result<Channel, tonic::transport::Error> {
         let mut tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(self.ca_pem()))
             .domain_name("core.cnsmo");
@@ -107,7 +114,7 @@ impl TestCore {
             tls = tls.identity(Identity::from_pem(certificate, key));
         }
         let url = format!("https://{}", self.running.address);
-        Endpoint::from_shared(url).unwrap().tls_config(tls).unwrap().connect().await.unwrap()
+        Endpoint::from_shared(url).unwrap().tls_config(tls).unwrap().connect().await
     }
 
     pub(crate) async fn enrol(
@@ -148,6 +155,20 @@ impl TestCore {
     ) -> Result<Agent, Status> {
         let channel = self.tls(Some((&joined.certificate, &joined.key))).await;
         Agent::connect(channel, have, announcement).await
+    }
+}
+
+impl TestCore {
+    /// An agent on a connection that is used for more.
+    pub(crate) async fn agent_on(&self, channel: Channel) -> Result<Agent, Status> {
+        Agent::connect(channel, None, None).await
+    }
+
+    /// A list over a new connection, which may not come about.
+    pub(crate) async fn try_list(&self, joined: &Joined, list: ListRequest) -> Result<(), Status> {
+        let channel = self.try_tls(Some((&joined.certificate, &joined.key))).await;
+        let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
+        ResourceServiceClient::new(channel).list(list).await.map(drop)
     }
 }
 
@@ -343,6 +364,11 @@ impl Agent {
         let next = tokio::time::timeout(PATIENCE, self.down.message()).await;
         let next = next.expect("the core sends nothing")?;
         Ok(next.expect("the stream ended without a status").message.unwrap())
+    }
+
+    /// Whatever comes next.
+    pub(crate) async fn message(&mut self) -> Result<(), Status> {
+        self.next().await.map(drop)
     }
 
     /// The status with which the core ends the stream.

@@ -9,5 +9,6 @@ mod agents;
 mod api;
 mod enrolment;
 mod harness;
+mod identity;
 mod overlay;
 mod program;

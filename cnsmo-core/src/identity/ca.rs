@@ -25,6 +25,8 @@ use rustls::{
     server::WebPkiClientVerifier,
 };
 
+use uuid::Uuid;
+
 use super::{Issued, Subject, registry::Registry, sha256, verifier::Verifier};
 
 /// Name by which agents know the server, whatever its address is.
@@ -170,6 +172,7 @@ impl Ca {
         let time = whole_seconds(now);
         let usage = ExtendedKeyUsagePurpose::ClientAuth;
         let mut params = leaf_params(subject.name.as_str(), usage, time, life);
+        params.serial_number = Some(Uuid::now_v7().as_bytes().to_vec().into());
         let uri = subject.uri().as_str().try_into()?;
         params.subject_alt_names = vec![SanType::URI(uri)];
         let leaf = params.signed_by(&request.0.public_key, &self.issuer)?;
