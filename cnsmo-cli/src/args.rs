@@ -5,6 +5,12 @@ use cnsmo_proto::{
     model::{Labels, Name},
     pb::resource::Kind,
 };
+use cnsmo_service::channel::CoreAddress;
+
+use crate::{
+    audit::AuditArgs,
+    identity::{IdentityCommand, LoginArgs, RoleArg},
+};
 
 /// Steers a set of VMs through the core on this machine.
 #[derive(Parser)]
@@ -19,6 +25,12 @@ pub(crate) struct Args {
         value_name = "PATH"
     )]
     pub(crate) socket: PathBuf,
+    /// A core on another machine, over TLS, instead of the socket
+    #[arg(long, global = true, env = "CNSMO_CORE", value_name = "HOST:PORT")]
+    pub(crate) core: Option<CoreAddress>,
+    /// For --core: folder of key and certificate [default: ~/.config/cnsmo]
+    #[arg(long, global = true, env = "CNSMO_IDENTITY", value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
     /// Form of the output
     #[arg(short = 'o', long = "format", global = true, default_value = "table")]
     pub(crate) format: Format,
@@ -65,9 +77,16 @@ pub(crate) enum Command {
     Label(LabelArgs),
     /// Let balancers give a VM no new flows; those it has go on to their end
     Drain(DrainArgs),
-    /// Tokens with which VMs join
+    /// Tokens with which VMs, services and operators join
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Get a certificate for --core with a token, so that the other commands work from this machine
+    Login(LoginArgs),
+    /// Who may do what, and the end of it
+    #[command(subcommand)]
+    Identity(IdentityCommand),
+    /// What was done and refused
+    Audit(AuditArgs),
     /// Print a completion script
     Completions { shell: clap_complete::Shell },
     /// Print the version
@@ -188,6 +207,18 @@ pub(crate) enum TokenCommand {
 
 #[derive(clap::Args)]
 pub(crate) struct TokenArgs {
+    /// Of what joins with it
+    #[arg(long, default_value = "agent")]
+    pub(crate) role: RoleArg,
+    /// The only name that can join with it [default: any]
+    #[arg(long)]
+    pub(crate) name: Option<Name>,
+    /// Of a service or editor: how the keys begin that it may use; repeatable [default: NAME/ of a service]
+    #[arg(long = "state-prefix", value_name = "PREFIX")]
+    pub(crate) state_prefixes: Vec<String>,
+    /// Of a service or editor: subjects that it may use; repeatable [default: NAME.> and svc.NAME.> of a service]
+    #[arg(long = "subject", value_name = "PATTERN")]
+    pub(crate) subjects: Vec<String>,
     /// How long VMs can join with it, at most 30d
     #[arg(long, default_value = "1h", value_parser = token_time)]
     pub(crate) ttl: Duration,

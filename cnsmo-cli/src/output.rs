@@ -94,6 +94,10 @@ pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>, indent: &str) -> St
     lines.join("\n")
 }
 
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+}
+
 pub(crate) fn or_none(text: impl Into<String>) -> String {
     let text = text.into();
     if text.is_empty() { NONE.to_owned() } else { text }

@@ -1,5 +1,6 @@
 //! What every service of CNSMO stands on.
 
+pub mod audit;
 pub mod backoff;
 pub mod channel;
 pub mod durable;

@@ -24,7 +24,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cnsmo-service", &["cnsmo-proto"]),
     ("cnsmo-agent", &["cnsmo-common", "cnsmo-ebpf", "cnsmo-proto", "cnsmo-service"]),
     ("cnsmo-core", &["cnsmo-proto", "cnsmo-service"]),
-    ("cnsmo-cli", &["cnsmo-proto"]),
+    ("cnsmo-cli", &["cnsmo-proto", "cnsmo-service"]),
     (
         "cnsmo-tests",
         &[
