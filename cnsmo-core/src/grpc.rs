@@ -11,14 +11,15 @@ use std::{sync::Arc, time::Duration};
 use cnsmo_proto::pb::{
     agent::agent_service_server::AgentServiceServer,
     identity::{
-        enrollment_service_server::EnrollmentServiceServer,
+        enrollment_service_server::{self, EnrollmentServiceServer},
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
 };
 use tonic::{service::Routes, transport::Server};
+use tower::layer::util::{Identity, Stack};
 
-use crate::{actor::Core, identity::Ca};
+use crate::{actor::Core, http::HttpLayer, identity::Ca};
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -56,14 +57,24 @@ pub fn routes(core: &Core, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
     Ok(routes.routes())
 }
 
-/// HTTP/2 as both fronts speak it. The request's role is checked before anything else looks at it.
-pub fn server() -> Server<tower::layer::util::Stack<auth::AuthLayer, tower::layer::util::Identity>>
-{
+/// Largest message that a service takes.
+pub fn request_bytes_max(service: &str) -> usize {
+    if service == enrollment_service_server::SERVICE_NAME {
+        ENROLL_BYTES_MAX
+    } else {
+        MESSAGE_BYTES_MAX
+    }
+}
+
+/// HTTP as both fronts speak it. The request's role is checked before anything looks at its body.
+pub fn server(http: HttpLayer) -> Server<Stack<auth::AuthLayer, Stack<HttpLayer, Identity>>> {
     Server::builder()
+        .accept_http1(true)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
+        .layer(http)
         .layer(auth::AuthLayer)
 }

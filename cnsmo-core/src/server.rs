@@ -17,7 +17,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::{actor::Core, fleet::Timing, grpc, identity::Ca, store::Store};
+use crate::{actor::Core, fleet::Timing, grpc, http::HttpLayer, identity::Ca, store::Store};
 
 /// Connections that have finished their handshake and wait to be served.
 const ACCEPTED_MAX: usize = 64;
@@ -74,6 +74,7 @@ impl Running {
 
         let (core, actor) = Core::start(store, config.timing).await?;
         let routes = grpc::routes(&core, &ca)?.prepare();
+        let http = HttpLayer::new().context("the API's descriptors are damaged")?;
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
             // The sender is gone: stop as well.
@@ -84,12 +85,12 @@ impl Running {
         tokio::spawn(grpc::listen::accept_tls(tcp, tls, to_tls));
         tokio::spawn(grpc::listen::accept_unix(unix, to_unix));
         let mut servers = JoinSet::new();
-        servers.spawn(grpc::server().serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http.clone()).serve_with_incoming_shutdown(
             routes.clone(),
             ReceiverStream::new(from_tls),
             until(stopped.clone()),
         ));
-        servers.spawn(grpc::server().serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http).serve_with_incoming_shutdown(
             routes,
             ReceiverStream::new(from_unix),
             until(stopped),
