@@ -11,16 +11,17 @@ use std::{sync::Arc, time::Duration};
 use cnsmo_proto::pb::{
     agent::agent_service_server::AgentServiceServer,
     identity::{
-        enrollment_service_server::EnrollmentServiceServer,
+        enrollment_service_server::{self, EnrollmentServiceServer},
         identity_service_server::IdentityServiceServer,
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
 };
 use tonic::{service::Routes, transport::Server};
+use tower::layer::util::{Identity, Stack};
 
 use self::identity::Issuer;
-use crate::{actor::Core, identity::registry::Registry};
+use crate::{actor::Core, http::HttpLayer, identity::registry::Registry};
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -61,15 +62,27 @@ pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
     Ok(routes.routes())
 }
 
-/// HTTP/2 as both fronts speak it. The request's role is checked before anything else looks at it.
+/// Largest message that a service takes.
+pub fn request_bytes_max(service: &str) -> usize {
+    if service == enrollment_service_server::SERVICE_NAME {
+        ENROLL_BYTES_MAX
+    } else {
+        MESSAGE_BYTES_MAX
+    }
+}
+
+/// HTTP as both fronts speak it. The request's role is checked before anything looks at its body.
 pub fn server(
+    http: HttpLayer,
     registry: &Arc<Registry>,
-) -> Server<tower::layer::util::Stack<auth::AuthLayer, tower::layer::util::Identity>> {
+) -> Server<Stack<auth::AuthLayer, Stack<HttpLayer, Identity>>> {
     Server::builder()
+        .accept_http1(true)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
+        .layer(http)
         .layer(auth::AuthLayer::new(registry.clone()))
 }

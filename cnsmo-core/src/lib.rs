@@ -7,6 +7,7 @@
 //! - [`actor`]: the one task that owns all of that.
 //! - [`identity`]: the certificate authority.
 //! - [`grpc`]: the API and who may use it.
+//! - [`http`]: the same API by HTTP and JSON.
 //! - [`server`]: all of it together.
 
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ pub mod actor;
 pub mod error;
 pub mod fleet;
 pub mod grpc;
+pub mod http;
 pub mod identity;
 pub mod server;
 pub mod state;

@@ -21,6 +21,7 @@ use crate::{
     actor::Core,
     fleet::Timing,
     grpc,
+    http::HttpLayer,
     identity::{
         ca::Ca,
         registry::{self, Registry},
@@ -89,6 +90,7 @@ impl Running {
         let (core, actor) = Core::start(store, config.timing, registry.clone()).await?;
         let issuer = grpc::identity::Issuer { ca, life: config.certificate_life };
         let routes = grpc::routes(&core, issuer)?.prepare();
+        let http = HttpLayer::new().context("the API's descriptors are damaged")?;
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
             // The sender is gone: stop as well.
@@ -99,12 +101,12 @@ impl Running {
         tokio::spawn(grpc::listen::accept_tls(tcp, tls, to_tls));
         tokio::spawn(grpc::listen::accept_unix(unix, to_unix));
         let mut servers = JoinSet::new();
-        servers.spawn(grpc::server(&registry).serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http.clone(), &registry).serve_with_incoming_shutdown(
             routes.clone(),
             ReceiverStream::new(from_tls),
             until(stopped.clone()),
         ));
-        servers.spawn(grpc::server(&registry).serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http, &registry).serve_with_incoming_shutdown(
             routes,
             ReceiverStream::new(from_unix),
             until(stopped),
