@@ -209,7 +209,7 @@ impl EnrollmentService for Services {
         let request = request.into_inner();
         let der = request.csr.as_slice().into();
         let mut csr = CertificateSigningRequestParams::from_der(&der).unwrap();
-        let uri = format!("spiffe://cnsmo/agent/{}", request.node).try_into().unwrap();
+        let uri = format!("spiffe://cnsmo/agent/{}", request.name).try_into().unwrap();
         csr.params.subject_alt_names = vec![SanType::URI(uri)];
         let certificate_chain = csr.signed_by(&self.authority.ca).unwrap().pem();
         let trust_bundle = self.authority.ca.pem();

@@ -19,6 +19,7 @@ pub(crate) async fn create(client: &Client, args: TokenArgs) -> Result<()> {
         ttl: Some(prost_types::Duration::try_from(args.ttl)?),
         max_uses: args.max_uses,
         labels: args.labels.as_map().clone(),
+        ..CreateJoinTokenRequest::default()
     };
     let mut core = client.join_tokens().await?;
     // Before the core makes a token that nobody could read.

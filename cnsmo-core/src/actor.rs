@@ -22,7 +22,8 @@ use tonic::Status;
 use crate::{
     error::Error,
     fleet::{DownSender, Fleet, Timing},
-    state::{Announcement, Enrolment, Event, Plan, State, TokenRecord, Wanted},
+    identity::{Enrolled, Issued, Peer, Subject, registry::Registry},
+    state::{Admission, Announcement, Enrolment, Event, FOLDERS, Plan, State, TokenRecord, Wanted},
     store::{Outcome, Revision, Store},
 };
 
@@ -125,11 +126,30 @@ enum Input {
     Token {
         id: String,
         token: TokenRecord,
-        reply: Reply<()>,
+        reply: Reply<Revision>,
+    },
+    Admit {
+        enrolment: Enrolment,
+        reply: Reply<Admission>,
     },
     Enrol {
         enrolment: Enrolment,
-        reply: Reply<()>,
+        subject: Subject,
+        certificate: Issued,
+        reply: Reply<Issued>,
+    },
+    Renew {
+        peer: Peer,
+        certificate: Issued,
+        reply: Reply<Issued>,
+    },
+    Revoke {
+        identity: String,
+        banned: bool,
+        reply: Reply<Revision>,
+    },
+    Identities {
+        reply: Reply<Vec<(String, Enrolled)>>,
     },
     Connect {
         node: String,
@@ -149,19 +169,29 @@ pub struct Core {
 }
 
 impl Core {
-    /// Loads the resources and starts the task. It ends after [`Core::shut_down`] and closes the store.
+    /// Loads the resources and starts the task, which keeps `registry` as the store is. It ends after [`Core::shut_down`]
+    /// and closes the store.
     pub async fn start(
         store: Store,
         timing: Timing,
+        registry: Arc<Registry>,
     ) -> anyhow::Result<(Self, tokio::task::JoinHandle<()>)> {
         let meta = store.meta().await?;
-        let state = State::load(meta.revision, store.range("").await?)?;
+        let mut entries = Vec::new();
+        for folder in FOLDERS {
+            entries.extend(store.range(folder).await?);
+        }
+        let state = State::load(meta.revision, entries)?;
+        for (identity, enrolled) in state.identities() {
+            registry.set(identity, Some(enrolled));
+        }
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
         let now = Instant::now();
         let actor = Actor {
             fleet: Fleet::new(&state, timing, now),
             state,
             store,
+            registry,
             epoch: meta.epoch,
             rings: BTreeMap::new(),
             waiters: Vec::new(),
@@ -209,13 +239,39 @@ impl Core {
     }
 
     /// Keeps a new join token.
-    pub async fn create_token(&self, id: String, token: TokenRecord) -> Result<(), Error> {
+    pub async fn create_token(&self, id: String, token: TokenRecord) -> Result<Revision, Error> {
         self.ask(|reply| Input::Token { id, token, reply }).await
     }
 
-    /// Admits a node.
-    pub async fn enrol(&self, enrolment: Enrolment) -> Result<(), Error> {
-        self.ask(|reply| Input::Enrol { enrolment, reply }).await
+    /// Whether a request to join may be granted.
+    pub async fn admit(&self, enrolment: Enrolment) -> Result<Admission, Error> {
+        self.ask(|reply| Input::Admit { enrolment, reply }).await
+    }
+
+    /// Grants a request to join. Returns the certificate in force: that of another request with the same key, if it came
+    /// first.
+    pub async fn enrol(
+        &self,
+        enrolment: Enrolment,
+        subject: Subject,
+        certificate: Issued,
+    ) -> Result<Issued, Error> {
+        self.ask(|reply| Input::Enrol { enrolment, subject, certificate, reply }).await
+    }
+
+    /// Takes over a new certificate. Returns the one in force: a young one is not replaced.
+    pub async fn renew(&self, peer: Peer, certificate: Issued) -> Result<Issued, Error> {
+        self.ask(|reply| Input::Renew { peer, certificate, reply }).await
+    }
+
+    /// Revokes an identity, `<kind>/<name>`.
+    pub async fn revoke(&self, identity: String, banned: bool) -> Result<Revision, Error> {
+        self.ask(|reply| Input::Revoke { identity, banned, reply }).await
+    }
+
+    /// All identities, by name.
+    pub async fn identities(&self) -> Result<Vec<(String, Enrolled)>, Error> {
+        self.ask(|reply| Input::Identities { reply }).await
     }
 
     /// Begins a session of the agent with this key. Returns the session's number.
@@ -257,6 +313,7 @@ struct Actor {
     state: State,
     fleet: Fleet,
     store: Store,
+    registry: Arc<Registry>,
     epoch: u64,
     rings: BTreeMap<Kind, broadcast::Sender<Arc<Change>>>,
     waiters: Vec<Waiter>,
@@ -330,9 +387,27 @@ impl Actor {
                 let plan = self.state.plan_token(id, token, SystemTime::now());
                 let _ = reply.send(self.commit_plan(plan).await);
             }
-            Input::Enrol { enrolment, reply } => {
-                let plan = self.state.plan_enrolment(&enrolment, SystemTime::now());
+            Input::Admit { enrolment, reply } => {
+                let _ = reply.send(self.state.admit(&enrolment, SystemTime::now()));
+            }
+            Input::Enrol { enrolment, subject, certificate, reply } => {
+                let plan = self.state.plan_enrolment(&enrolment, certificate, SystemTime::now());
+                let _ = reply.send(self.commit_certificate(plan, &subject.to_string()).await);
+            }
+            Input::Renew { peer, certificate, reply } => {
+                let Peer { identity, spki_sha256, .. } = &peer;
+                let now = SystemTime::now();
+                let plan = self.state.plan_renewal(identity, spki_sha256, certificate, now);
+                let _ = reply.send(self.commit_certificate(plan, identity).await);
+            }
+            Input::Revoke { identity, banned, reply } => {
+                let plan = self.state.plan_revocation(&identity, banned, SystemTime::now());
                 let _ = reply.send(self.commit_plan(plan).await);
+            }
+            Input::Identities { reply } => {
+                let all = self.state.identities().iter();
+                let all = all.map(|(identity, enrolled)| (identity.clone(), enrolled.clone()));
+                let _ = reply.send(Ok(all.collect()));
             }
             Input::Connect { node, spki_sha256, hello, down, reply } => {
                 let _ = reply.send(self.connect(&node, &spki_sha256, &hello, down).await);
@@ -411,8 +486,20 @@ impl Actor {
         self.commit(plan).await
     }
 
-    async fn commit_plan(&mut self, plan: Result<Plan, Error>) -> Result<(), Error> {
-        self.commit(plan?).await
+    async fn commit_plan(&mut self, plan: Result<Plan, Error>) -> Result<Revision, Error> {
+        self.commit(plan?).await?;
+        Ok(self.state.revision())
+    }
+
+    /// Returns the certificate that is in force afterwards.
+    async fn commit_certificate(
+        &mut self,
+        plan: Result<Plan, Error>,
+        identity: &str,
+    ) -> Result<Issued, Error> {
+        self.commit(plan?).await?;
+        let enrolled = self.state.identities().get(identity).ok_or(Error::Internal)?;
+        Ok(enrolled.certificate.clone())
     }
 
     /// Makes a plan durable, then takes it over and tells watchers and agents.
@@ -421,6 +508,10 @@ impl Actor {
             return Ok(());
         }
         let before = self.state.revision();
+        let identities: Vec<_> = plan
+            .identities()
+            .map(|(identity, enrolled)| (identity.to_owned(), enrolled.cloned()))
+            .collect();
         let revision = match self.store.commit(plan.txn()).await? {
             Outcome::Committed(revision) => revision,
             // Only this task writes, and it compares nothing.
@@ -430,6 +521,10 @@ impl Actor {
         let now = Instant::now();
         self.fleet.on_commit(&events, &self.state, before, now);
         self.fleet.flush(&self.state);
+        // After the fleet: an agent that is cut has been told why.
+        for (identity, enrolled) in identities {
+            self.registry.set(&identity, enrolled.as_ref());
+        }
         for event in events {
             self.publish(event);
         }

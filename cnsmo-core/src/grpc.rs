@@ -2,7 +2,7 @@
 
 mod agent;
 pub mod auth;
-mod identity;
+pub mod identity;
 pub mod listen;
 mod resource;
 
@@ -12,13 +12,15 @@ use cnsmo_proto::pb::{
     agent::agent_service_server::AgentServiceServer,
     identity::{
         enrollment_service_server::EnrollmentServiceServer,
+        identity_service_server::IdentityServiceServer,
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
 };
 use tonic::{service::Routes, transport::Server};
 
-use crate::{actor::Core, identity::Ca};
+use self::identity::Issuer;
+use crate::{actor::Core, identity::registry::Registry};
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -32,7 +34,7 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 const WINDOW_BYTES: u32 = 1 << 20;
 
 /// The services; both fronts serve them.
-pub fn routes(core: &Core, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
+pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -42,7 +44,7 @@ pub fn routes(core: &Core, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let identity = Arc::new(identity::Service::new(core.clone(), ca.clone()));
+    let identity = Arc::new(identity::Service::new(core.clone(), issuer));
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
     let mut routes = Routes::builder();
@@ -52,18 +54,22 @@ pub fn routes(core: &Core, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
         .add_service(resources)
         .add_service(agents)
         .add_service(enrolment)
-        .add_service(JoinTokenServiceServer::from_arc(identity));
+        .add_service(JoinTokenServiceServer::from_arc(identity.clone()))
+        .add_service(
+            IdentityServiceServer::from_arc(identity).max_decoding_message_size(ENROLL_BYTES_MAX),
+        );
     Ok(routes.routes())
 }
 
 /// HTTP/2 as both fronts speak it. The request's role is checked before anything else looks at it.
-pub fn server() -> Server<tower::layer::util::Stack<auth::AuthLayer, tower::layer::util::Identity>>
-{
+pub fn server(
+    registry: &Arc<Registry>,
+) -> Server<tower::layer::util::Stack<auth::AuthLayer, tower::layer::util::Identity>> {
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
-        .layer(auth::AuthLayer)
+        .layer(auth::AuthLayer::new(registry.clone()))
 }

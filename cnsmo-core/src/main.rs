@@ -17,6 +17,9 @@ use cnsmo_core::{
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+/// Agents look at their certificate about once a second.
+const CERTIFICATE_LIFE_MIN: Duration = Duration::from_secs(4);
+
 /// Keeps the state of a CNSMO deployment and its agents in step.
 #[derive(Debug, Parser)]
 #[command(name = "cnsmo-core", version, args_override_self = true)]
@@ -41,6 +44,9 @@ struct Arguments {
     /// Silence after which an agent is unreachable; more than the heartbeat.
     #[arg(long, value_name = "TIME", env = "CNSMO_LEASE", value_parser = duration, default_value = "6s")]
     lease: Duration,
+    /// How long certificates live; they are renewed at half of it.
+    #[arg(long, value_name = "TIME", env = "CNSMO_CERTIFICATE_LIFE", value_parser = duration, default_value = "24h")]
+    certificate_life: Duration,
     /// Form of the log on standard error; CNSMO_LOG sets what it tells, for example debug.
     #[arg(long, value_enum, env = "CNSMO_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
@@ -78,7 +84,11 @@ fn log(format: LogFormat) {
 
 #[tokio::main]
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let Arguments { state_dir, listen, socket, heartbeat, lease, .. } = arguments;
+    let Arguments { state_dir, listen, socket, heartbeat, lease, certificate_life, .. } = arguments;
+    anyhow::ensure!(
+        certificate_life >= CERTIFICATE_LIFE_MIN && certificate_life.subsec_nanos() == 0,
+        "--certificate-life must be whole seconds, and at least {CERTIFICATE_LIFE_MIN:?}"
+    );
     anyhow::ensure!(
         lease > heartbeat,
         "--lease {lease:?} must be longer than --heartbeat {heartbeat:?}"
@@ -90,7 +100,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
     let timing = Timing { heartbeat, lease };
-    let config = Config { state_dir, listen, socket: socket.clone(), timing };
+    let config = Config { state_dir, listen, socket: socket.clone(), timing, certificate_life };
     let mut running = Running::start(config).await?;
     tracing::info!(listen = %running.address, socket = %socket.display(), "ready");
     let failure = tokio::select! {
@@ -108,7 +118,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
 }
 
-/// A number with one of the units ms, s and m.
+/// A number with one of the units ms, s, m and h.
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -117,6 +127,7 @@ fn duration(text: &str) -> Result<Duration, String> {
         "ms" => Duration::from_millis(1),
         "s" => Duration::from_secs(1),
         "m" => Duration::from_secs(60),
+        "h" => Duration::from_secs(3_600),
         _ => return Err("not of the form 2s, 500ms or 1m".into()),
     };
     if number == 0 {

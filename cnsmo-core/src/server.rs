@@ -17,7 +17,16 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::{actor::Core, fleet::Timing, grpc, identity::Ca, store::Store};
+use crate::{
+    actor::Core,
+    fleet::Timing,
+    grpc,
+    identity::{
+        ca::Ca,
+        registry::{self, Registry},
+    },
+    store::Store,
+};
 
 /// Connections that have finished their handshake and wait to be served.
 const ACCEPTED_MAX: usize = 64;
@@ -35,6 +44,8 @@ pub struct Config {
     pub socket: PathBuf,
     /// Of agents.
     pub timing: Timing,
+    /// How long certificates live, in whole seconds.
+    pub certificate_life: Duration,
 }
 
 /// A core that serves.
@@ -46,6 +57,8 @@ pub struct Running {
     stop: watch::Sender<bool>,
     servers: JoinSet<Result<(), tonic::transport::Error>>,
     actor: JoinHandle<()>,
+    /// Aborted when dropped.
+    _helpers: JoinSet<()>,
     // Held until the end.
     socket: grpc::listen::SocketFile,
     lock: File,
@@ -67,13 +80,15 @@ impl Running {
             .await
             .with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = tcp.local_addr().context("the listener has no address")?;
-        let tls = Arc::new(ca.server_config(&addresses(address.ip()))?);
+        let registry = Arc::new(Registry::default());
+        let tls = Arc::new(ca.server_config(&addresses(address.ip()), &registry)?);
         let (unix, socket) = grpc::listen::bind_unix(&config.socket)
             .await
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
-        let (core, actor) = Core::start(store, config.timing).await?;
-        let routes = grpc::routes(&core, &ca)?.prepare();
+        let (core, actor) = Core::start(store, config.timing, registry.clone()).await?;
+        let issuer = grpc::identity::Issuer { ca, life: config.certificate_life };
+        let routes = grpc::routes(&core, issuer)?.prepare();
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
             // The sender is gone: stop as well.
@@ -84,17 +99,19 @@ impl Running {
         tokio::spawn(grpc::listen::accept_tls(tcp, tls, to_tls));
         tokio::spawn(grpc::listen::accept_unix(unix, to_unix));
         let mut servers = JoinSet::new();
-        servers.spawn(grpc::server().serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(&registry).serve_with_incoming_shutdown(
             routes.clone(),
             ReceiverStream::new(from_tls),
             until(stopped.clone()),
         ));
-        servers.spawn(grpc::server().serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(&registry).serve_with_incoming_shutdown(
             routes,
             ReceiverStream::new(from_unix),
             until(stopped),
         ));
-        Ok(Self { address, core, stop, servers, actor, socket, lock })
+        let mut helpers = JoinSet::new();
+        helpers.spawn(registry::sweep(registry));
+        Ok(Self { address, core, stop, servers, actor, _helpers: helpers, socket, lock })
     }
 
     /// Ends all streams, lets calls finish, and closes the store.

@@ -6,6 +6,7 @@ use std::{
 
 use cnsmo_core::{
     fleet::{PROTOCOL_VERSION, SET_TYPE, Timing},
+    identity::CERTIFICATE_LIFE,
     server::{Config, Running},
 };
 use cnsmo_proto::{
@@ -62,12 +63,21 @@ impl TestCore {
     }
 
     pub(crate) async fn start_in(folder: TempDir, timing: Timing) -> Self {
+        Self::start_as(folder, timing, CERTIFICATE_LIFE).await
+    }
+
+    pub(crate) async fn start_as(
+        folder: TempDir,
+        timing: Timing,
+        certificate_life: Duration,
+    ) -> Self {
         let socket = folder.path().join("core.sock");
         let config = Config {
             state_dir: folder.path().join("state"),
             listen: "127.0.0.1:0".parse().unwrap(),
             socket: socket.clone(),
             timing,
+            certificate_life,
         };
         let running = Running::start(config).await.unwrap();
         let admin = Admin::connect(&socket).await;
@@ -103,12 +113,12 @@ impl TestCore {
     pub(crate) async fn enrol(
         &self,
         token: &str,
-        node: &str,
+        name: &str,
         key: &KeyPair,
     ) -> Result<EnrollResponse, Status> {
-        let csr = CertificateParams::default().serialize_request(key).unwrap().der().to_vec();
+        let csr = csr(key);
         let request =
-            EnrollRequest { token: token.into(), csr, node: node.into(), labels: BTreeMap::new() };
+            EnrollRequest { token: token.into(), csr, name: name.into(), labels: BTreeMap::new() };
         let mut client = EnrollmentServiceClient::new(self.tls(None).await);
         Ok(client.enroll(request).await?.into_inner())
     }
@@ -164,7 +174,8 @@ impl Admin {
 
     pub(crate) async fn token(&mut self, max_uses: u32, labels: &str) -> String {
         let labels = labels.parse::<Labels>().unwrap().as_map().clone();
-        let request = CreateJoinTokenRequest { ttl: None, max_uses, labels };
+        let request =
+            CreateJoinTokenRequest { max_uses, labels, ..CreateJoinTokenRequest::default() };
         self.tokens.create_join_token(request).await.unwrap().into_inner().token
     }
 
@@ -229,6 +240,11 @@ impl Admin {
         };
         tokio::time::timeout(PATIENCE, wait).await.expect("the node never got there")
     }
+}
+
+/// A signing request.
+pub(crate) fn csr(key: &KeyPair) -> Vec<u8> {
+    CertificateParams::default().serialize_request(key).unwrap().der().to_vec()
 }
 
 pub(crate) async fn unix(socket: &Path) -> Result<Channel, tonic::transport::Error> {

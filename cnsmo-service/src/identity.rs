@@ -5,6 +5,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use cnsmo_proto::{
@@ -31,6 +32,9 @@ use crate::{
     durable,
     token::Token,
 };
+
+/// Certificates start this much before they are issued, for clocks that lag behind.
+pub const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
 
 const KEY_FILE: &str = "identity.key";
 const CERTIFICATE_FILE: &str = "identity.crt";
@@ -116,7 +120,7 @@ pub async fn enroll(
     let request = EnrollRequest {
         token: token.to_string(),
         csr: certificate_request(&key, name)?,
-        node: name.to_string(),
+        name: name.to_string(),
         labels: labels.clone(),
     };
     let answer = EnrollmentServiceClient::new(channel).enroll(request).await;

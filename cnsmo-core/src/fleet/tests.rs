@@ -13,7 +13,10 @@ use cnsmo_proto::pb::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::{Enrolment, Plan, TokenRecord, parse_apply};
+use crate::{
+    identity::Issued,
+    state::{Enrolment, Plan, TokenGrant, TokenRecord, parse_apply},
+};
 
 /// State, fleet and a clock, without tasks and sockets.
 struct World {
@@ -34,9 +37,11 @@ impl World {
         };
         let token = TokenRecord {
             secret_sha256: [1; 32],
+            create_time: wall_clock(),
             expire_time: wall_clock() + LEASE,
             uses_max: 10,
             used_by: Vec::new(),
+            grant: TokenGrant::default(),
             labels: Labels::default(),
         };
         let plan = world.state.plan_token("t".into(), token, wall_clock()).unwrap();
@@ -45,11 +50,12 @@ impl World {
             let enrolment = Enrolment {
                 token_id: "t".into(),
                 secret_sha256: [1; 32],
-                node: node.parse().unwrap(),
+                name: node.parse().unwrap(),
                 labels: format!("n={node}").parse().unwrap(),
                 spki_sha256: [n; 32],
             };
-            let plan = world.state.plan_enrolment(&enrolment, wall_clock()).unwrap();
+            let plan =
+                world.state.plan_enrolment(&enrolment, Issued::sample(), wall_clock()).unwrap();
             world.commit(plan);
         }
         world

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     actor::{Core, FromAgent},
     fleet::{DOWN_MAX, Down, DownSender, PROTOCOL_VERSION},
-    identity::AgentIdentity,
+    identity::{Kind, Peer, caller::Caller},
 };
 
 /// How long an agent may take to introduce itself.
@@ -40,28 +40,22 @@ impl agent_service_server::AgentService for Service {
 
     async fn connect(
         &self,
-        mut request: Request<Streaming<ConnectRequest>>,
+        request: Request<Streaming<ConnectRequest>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
-        let identity = request
-            .extensions_mut()
-            .remove::<AgentIdentity>()
-            .ok_or_else(|| Status::permission_denied("only agents may connect"))?;
+        let peer = Caller::of(&request)?.peer().filter(|peer| peer.subject.kind == Kind::Agent);
+        let peer = peer.ok_or_else(|| Status::permission_denied("only agents may connect"))?;
+        let peer = peer.clone();
         let (down, messages) = mpsc::channel(DOWN_MAX);
         // The answer begins before the hello has come: a client may wait for it first.
-        tokio::spawn(serve(self.core.clone(), identity, request.into_inner(), down));
+        tokio::spawn(serve(self.core.clone(), peer, request.into_inner(), down));
         let encode: fn(_) -> _ = |down: Result<Down, Status>| down.map(Into::into);
         Ok(Response::new(ReceiverStream::new(messages).map(encode)))
     }
 }
 
 /// Hands an agent's messages to the core until either side ends the stream.
-async fn serve(
-    core: Core,
-    identity: AgentIdentity,
-    mut up: Streaming<ConnectRequest>,
-    messages: Messages,
-) {
-    let node = identity.node.to_string();
+async fn serve(core: Core, peer: Peer, mut up: Streaming<ConnectRequest>, messages: Messages) {
+    let node = peer.subject.name.to_string();
     let hello = match tokio::time::timeout(HELLO_TIMEOUT, hello(&mut up)).await {
         Ok(Ok(hello)) => hello,
         Ok(Err(status)) => return refuse(&messages, status),
@@ -71,7 +65,7 @@ async fn serve(
     };
     let (alive, mut ended) = oneshot::channel();
     let down = DownSender { messages: messages.clone(), alive };
-    let session = match core.connect(node.clone(), identity.spki_sha256, hello, down).await {
+    let session = match core.connect(node.clone(), peer.spki_sha256, hello, down).await {
         Ok(session) => session,
         Err(error) => return refuse(&messages, error.into()),
     };

@@ -1,61 +1,53 @@
-//! Who may call what: one table, and nothing outside it.
+//! Who may call what: each request gets its [`Caller`], and passes if the table of rules lets its role call the RPC.
 
-use std::task::{Context, Poll};
+mod guard;
+pub mod rules;
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::SystemTime,
+};
 
 use futures::future::{Either, Ready, ready};
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Status,
     body::Body,
     codegen::http::{Request, Response},
-    transport::server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo},
+    transport::server::UdsConnectInfo,
 };
 use tower::{Layer, Service};
 
-use crate::identity::AgentIdentity;
+use super::listen::TlsInfo;
+use crate::identity::{
+    Peer,
+    caller::Caller,
+    registry::{Refusal, Registry},
+};
 
-/// What a caller is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Came over the unix socket as root or as the core's own user.
-    Admin,
-    /// Has the certificate of an agent.
-    Agent,
-    /// Came over TLS without a certificate.
-    Anonymous,
+/// The one RPC that a certificate which has expired opens.
+const RENEW: &str = "/cnsmo.identity.v1.IdentityService/Renew";
+
+/// Lets through what the rules allow.
+#[derive(Clone, Debug)]
+pub struct AuthLayer {
+    registry: Arc<Registry>,
 }
 
-use Role::{Admin, Agent, Anonymous};
-
-/// Every RPC, and who may call it.
-pub const RULES: &[(&str, &[Role])] = &[
-    ("/cnsmo.agent.v1.AgentService/Connect", &[Agent]),
-    ("/cnsmo.identity.v1.EnrollmentService/Enroll", &[Anonymous]),
-    ("/cnsmo.identity.v1.JoinTokenService/CreateJoinToken", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/Apply", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/Delete", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/Get", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/List", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/WaitApplied", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/Watch", &[Admin]),
-    ("/grpc.health.v1.Health/Check", &[Admin, Agent, Anonymous]),
-    ("/grpc.health.v1.Health/Watch", &[Admin, Agent, Anonymous]),
-    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", &[Admin]),
-];
-
-/// Whether `role` may call the RPC at `path`.
-pub fn allows(role: Role, path: &str) -> bool {
-    RULES.iter().any(|(rpc, roles)| *rpc == path && roles.contains(&role))
+impl AuthLayer {
+    /// Roles are looked up in `registry`.
+    pub fn new(registry: Arc<Registry>) -> Self {
+        Self { registry }
+    }
 }
-
-/// Lets through what the table allows.
-#[derive(Clone, Copy, Debug)]
-pub struct AuthLayer;
 
 impl<S> Layer<S> for AuthLayer {
     type Service = Auth<S>;
 
     fn layer(&self, inner: S) -> Auth<S> {
-        Auth { inner }
+        Auth { inner, registry: self.registry.clone() }
     }
 }
 
@@ -63,100 +55,96 @@ impl<S> Layer<S> for AuthLayer {
 #[derive(Clone, Debug)]
 pub struct Auth<S> {
     inner: S,
+    registry: Arc<Registry>,
 }
+
+type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
 
 impl<S> Service<Request<Body>> for Auth<S>
 where
     S: Service<Request<Body>, Response = Response<Body>>,
+    S::Future: Send + 'static,
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = Either<S::Future, Ready<Result<S::Response, S::Error>>>;
+    type Future = Either<
+        Either<S::Future, Ready<Result<S::Response, S::Error>>>,
+        Boxed<S::Response, S::Error>,
+    >;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let refusal = match identify(&mut request) {
-            None => Status::unauthenticated("the way of this connection proves no identity"),
-            Some(role) if allows(role, request.uri().path()) => {
-                return Either::Left(self.inner.call(request));
+        let (caller, cut) = match authorize(&self.registry, &request) {
+            Ok(authorized) => authorized,
+            Err((caller, refusal)) => {
+                let who = caller.as_ref().map_or("", |caller| &*caller.identity);
+                tracing::debug!(path = request.uri().path(), who, %refusal, "refused");
+                return Either::Left(Either::Right(ready(Ok(refusal.into_http()))));
             }
-            Some(role) => Status::permission_denied(format!(
-                "{} is not allowed to the role {}",
-                request.uri().path(),
-                match role {
-                    Admin => "admin",
-                    Agent => "agent",
-                    Anonymous => "anonymous",
-                }
-            )),
         };
-        tracing::debug!(path = request.uri().path(), %refusal, "refused");
-        Either::Right(ready(Ok(refusal.into_http())))
+        request.extensions_mut().insert(caller);
+        let Some(cut) = cut else {
+            return Either::Left(Either::Left(self.inner.call(request)));
+        };
+        let answer = self.inner.call(request.map(|body| guard::request(body, cut.clone())));
+        Either::Right(Box::pin(
+            async move { Ok(answer.await?.map(|body| guard::response(body, cut))) },
+        ))
     }
 }
 
-/// The role of the caller; an agent's identity is left in the request's extensions.
-fn identify(request: &mut Request<Body>) -> Option<Role> {
+/// The caller, and what ends it. An error carries the caller as far as it is known.
+type Authorized = Result<(Caller, Option<CancellationToken>), (Option<Caller>, Status)>;
+
+fn authorize(registry: &Registry, request: &Request<Body>) -> Authorized {
+    let path = request.uri().path();
+    let (caller, cut) = identify(registry, request, path)?;
+    let may = rules::rule_of(path).is_some_and(|rule| rule.roles.contains(&caller.role));
+    if may {
+        return Ok((caller, cut));
+    }
+    let role = caller.role.as_str();
+    let refusal = Status::permission_denied(format!("{path} is not allowed to the role {role}"));
+    Err((Some(caller), refusal))
+}
+
+fn identify(registry: &Registry, request: &Request<Body>, path: &str) -> Authorized {
+    let unproven = || Status::unauthenticated("the way of this connection proves no identity");
     if let Some(unix) = request.extensions().get::<UdsConnectInfo>() {
-        let uid = unix.peer_cred.as_ref()?.uid();
-        let own = nix::unistd::geteuid().as_raw();
-        return (uid == 0 || uid == own).then_some(Admin);
+        let uid = unix.peer_cred.as_ref().map(tokio::net::unix::UCred::uid);
+        let uid = uid.ok_or_else(|| (None, unproven()))?;
+        if uid == 0 || uid == nix::unistd::geteuid().as_raw() {
+            return Ok((Caller::local(uid), None));
+        }
+        return Err((None, unproven()));
     }
-    let tls = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>()?;
-    let Some(certificates) = tls.peer_certs() else { return Some(Anonymous) };
-    let identity = AgentIdentity::from_certificate(certificates.first()?)?;
-    request.extensions_mut().insert(identity);
-    Some(Agent)
+    let tls = request.extensions().get::<TlsInfo>().ok_or_else(|| (None, unproven()))?;
+    match &tls.peer {
+        None => Ok((Caller::anonymous(), None)),
+        Some(peer) => certified(registry, peer, path),
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use prost::Message as _;
-    use prost_types::FileDescriptorSet;
-
-    use super::*;
-
-    /// Fails when an RPC is added without a rule, or a rule outlives its RPC.
-    #[test]
-    fn every_rpc_has_exactly_one_rule() {
-        let sets = [
-            cnsmo_proto::DESCRIPTORS,
-            tonic_health::pb::FILE_DESCRIPTOR_SET,
-            tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
-        ];
-        let mut rpcs = BTreeSet::new();
-        for set in sets {
-            for file in FileDescriptorSet::decode(set).unwrap().file {
-                for service in &file.service {
-                    for method in &service.method {
-                        rpcs.insert(format!(
-                            "/{}.{}/{}",
-                            file.package(),
-                            service.name(),
-                            method.name()
-                        ));
-                    }
-                }
+fn certified(registry: &Registry, peer: &Arc<Peer>, path: &str) -> Authorized {
+    let now = SystemTime::now();
+    let refused = |refusal: Refusal| {
+        let text = format!("{}: {refusal}", peer.identity);
+        let status = match refusal {
+            Refusal::Expired | Refusal::Outlived => Status::unauthenticated(text),
+            Refusal::Unknown | Refusal::OtherKey | Refusal::Revoked => {
+                Status::permission_denied(text)
             }
-        }
-        let rules: Vec<_> = RULES.iter().map(|(rpc, _)| (*rpc).to_owned()).collect();
-        assert_eq!(rules.len(), rules.iter().collect::<BTreeSet<_>>().len(), "one rule per RPC");
-        assert_eq!(rules.into_iter().collect::<BTreeSet<_>>(), rpcs);
+        };
+        (Some(Caller::unproven(peer.clone())), status)
+    };
+    if path == RENEW {
+        let role = registry.renewable(peer, now).map_err(refused)?;
+        return Ok((Caller::certified(peer.clone(), role, Arc::default()), None));
     }
-
-    #[test]
-    fn what_is_not_in_the_table_is_refused() {
-        for role in [Admin, Agent, Anonymous] {
-            assert!(!allows(role, "/cnsmo.resource.v1.ResourceService/Unknown"));
-            assert!(!allows(role, ""));
-        }
-        for (role, rpcs) in [(Agent, 3), (Anonymous, 3)] {
-            assert_eq!(RULES.iter().filter(|(_, roles)| roles.contains(&role)).count(), rpcs);
-        }
-    }
+    let standing = registry.standing(peer, now).map_err(refused)?;
+    let caller = Caller::certified(peer.clone(), standing.role, standing.grants);
+    Ok((caller, Some(standing.cut)))
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs, io,
+    net::SocketAddr,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     pin::Pin,
@@ -18,6 +19,8 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::Connected;
 
+use crate::identity::Peer;
+
 /// TLS connections at a time: one for each node that may join, and room for those that come back before the core has
 /// noticed that they were gone. Further ones wait in the kernel.
 const CONNECTIONS_MAX: usize = 25_000;
@@ -28,18 +31,44 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause after the system refused to accept, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Who is at the other end of a TLS connection. In the extensions of each of its requests.
+#[derive(Clone, Debug)]
+pub struct TlsInfo {
+    /// Where it comes from.
+    pub address: SocketAddr,
+    /// What its certificate says; none: it showed none.
+    pub peer: Option<Arc<Peer>>,
+}
+
 /// A TLS connection that counts.
 #[derive(Debug)]
 pub struct TlsConnection {
     stream: TlsStream<TcpStream>,
+    info: TlsInfo,
     _place: OwnedSemaphorePermit,
 }
 
-impl Connected for TlsConnection {
-    type ConnectInfo = <TlsStream<TcpStream> as Connected>::ConnectInfo;
+impl TlsConnection {
+    /// None: the certificate is of no identity.
+    fn new(
+        stream: TlsStream<TcpStream>,
+        address: SocketAddr,
+        place: OwnedSemaphorePermit,
+    ) -> Option<Self> {
+        let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let peer = match certificate {
+            None => None,
+            Some(certificate) => Some(Arc::new(Peer::from_certificate(certificate)?)),
+        };
+        Some(Self { stream, info: TlsInfo { address, peer }, _place: place })
+    }
+}
 
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.stream.connect_info()
+impl Connected for TlsConnection {
+    type ConnectInfo = TlsInfo;
+
+    fn connect_info(&self) -> TlsInfo {
+        self.info.clone()
     }
 }
 
@@ -114,8 +143,10 @@ pub async fn accept_tls(
             }
             match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
                 Ok(Ok(stream)) => {
-                    // The server is stopping if nobody takes it.
-                    let _ = to.send(Ok(TlsConnection { stream, _place: place })).await;
+                    if let Some(connection) = TlsConnection::new(stream, peer, place) {
+                        // The server is stopping if nobody takes it.
+                        let _ = to.send(Ok(connection)).await;
+                    }
                 }
                 Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
                 Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
