@@ -40,10 +40,10 @@ pub struct GetResponse {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListRequest {
-    /// Empty: all keys that the caller may read.
+    /// Empty: all keys.
     #[prost(string, tag = "1")]
     pub prefix: ::prost::alloc::string::String,
-    /// 0: 1,000. At most 10,000. A page ends earlier rather than take more than 3 MiB, and may be empty without being the last.
+    /// 0: 1,000. At most 10,000. A page ends earlier rather than take more than 3 MiB.
     #[prost(int32, tag = "2")]
     pub page_size: i32,
     /// Of the page before, with the same prefix. All pages of a list are of the revision of the first one.
@@ -163,7 +163,7 @@ pub struct TxnResponse {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchRequest {
-    /// Empty: all keys that the caller may read.
+    /// Empty: all keys.
     #[prost(string, tag = "1")]
     pub prefix: ::prost::alloc::string::String,
     /// 0: first the keys as they are. Else: all changes after this revision, which is one that the client has seen.
@@ -331,8 +331,9 @@ pub mod state_service_client {
     use tonic::codegen::http::Uri;
     use tonic::codegen::*;
     /// A key is 1 to 512 bytes of UTF-8 without control characters; a value takes at most 1 MiB. Keys below "cnsmo/" are the
-    /// core's own: they can be read, secrets excepted, and not be written here. Lists and watches leave out what the caller may
-    /// not read. A revision that is not there, too new or compacted, is OUT_OF_RANGE.
+    /// core's own: they can be read and not be written here. Its secrets among them are left out of lists and watches; otherwise
+    /// a list or watch of what the caller may not read is PERMISSION_DENIED. A revision that is not there, too new or compacted,
+    /// is OUT_OF_RANGE.
     #[derive(Debug, Clone)]
     pub struct StateServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -571,8 +572,9 @@ pub mod state_service_server {
         ) -> std::result::Result<tonic::Response<super::RevokeLeaseResponse>, tonic::Status>;
     }
     /// A key is 1 to 512 bytes of UTF-8 without control characters; a value takes at most 1 MiB. Keys below "cnsmo/" are the
-    /// core's own: they can be read, secrets excepted, and not be written here. Lists and watches leave out what the caller may
-    /// not read. A revision that is not there, too new or compacted, is OUT_OF_RANGE.
+    /// core's own: they can be read and not be written here. Its secrets among them are left out of lists and watches; otherwise
+    /// a list or watch of what the caller may not read is PERMISSION_DENIED. A revision that is not there, too new or compacted,
+    /// is OUT_OF_RANGE.
     #[derive(Debug)]
     pub struct StateServiceServer<T> {
         inner: Arc<T>,
