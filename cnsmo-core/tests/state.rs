@@ -14,6 +14,7 @@ use cnsmo_proto::pb::{
         BackupRequest, CompactRequest, GetStatusRequest, GetStatusResponse,
         admin_service_client::AdminServiceClient,
     },
+    identity::{CreateJoinTokenRequest, Role},
     state::{
         Compare, Event, Fence, GetRequest, GrantLeaseRequest, GrantLeaseResponse,
         KeepAliveLeaseRequest, KeyValue, ListRequest, Op, Put, RevokeLeaseRequest, TxnRequest,
@@ -22,6 +23,7 @@ use cnsmo_proto::pb::{
     },
 };
 use nix::sys::signal::Signal;
+use rcgen::KeyPair;
 use tempfile::TempDir;
 use tonic::{Code, Status, Streaming, transport::Channel};
 
@@ -39,9 +41,22 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) async fn connect(folder: &TempDir) -> Self {
-        let channel = unix(&folder.path().join("core.sock")).await.unwrap();
+        Self::on(unix(&folder.path().join("core.sock")).await.unwrap())
+    }
+
+    fn on(channel: Channel) -> Self {
         let state = StateServiceClient::new(channel.clone());
         Self { state, admin: AdminServiceClient::new(channel) }
+    }
+
+    /// Over TLS, as somebody who has joined in this role.
+    async fn join(core: &mut TestCore, role: Role, name: &str) -> Self {
+        let request =
+            CreateJoinTokenRequest { role: role.into(), ..CreateJoinTokenRequest::default() };
+        let token = core.admin.tokens.create_join_token(request).await.unwrap().into_inner().token;
+        let key = KeyPair::generate().unwrap();
+        let chain = core.enrol(&token, name, &key).await.unwrap().certificate_chain;
+        Self::on(core.tls(Some((&chain, &key.serialize_pem()))).await)
     }
 
     async fn txn(&mut self, txn: TxnRequest) -> Result<TxnResponse, Status> {
@@ -99,6 +114,11 @@ impl Client {
     pub(crate) async fn grant(&mut self, ttl: Duration) -> GrantLeaseResponse {
         let ttl = Some(ttl.try_into().unwrap());
         self.state.grant_lease(GrantLeaseRequest { ttl }).await.unwrap().into_inner()
+    }
+
+    async fn grant_lease(&mut self) -> Result<GrantLeaseResponse, Status> {
+        let ttl = Some(Duration::from_secs(1).try_into().unwrap());
+        Ok(self.state.grant_lease(GrantLeaseRequest { ttl }).await?.into_inner())
     }
 
     /// Renews once; false: it is gone.
@@ -823,6 +843,74 @@ async fn a_backup_is_the_state_of_its_revision() {
 }
 
 #[tokio::test]
+async fn each_caller_has_what_its_role_grants() {
+    let (mut core, mut admin) = start().await;
+    admin.put("shop/a", "1").await;
+    admin.put("bank/a", "1").await;
+    let denied = |status: Status| assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+    let mut shop = Client::join(&mut core, Role::Service, "shop").await;
+    shop.put("shop/a", "2").await;
+    assert_eq!(shop.list("shop/", 0).await.0.len(), 1);
+    let other = GetRequest { key: "bank/a".into(), min_revision: 0 };
+    denied(shop.state.get(other.clone()).await.unwrap_err());
+    denied(shop.state.list(ListRequest::default()).await.unwrap_err());
+    denied(shop.watch(WatchRequest::default()).await.map(|_| ()).unwrap_err());
+    denied(shop.ops(vec![put("shop/b", ""), put("bank/b", "")]).await.unwrap_err());
+    denied(shop.ops(vec![delete_prefix("s")]).await.unwrap_err());
+    denied(
+        shop.txn(TxnRequest {
+            compare: vec![compare("bank/a", Target::Value("1".into()))],
+            ..TxnRequest::default()
+        })
+        .await
+        .unwrap_err(),
+    );
+    assert!(admin.get("shop/b").await.is_none());
+
+    let mut bank = Client::join(&mut core, Role::Service, "bank").await;
+    let lease = shop.grant(Duration::from_secs(60)).await.lease_id;
+    let request = RevokeLeaseRequest { lease_id: lease };
+    denied(bank.state.revoke_lease(request).await.unwrap_err());
+    let renewal = tokio_stream::iter([KeepAliveLeaseRequest { lease_id: lease }]);
+    let mut answers = bank.state.keep_alive_lease(renewal).await.unwrap().into_inner();
+    denied(answers.message().await.unwrap_err());
+    assert!(shop.renew(lease).await && admin.renew(lease).await);
+    shop.state.revoke_lease(request).await.unwrap();
+
+    // The same id of another caller is another request.
+    let once = |key: &str| TxnRequest {
+        success: vec![put(key, "")],
+        request_id: "r".into(),
+        ..TxnRequest::default()
+    };
+    let first = shop.txn(once("shop/r")).await.unwrap();
+    assert!(bank.txn(once("bank/r")).await.unwrap().revision > first.revision);
+
+    let mut viewer = Client::join(&mut core, Role::Viewer, "eve").await;
+    let everything = viewer.list("", 2).await.0;
+    assert!(everything.contains_key("bank/a") && everything.contains_key("shop/a"));
+    denied(viewer.ops(vec![put("eve", "")]).await.unwrap_err());
+    denied(viewer.grant_lease().await.unwrap_err());
+    // Tokens and identities are there, and nobody sees them.
+    for client in [&mut viewer, &mut admin] {
+        let seen = client.list("", 1).await.0;
+        assert!(
+            seen.keys()
+                .all(|key| !key.starts_with("cnsmo/tokens/")
+                    && !key.starts_with("cnsmo/identities/"))
+        );
+        assert_eq!(client.list("cnsmo/identities/", 0).await.0.len(), 0);
+        let mut watch = client.watch_from("", 0).await;
+        while watch.next().await.0 != Kind::Synced {}
+        assert_eq!(watch.map, seen);
+    }
+    let status = admin.status().await;
+    let visible = i64::try_from(admin.list("", 0).await.0.len()).unwrap();
+    assert!(status.keys > visible, "the secrets are keys of the same store");
+    core.stop().await;
+}
+
+#[tokio::test]
 async fn watches_of_one_identity_are_limited() {
     let (core, client) = start().await;
     let mut watches = Vec::new();
@@ -842,7 +930,17 @@ async fn watches_of_one_identity_are_limited() {
     assert!(refused.message().contains("1000 watches already"), "{refused}");
     let mut status = client.clone();
     assert_eq!(status.status().await.watchers, 1_000);
+    let last = watches.split_off(999).remove(0);
     watches.clear();
-    status.until(|status| status.watchers == 0).await;
+    status.until(|status| status.watchers == 1).await;
+    let ended = tokio::spawn(async move {
+        let mut stream = last.stream;
+        loop {
+            if let Err(status) = stream.message().await.map(Option::unwrap) {
+                return status;
+            }
+        }
+    });
     core.stop().await;
+    assert_eq!(ended.await.unwrap().code(), Code::Unavailable, "a core that stops says so");
 }

@@ -15,7 +15,7 @@ use cnsmo_proto::{
             BackupRequest, BackupResponse, CompactRequest, CompactResponse, GetStatusRequest,
             GetStatusResponse, admin_service_server::AdminService,
         },
-        node::node_status::Phase,
+        node::{NodeStatus, node_status::Phase},
         resource::{Kind, resource::Resource},
     },
 };
@@ -95,7 +95,7 @@ impl Service {
         let (nodes, _) = self.parts.core.list(Kind::Node, None, Labels::default()).await?;
         let is_there = |resource: &&cnsmo_proto::pb::resource::Resource| {
             let Some(Resource::Node(node)) = &resource.resource else { return false };
-            let phase = node.status.as_ref().map_or(Phase::Unspecified, |status| status.phase());
+            let phase = node.status.as_ref().map_or(Phase::Unspecified, NodeStatus::phase);
             !matches!(phase, Phase::Unspecified | Phase::Unreachable)
         };
         Ok(nodes.iter().filter(is_there).count())
@@ -145,9 +145,9 @@ impl AdminService for Service {
             revision,
             compact_revision: compacted,
             epoch,
-            database_bytes: bytes,
-            wal_bytes,
-            keys,
+            database_bytes: count(bytes),
+            wal_bytes: count(wal_bytes),
+            keys: count(keys),
             leases: count(leases.held),
             leases_held_back: count(leases.held_back),
             instances: count(self.instances().await?),
@@ -214,8 +214,9 @@ fn failed(error: &io::Error) -> Error {
     Error::Internal
 }
 
-fn count<T: TryFrom<usize> + Default>(number: usize) -> T {
-    T::try_from(number).unwrap_or_default()
+/// As a message has it. No count comes near its limit.
+fn count<M: TryFrom<N> + Default, N>(number: N) -> M {
+    M::try_from(number).unwrap_or_default()
 }
 
 fn uptime(elapsed: Duration) -> Option<prost_types::Duration> {

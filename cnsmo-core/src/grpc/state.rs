@@ -14,10 +14,11 @@ use cnsmo_proto::pb::state::{
     state_service_server::StateService,
 };
 use futures::{StreamExt as _, stream::BoxStream};
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use self::{access::Access, watch::Watcher};
-use super::quota::Quota;
+use super::{quota::Quota, until_stopped};
 use crate::{
     error::Error,
     lease::{Leases, TTL_MAX, TTL_MIN},
@@ -33,8 +34,9 @@ const WATCHERS_PER_IDENTITY_MAX: usize = 1_000;
 /// Keys of a page, if the client does not say.
 const PAGE_KEYS_DEFAULT: usize = 1_000;
 const PAGE_KEYS_MAX: usize = 10_000;
-/// Bytes of a page: below the 4 MiB that gRPC clients take unless told otherwise.
-const PAGE_BYTES_MAX: usize = 3 << 20;
+/// A page ends with the key that reaches so many bytes. Together with the largest value it stays below the 4 MiB that gRPC
+/// clients take unless told otherwise.
+const PAGE_BYTES: usize = 2 << 20;
 /// How long a call waits for a revision that another core has committed; it takes milliseconds unless something is wrong.
 const REACHED_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -48,12 +50,18 @@ pub(super) struct Service {
     store: Store,
     leases: Leases,
     watchers: Quota,
+    stopping: CancellationToken,
 }
 
 impl Service {
     /// `watchers`: see [`watchers`].
-    pub(super) fn new(store: Store, leases: Leases, watchers: Quota) -> Self {
-        Self { store, leases, watchers }
+    pub(super) fn new(
+        store: Store,
+        leases: Leases,
+        watchers: Quota,
+        stopping: CancellationToken,
+    ) -> Self {
+        Self { store, leases, watchers, stopping }
     }
 }
 
@@ -63,7 +71,7 @@ impl StateService for Service {
     type KeepAliveLeaseStream = BoxStream<'static, Result<KeepAliveLeaseResponse, Status>>;
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
-        let access = Access::of(request.extensions())?;
+        let access = Access::of(&request)?;
         let GetRequest { key, min_revision } = request.into_inner();
         check::key("key", &key)?;
         access.read("key", &key)?;
@@ -73,10 +81,11 @@ impl StateService for Service {
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
-        let access = Access::of(request.extensions())?;
+        let access = Access::of(&request)?;
         let ListRequest { prefix, page_size, page_token, min_revision, keys_only } =
             request.into_inner();
         check::prefix("prefix", &prefix)?;
+        access.read_all("prefix", &prefix)?;
         let rows = match usize::try_from(page_size) {
             Ok(0) => PAGE_KEYS_DEFAULT,
             Ok(size) if size <= PAGE_KEYS_MAX => size,
@@ -90,12 +99,12 @@ impl StateService for Service {
             Some((revision, key)) => (Some(revision), Some(key)),
             None => (None, None),
         };
-        let range = Range { prefix, after, at, rows, bytes: PAGE_BYTES_MAX, keys_only };
+        let range = Range { prefix, after, at, rows, bytes: PAGE_BYTES, keys_only };
         Ok(Response::new(self.page(range, &access).await?))
     }
 
     async fn txn(&self, request: Request<TxnRequest>) -> Result<Response<TxnResponse>, Status> {
-        let access = Access::of(request.extensions())?;
+        let access = Access::of(&request)?;
         let txn = check::txn(request.into_inner(), &access)?;
         let outcome = self.store.commit(txn).await.map_err(Error::from)?;
         let kvs = outcome.reads.into_iter().map(|read| match read.entry {
@@ -113,21 +122,22 @@ impl StateService for Service {
         &self,
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let access = Access::of(request.extensions())?;
-        let place = self.watchers.take(access.identity())?;
+        let access = Access::of(&request)?;
         let watch = check::watch(request.into_inner())?;
+        access.read_all("prefix", &watch.prefix)?;
+        let place = self.watchers.take(access.identity())?;
         reach(&self.store, "start_revision", watch.start.unwrap_or(0)).await?;
         let watcher = Watcher::new(self.store.clone(), access, watch);
         // Held as long as the stream is.
         let stream = watcher.stream().inspect(move |_| _ = &place);
-        Ok(Response::new(stream.boxed()))
+        Ok(Response::new(until_stopped(stream.boxed(), self.stopping.clone()).boxed()))
     }
 
     async fn grant_lease(
         &self,
         request: Request<GrantLeaseRequest>,
     ) -> Result<Response<GrantLeaseResponse>, Status> {
-        let access = Access::of(request.extensions())?;
+        let access = Access::of(&request)?;
         let ttl = check::duration("ttl", request.into_inner().ttl, TTL_MIN, TTL_MAX)?
             .ok_or_else(|| Error::Invalid("ttl: missing".into()))?;
         let lease = self.leases.grant(access.identity(), ttl).await?;
@@ -142,18 +152,19 @@ impl StateService for Service {
         &self,
         request: Request<Streaming<KeepAliveLeaseRequest>>,
     ) -> Result<Response<Self::KeepAliveLeaseStream>, Status> {
-        let access = Access::of(request.extensions())?;
+        let access = Access::of(&request)?;
         // No more is taken from the client than it takes from here.
         let renewals =
             KeepAlive { leases: self.leases.clone(), access, requests: request.into_inner() };
-        Ok(Response::new(futures::stream::try_unfold(renewals, KeepAlive::next).boxed()))
+        let stream = futures::stream::try_unfold(renewals, KeepAlive::next).boxed();
+        Ok(Response::new(until_stopped(stream, self.stopping.clone()).boxed()))
     }
 
     async fn revoke_lease(
         &self,
         request: Request<RevokeLeaseRequest>,
     ) -> Result<Response<RevokeLeaseResponse>, Status> {
-        let access = Access::of(request.extensions())?;
+        let access = Access::of(&request)?;
         let id = check::lease("lease_id", request.into_inner().lease_id)?;
         match self.leases.revoke(id, access.owner()).await? {
             Some(revision) => Ok(Response::new(RevokeLeaseResponse { revision })),

@@ -1,79 +1,70 @@
-//! Which keys a caller may read and write.
+//! Which keys a caller may read and write, and whose leases it may renew and end.
 
-use tonic::{Status, codegen::http::Extensions, transport::server::UdsConnectInfo};
+use std::fmt::Display;
 
-use crate::error::Error;
+use tonic::{Request, Status};
 
-/// The core's own keys: read by others, written by itself.
-const RESERVED: &str = "cnsmo/";
-/// Of them those that nobody reads here: hashes of tokens, and what proves identities.
-const SECRET: [&str; 2] = ["cnsmo/tokens/", "cnsmo/identities/"];
+use crate::{
+    error::Error,
+    identity::{Role, caller::Caller},
+};
 
 /// A caller, as far as keys and leases are concerned.
 #[derive(Clone, Debug)]
 pub(super) struct Access {
-    identity: &'static str,
+    caller: Caller,
 }
 
 impl Access {
     /// Of the caller of a request.
-    pub(super) fn of(extensions: &Extensions) -> Result<Self, Status> {
-        match extensions.get::<UdsConnectInfo>() {
-            Some(_) => Ok(Self { identity: "admin" }),
-            None => Err(Status::permission_denied("only operators on this machine")),
-        }
+    pub(super) fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+        Ok(Self { caller: Caller::of(request)?.clone() })
     }
 
     /// Name of the caller.
     pub(super) fn identity(&self) -> &str {
-        self.identity
+        &self.caller.identity
     }
 
     /// Whose leases the caller may renew and end; none: everybody's.
     pub(super) fn owner(&self) -> Option<&str> {
-        None
+        match self.caller.role {
+            Role::Admin | Role::Core => None,
+            _ => Some(self.identity()),
+        }
     }
 
     /// Whether the caller may see a key.
     pub(super) fn reads(&self, key: &str) -> bool {
-        !SECRET.iter().any(|secret| key.starts_with(secret))
-    }
-
-    /// Whether the caller may change a key.
-    fn writes(&self, key: &str) -> bool {
-        !key.starts_with(RESERVED)
+        self.caller.may_read_key(key)
     }
 
     /// Refuses a key that the caller may not see.
-    pub(super) fn read(&self, field: impl std::fmt::Display, key: &str) -> Result<(), Error> {
-        if self.reads(key) {
-            return Ok(());
-        }
-        Err(Error::Denied(format!("{field}: {} may not read {key}", self.identity())))
+    pub(super) fn read(&self, field: impl Display, key: &str) -> Result<(), Error> {
+        self.allow(self.reads(key), field, "read", key)
+    }
+
+    /// Refuses a prefix with keys that are not for the caller. The core's secrets among them are only left out: who may see
+    /// everything else may ask for everything.
+    pub(super) fn read_all(&self, field: impl Display, prefix: &str) -> Result<(), Error> {
+        self.allow(self.caller.may_read_prefix(prefix), field, "read all of", prefix)
     }
 
     /// Refuses a key that the caller may not change.
-    pub(super) fn write(&self, field: impl std::fmt::Display, key: &str) -> Result<(), Error> {
-        if key.starts_with(RESERVED) {
-            return Err(Error::Denied(format!("{field}: {RESERVED} belongs to the core")));
-        }
-        if self.writes(key) {
-            return Ok(());
-        }
-        Err(Error::Denied(format!("{field}: {} may not write {key}", self.identity())))
+    pub(super) fn write(&self, field: impl Display, key: &str) -> Result<(), Error> {
+        self.allow(self.caller.may_write_key(key), field, "write", key)
     }
 
-    /// Refuses a prefix below which there is a key that the caller may not change.
-    pub(super) fn write_all(
-        &self,
-        field: impl std::fmt::Display,
-        prefix: &str,
-    ) -> Result<(), Error> {
-        if RESERVED.starts_with(prefix) {
-            return Err(Error::Denied(format!(
-                "{field}: {prefix} includes {RESERVED}, which belongs to the core"
-            )));
+    /// Refuses a prefix below which there can be a key that the caller may not change.
+    pub(super) fn write_all(&self, field: impl Display, prefix: &str) -> Result<(), Error> {
+        self.allow(self.caller.may_write_prefix(prefix), field, "write all of", prefix)
+    }
+
+    fn allow(&self, may: bool, field: impl Display, what: &str, key: &str) -> Result<(), Error> {
+        if may {
+            return Ok(());
         }
-        self.write(field, prefix)
+        let identity = self.identity();
+        Err(Error::Denied(format!("{field}: {identity} may not {what} `{key}`")))
     }
 }

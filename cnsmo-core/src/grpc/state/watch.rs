@@ -15,7 +15,7 @@ use futures::{
 use tokio::time::Instant;
 use tonic::Status;
 
-use super::{PAGE_BYTES_MAX, PAGE_KEYS_MAX, access::Access, check::Watch, key_value};
+use super::{PAGE_BYTES, PAGE_KEYS_MAX, access::Access, check::Watch, key_value};
 use crate::{
     error::Error,
     store::{
@@ -120,7 +120,7 @@ impl Watcher {
             after: after.take(),
             at: *at,
             rows: PAGE_KEYS_MAX,
-            bytes: PAGE_BYTES_MAX,
+            bytes: PAGE_BYTES,
             keys_only: false,
         };
         let Slice { entries, revision, more } = self.store.range(range).await?;
