@@ -26,7 +26,7 @@ use crate::{
         ca::Ca,
         registry::{self, Registry},
     },
-    store::Store,
+    store::{Store, StoreConfig},
 };
 
 /// Connections that have finished their handshake and wait to be served.
@@ -76,7 +76,7 @@ impl Running {
             .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
         let lock = lock(&folder.join("lock"))?;
         let ca = Arc::new(Ca::open(folder)?);
-        let store = Store::open(&folder.join("state.db")).await?;
+        let store = Store::open(&StoreConfig::sqlite(folder.join("state.db"))).await?;
         let tcp = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}", config.listen))?;
