@@ -16,6 +16,7 @@ pub mod error;
 pub mod fleet;
 pub mod grpc;
 pub mod identity;
+pub mod lease;
 pub mod server;
 pub mod state;
 pub mod store;

@@ -9,5 +9,7 @@ mod agents;
 mod api;
 mod enrolment;
 mod harness;
+mod hostile;
 mod overlay;
 mod program;
+mod state;
