@@ -1,14 +1,18 @@
 //! The API: the same services behind two fronts, TLS for agents and a unix socket for the operators of this machine.
 
+mod admin;
 mod agent;
 pub mod auth;
 pub mod identity;
 pub mod listen;
+mod quota;
 mod resource;
+mod state;
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
+    admin::admin_service_server::AdminServiceServer,
     agent::agent_service_server::AgentServiceServer,
     identity::{
         enrollment_service_server::{self, EnrollmentServiceServer},
@@ -16,12 +20,18 @@ use cnsmo_proto::pb::{
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
+    state::state_service_server::StateServiceServer,
 };
-use tonic::{service::Routes, transport::Server};
+use futures::{Stream, StreamExt as _, stream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, service::Routes, transport::Server};
 use tower::layer::util::{Identity, Stack};
 
 use self::identity::Issuer;
-use crate::{actor::Core, http::HttpLayer, identity::registry::Registry};
+use crate::{
+    actor::Core, error::Error, http::HttpLayer, identity::registry::Registry, lease::Leases,
+    store::Store,
+};
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -34,8 +44,26 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Flow-control window: a large policy needs few round trips.
 const WINDOW_BYTES: u32 = 1 << 20;
 
+/// What the services stand on.
+#[derive(Debug)]
+pub struct Parts {
+    /// Resources and agents.
+    pub core: Core,
+    /// Of certificates.
+    pub issuer: Issuer,
+    /// Keys.
+    pub store: Store,
+    /// Those of clients.
+    pub leases: Leases,
+    /// Folder with room for a backup.
+    pub state_dir: PathBuf,
+    /// Ends the streams that clients keep open.
+    pub stopping: CancellationToken,
+}
+
 /// The services; both fronts serve them.
-pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
+pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
+    let Parts { core, issuer, store, leases, state_dir, stopping } = parts;
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -46,6 +74,15 @@ pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
     let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let identity = Arc::new(identity::Service::new(core.clone(), issuer));
+    let watchers = state::watchers();
+    let state = StateServiceServer::new(state::Service::new(
+        store.clone(),
+        leases.clone(),
+        watchers.clone(),
+        stopping,
+    ))
+    .max_decoding_message_size(state::MESSAGE_BYTES_MAX);
+    let admin = admin::Service::new(admin::Parts { core, store, leases, watchers, state_dir })?;
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
     let mut routes = Routes::builder();
@@ -55,6 +92,8 @@ pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
         .add_service(resources)
         .add_service(agents)
         .add_service(enrolment)
+        .add_service(state)
+        .add_service(AdminServiceServer::new(admin))
         .add_service(JoinTokenServiceServer::from_arc(identity.clone()))
         .add_service(
             IdentityServiceServer::from_arc(identity).max_decoding_message_size(ENROLL_BYTES_MAX),
@@ -69,6 +108,21 @@ pub fn request_bytes_max(service: &str) -> usize {
     } else {
         MESSAGE_BYTES_MAX
     }
+}
+
+/// The messages of a stream until it ends, or until the core stops and the client is told.
+fn until_stopped<T>(
+    stream: impl Stream<Item = Result<T, Status>> + Unpin,
+    stopping: CancellationToken,
+) -> impl Stream<Item = Result<T, Status>> {
+    stream::unfold((stream, Some(stopping)), |(mut stream, stopping)| async {
+        let stopping = stopping?;
+        tokio::select! {
+            biased;
+            () = stopping.cancelled() => Some((Err(Error::Stopped.into()), (stream, None))),
+            message = stream.next() => Some((message?, (stream, Some(stopping)))),
+        }
+    })
 }
 
 /// HTTP as both fronts speak it. The request's role is checked before anything looks at its body.

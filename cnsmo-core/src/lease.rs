@@ -440,6 +440,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::StoreConfig;
 
     const TTL: Duration = Duration::from_secs(10);
 
@@ -579,5 +580,35 @@ mod tests {
         let renewed = world.table.renew(1, Some("service/b"), world.now).unwrap();
         assert!(matches!(renewed, Err(Error::Denied(_))));
         assert!(world.table.renew(1, Some("service/a"), world.now).unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_lease_that_another_core_counts_is_not_ended_here() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = StoreConfig::sqlite(folder.path().join("state.db"));
+        let store = Store::open(&config).await.unwrap();
+        let (a, counting_a) = Leases::start(store.clone(), "a", false).await.unwrap();
+        let (b, counting_b) = Leases::start(store.clone(), "b", false).await.unwrap();
+        let lease = a.grant("service/x", TTL_MIN).await.unwrap();
+        // The client has moved to b.
+        for _ in 0..3 * 4 {
+            assert_eq!(b.renew(lease.id, Some("service/x")).await.unwrap(), Some(TTL_MIN));
+            tokio::time::sleep(TTL_MIN / 4).await;
+        }
+        assert_eq!((a.summary().held, b.summary().held), (0, 1));
+        assert!(a.renew(lease.id, Some("service/y")).await.is_err(), "not its owner");
+        assert_eq!(a.renew(lease.id + 1, None).await.unwrap(), None);
+
+        // b dies, with the lease or without it.
+        counting_b.abort();
+        let other = b.grant("service/x", TTL_MIN).await.unwrap();
+        assert!(a.adopt("b").await.unwrap() >= 1);
+        assert_eq!(a.renew(other.id, Some("service/x")).await.unwrap(), Some(TTL_MIN));
+        while !store.leases().await.unwrap().is_empty() {
+            tokio::time::sleep(TICK).await;
+        }
+        assert_eq!(a.revoke(lease.id, None).await.unwrap(), None);
+        counting_a.abort();
+        store.close().await;
     }
 }

@@ -18,6 +18,7 @@ pub mod fleet;
 pub mod grpc;
 pub mod http;
 pub mod identity;
+pub mod lease;
 pub mod server;
 pub mod state;
 pub mod store;

@@ -48,8 +48,8 @@ enum State {
     Snapshot { at: Option<Revision>, after: Option<String> },
     /// The snapshot has been sent.
     Synced,
-    /// `pending` has been fetched, and not been sent.
-    Live { feed: Feed, pending: std::vec::IntoIter<Arc<Commit>>, bookmark_at: Instant },
+    /// Each change.
+    Live { feed: Feed, bookmark_at: Instant },
     /// After an error.
     Ended,
 }
@@ -90,7 +90,6 @@ impl Watcher {
                 State::Synced => {
                     self.state = State::Live {
                         feed: self.store.follow(self.revision),
-                        pending: Vec::new().into_iter(),
                         bookmark_at: Instant::now() + self.bookmark,
                     };
                     return Ok(message(Kind::Synced, self.revision, Vec::new()));
@@ -146,21 +145,33 @@ impl Watcher {
     }
 
     async fn live(&mut self) -> Result<Option<WatchResponse>, StoreError> {
-        let State::Live { feed, pending, bookmark_at } = &mut self.state else { return Ok(None) };
-        if pending.len() == 0 {
-            let quiet = pin!(tokio::time::sleep_until(*bookmark_at));
-            match select(pin!(feed.next()), quiet).await {
-                Either::Left((commits, _)) => *pending = commits?.into_iter(),
-                Either::Right(_) => {
-                    *bookmark_at = Instant::now() + self.bookmark;
-                    return Ok(Some(message(Kind::Bookmark, self.revision, Vec::new())));
-                }
+        let State::Live { feed, bookmark_at } = &mut self.state else { return Ok(None) };
+        let quiet = pin!(tokio::time::sleep_until(*bookmark_at));
+        let commits = match select(pin!(feed.next()), quiet).await {
+            Either::Left((commits, _)) => commits?,
+            Either::Right(_) => {
+                *bookmark_at = Instant::now() + self.bookmark;
+                return Ok(Some(message(Kind::Bookmark, self.revision, Vec::new())));
+            }
+        };
+        let events = self.events(&commits).await?;
+        if events.is_empty() {
+            return Ok(None);
+        }
+        if let State::Live { feed, bookmark_at } = &mut self.state {
+            *bookmark_at = Instant::now() + self.bookmark;
+            if self.revision < feed.revision() {
+                // The rest is fetched again: a watcher that does not read must not keep it in memory.
+                *feed = self.store.follow(self.revision);
             }
         }
+        Ok(Some(message(Kind::Events, self.revision, events)))
+    }
+
+    /// Of as many commits as a message takes, up to which the watch has come then.
+    async fn events(&mut self, commits: &[Arc<Commit>]) -> Result<Vec<Event>, StoreError> {
         let (mut events, mut bytes, mut prev_bytes) = (Vec::new(), 0, 0);
-        while bytes < EVENTS_BYTES_MAX {
-            let State::Live { pending, .. } = &mut self.state else { break };
-            let Some(commit) = pending.next() else { break };
+        for commit in commits {
             for (index, event) in commit.events.iter().enumerate() {
                 let key = &event.entry.key;
                 if !key.starts_with(&self.prefix) || !self.access.reads(key) {
@@ -168,21 +179,18 @@ impl Watcher {
                 }
                 let mut prev_kv = None;
                 if self.prev_kv && prev_bytes < PREV_BYTES_MAX {
-                    prev_kv = self.before(&commit, index).await?;
+                    prev_kv = self.before(commit, index).await?;
                     prev_bytes += prev_kv.as_ref().map_or(0, |entry| entry.value.len());
                 }
                 bytes += key.len() + event.entry.value.len();
                 events.push(wire(event, prev_kv));
             }
             self.revision = commit.revision;
+            if bytes >= EVENTS_BYTES_MAX {
+                break;
+            }
         }
-        if events.is_empty() {
-            return Ok(None);
-        }
-        if let State::Live { bookmark_at, .. } = &mut self.state {
-            *bookmark_at = Instant::now() + self.bookmark;
-        }
-        Ok(Some(message(Kind::Events, self.revision, events)))
+        Ok(events)
     }
 
     /// The entry that an event replaced, as far as the history has it.
