@@ -20,7 +20,7 @@ use cnsmo_proto::pb::{
 use tonic::{service::Routes, transport::Server};
 
 use self::identity::Issuer;
-use crate::{actor::Core, identity::registry::Registry};
+use crate::{actor::Core, audit::Audit, identity::registry::Registry};
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -34,7 +34,7 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 const WINDOW_BYTES: u32 = 1 << 20;
 
 /// The services; both fronts serve them.
-pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
+pub fn routes(core: &Core, issuer: Issuer, audit: Audit) -> anyhow::Result<Routes> {
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -44,7 +44,7 @@ pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let identity = Arc::new(identity::Service::new(core.clone(), issuer));
+    let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
     let mut routes = Routes::builder();
@@ -64,6 +64,7 @@ pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
 /// HTTP/2 as both fronts speak it. The request's role is checked before anything else looks at it.
 pub fn server(
     registry: &Arc<Registry>,
+    audit: &Audit,
 ) -> Server<tower::layer::util::Stack<auth::AuthLayer, tower::layer::util::Identity>> {
     Server::builder()
         .http2_keepalive_interval(Some(KEEPALIVE))
@@ -71,5 +72,5 @@ pub fn server(
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
-        .layer(auth::AuthLayer::new(registry.clone()))
+        .layer(auth::AuthLayer::new(registry.clone(), audit.clone()))
 }

@@ -19,6 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
     actor::Core,
+    audit::Audit,
     fleet::Timing,
     grpc,
     identity::{
@@ -86,9 +87,10 @@ impl Running {
             .await
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
+        let audit = Audit::new(store.journal());
         let (core, actor) = Core::start(store, config.timing, registry.clone()).await?;
         let issuer = grpc::identity::Issuer { ca, life: config.certificate_life };
-        let routes = grpc::routes(&core, issuer)?.prepare();
+        let routes = grpc::routes(&core, issuer, audit.clone())?.prepare();
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
             // The sender is gone: stop as well.
@@ -96,15 +98,15 @@ impl Running {
         };
         let (to_tls, from_tls) = mpsc::channel(ACCEPTED_MAX);
         let (to_unix, from_unix) = mpsc::channel(ACCEPTED_MAX);
-        tokio::spawn(grpc::listen::accept_tls(tcp, tls, to_tls));
+        tokio::spawn(grpc::listen::accept_tls(tcp, tls, audit.clone(), to_tls));
         tokio::spawn(grpc::listen::accept_unix(unix, to_unix));
         let mut servers = JoinSet::new();
-        servers.spawn(grpc::server(&registry).serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(&registry, &audit).serve_with_incoming_shutdown(
             routes.clone(),
             ReceiverStream::new(from_tls),
             until(stopped.clone()),
         ));
-        servers.spawn(grpc::server(&registry).serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(&registry, &audit).serve_with_incoming_shutdown(
             routes,
             ReceiverStream::new(from_unix),
             until(stopped),

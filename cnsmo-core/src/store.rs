@@ -3,6 +3,7 @@
 //! One task writes. It takes what has arrived since its last commit as one group, so that many callers share one fsync,
 //! and answers after the commit. Readers use short read-only connections of their own.
 
+mod audit;
 mod writer;
 
 use std::{
@@ -12,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use cnsmo_proto::pb::identity::AuditRecord;
 use sqlx::{
     ConnectOptions as _, Connection as _, Row as _, SqliteConnection, SqlitePool,
     sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous},
@@ -20,6 +22,8 @@ use tokio::{
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
+
+use crate::audit::Journal;
 
 /// Transactions that may wait for the writer; one more is refused with [`StoreError::Busy`]. About 100 ms of work.
 pub const QUEUE_MAX: usize = 4_096;
@@ -192,6 +196,7 @@ pub struct Store {
 enum Job {
     Commit { txn: Txn, answer: oneshot::Sender<Result<Outcome, StoreError>> },
     Compact { upto: Revision },
+    Audit { record: Box<AuditRecord>, answer: oneshot::Sender<Result<(), StoreError>> },
 }
 
 impl Store {
@@ -248,6 +253,11 @@ impl Store {
             mpsc::error::TrySendError::Closed(_) => StoreError::Closed,
         })?;
         outcome.await.map_err(|_| StoreError::Closed)?
+    }
+
+    /// Where the audit is kept. It does not keep the store open.
+    pub fn journal(&self) -> Arc<dyn Journal> {
+        Arc::new(audit::Table { queue: self.queue.downgrade(), readers: self.readers.clone() })
     }
 
     /// All keys that start with `prefix`, by key.

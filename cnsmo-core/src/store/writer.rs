@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use sqlx::{Connection as _, QueryBuilder, Row as _, Sqlite, SqliteConnection};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Compare, HashMap, Job, Op, Outcome, Revision, StoreError, Txn};
+use super::{Compare, HashMap, Job, Op, Outcome, Revision, StoreError, Txn, audit};
 
 /// Transactions in one commit: enough to share an fsync, few enough that the first of them does not wait long.
 const GROUP_MAX: usize = 256;
@@ -25,13 +25,19 @@ pub(super) async fn run(mut connection: SqliteConnection, mut jobs: mpsc::Receiv
                 break;
             }
             let mut group = Vec::with_capacity(arrived.len());
+            let mut records = Vec::new();
             for job in arrived.drain(..) {
                 match job {
                     Job::Commit { txn, answer } => group.push((txn, answer)),
                     Job::Compact { upto } => compact_to = Some(upto),
+                    Job::Audit { record, answer } => records.push((record, answer)),
                 }
             }
             commit_and_answer(&mut connection, group).await;
+            for (record, answer) in records {
+                // A caller that went away needs no answer.
+                let _ = answer.send(audit::append(&mut connection, *record).await);
+            }
         }
         if let Some(upto) = compact_to {
             match compact_slice(&mut connection, upto).await {
