@@ -29,8 +29,8 @@ use tower::layer::util::{Identity, Stack};
 
 use self::identity::Issuer;
 use crate::{
-    actor::Core, error::Error, http::HttpLayer, identity::registry::Registry, lease::Leases,
-    store::Store,
+    actor::Core, audit::Audit, error::Error, http::HttpLayer, identity::registry::Registry,
+    lease::Leases, store::Store,
 };
 
 /// Largest message that the core takes.
@@ -51,6 +51,8 @@ pub struct Parts {
     pub core: Core,
     /// Of certificates.
     pub issuer: Issuer,
+    /// What was done and refused.
+    pub audit: Audit,
     /// Keys.
     pub store: Store,
     /// Those of clients.
@@ -63,7 +65,7 @@ pub struct Parts {
 
 /// The services; both fronts serve them.
 pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
-    let Parts { core, issuer, store, leases, state_dir, stopping } = parts;
+    let Parts { core, issuer, audit, store, leases, state_dir, stopping } = parts;
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -73,7 +75,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let identity = Arc::new(identity::Service::new(core.clone(), issuer));
+    let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
     let watchers = state::watchers();
     let state = StateServiceServer::new(state::Service::new(
         store.clone(),
@@ -129,6 +131,7 @@ fn until_stopped<T>(
 pub fn server(
     http: HttpLayer,
     registry: &Arc<Registry>,
+    audit: &Audit,
 ) -> Server<Stack<auth::AuthLayer, Stack<HttpLayer, Identity>>> {
     Server::builder()
         .accept_http1(true)
@@ -138,5 +141,5 @@ pub fn server(
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .layer(http)
-        .layer(auth::AuthLayer::new(registry.clone()))
+        .layer(auth::AuthLayer::new(registry.clone(), audit.clone()))
 }

@@ -5,7 +5,8 @@
 //! - [`state`]: the resources and the rules by which they change; no I/O.
 //! - [`fleet`]: what each agent shall run and runs; no I/O.
 //! - [`actor`]: the one task that owns all of that.
-//! - [`identity`]: the certificate authority.
+//! - [`identity`]: who calls, and what that one may do.
+//! - [`audit`]: what was done and refused.
 //! - [`grpc`]: the API and who may use it.
 //! - [`http`]: the same API by HTTP and JSON.
 //! - [`server`]: all of it together.
@@ -13,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod actor;
+pub mod audit;
 pub mod error;
 pub mod fleet;
 pub mod grpc;

@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     actor::Core,
+    audit::Audit,
     fleet::Timing,
     grpc,
     http::HttpLayer,
@@ -91,12 +92,14 @@ impl Running {
             .await
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
+        let audit = Audit::new(Arc::new(store.clone()));
         let (core, actor) = Core::start(store.clone(), config.timing, registry.clone()).await?;
         let stopping = CancellationToken::new();
         let (leases, counting) = Leases::start(store.clone(), CORE, true).await?;
         let parts = grpc::Parts {
             core: core.clone(),
             issuer: grpc::identity::Issuer { ca, life: config.certificate_life },
+            audit: audit.clone(),
             store,
             leases,
             state_dir: folder.clone(),
@@ -111,15 +114,15 @@ impl Running {
         };
         let (to_tls, from_tls) = mpsc::channel(ACCEPTED_MAX);
         let (to_unix, from_unix) = mpsc::channel(ACCEPTED_MAX);
-        tokio::spawn(grpc::listen::accept_tls(tcp, tls, to_tls));
+        tokio::spawn(grpc::listen::accept_tls(tcp, tls, audit.clone(), to_tls));
         tokio::spawn(grpc::listen::accept_unix(unix, to_unix));
         let mut servers = JoinSet::new();
-        servers.spawn(grpc::server(http.clone(), &registry).serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http.clone(), &registry, &audit).serve_with_incoming_shutdown(
             routes.clone(),
             ReceiverStream::new(from_tls),
             until(stopped.clone()),
         ));
-        servers.spawn(grpc::server(http, &registry).serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http, &registry, &audit).serve_with_incoming_shutdown(
             routes,
             ReceiverStream::new(from_unix),
             until(stopped),

@@ -5,7 +5,7 @@ use std::time::Duration;
 use cnsmo_core::fleet::Timing;
 use cnsmo_proto::pb::{
     identity::{
-        CreateJoinTokenRequest, ListIdentitiesRequest, RenewRequest, Revocation,
+        CreateJoinTokenRequest, ListAuditRequest, ListIdentitiesRequest, RenewRequest, Revocation,
         RevokeIdentityRequest, Role, identity_service_client::IdentityServiceClient,
         join_token_service_client::JoinTokenServiceClient,
     },
@@ -130,6 +130,66 @@ async fn a_token_is_for_its_name_and_gives_the_same_certificate_again() {
     assert_eq!(renewed, joined.certificate);
     let other = core.enrol(&token, "alice", &KeyPair::generate().unwrap()).await.unwrap_err();
     assert_eq!(other.code(), Code::AlreadyExists);
+    core.stop().await;
+}
+
+#[tokio::test]
+async fn the_audit_has_what_was_done_and_refused_as_a_chain() {
+    let mut core = TestCore::start().await;
+    let joined = core.join_as(Role::Viewer, "eve").await;
+    let mut eve = ResourceServiceClient::new(core.channel(&joined).await);
+    let apply = || ApplyRequest { resources: vec![policy("p", "", 1)], ..ApplyRequest::default() };
+    eve.apply(apply()).await.unwrap_err();
+    let revision = core.admin.apply(apply().resources).await.unwrap().revision;
+    // A certificate of another CA is refused in the handshake, and leaves nothing but its record.
+    let stranger = TestCore::start().await.join_as(Role::Admin, "eve").await;
+    let list = ListRequest { kind: Kind::Node.into(), ..ListRequest::default() };
+    core.try_list(&stranger, list).await.unwrap_err();
+    core.revoke("operator/eve", Revocation::Ban).await;
+    let mut core = core.restart().await;
+    core.token_for(Role::Agent, "").await;
+
+    let wanted = [
+        ("CreateJoinToken", "local/uid-0", "allowed", "OK"),
+        ("Enroll", "anonymous", "allowed", "OK"),
+        ("Apply", "operator/eve", "refused", "PERMISSION_DENIED"),
+        ("Apply", "local/uid-0", "allowed", "OK"),
+        ("tls", "", "refused", "UNAUTHENTICATED"),
+        ("RevokeIdentity", "local/uid-0", "allowed", "OK"),
+        ("CreateJoinToken", "local/uid-0", "allowed", "OK"),
+    ];
+    let all = async {
+        loop {
+            let request = ListAuditRequest::default();
+            let answer = core.identities().await.list_audit(request).await.unwrap().into_inner();
+            if answer.records.len() >= wanted.len() {
+                return answer.records;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let records = tokio::time::timeout(PATIENCE, all).await.unwrap();
+    for (n, record) in records.iter().enumerate() {
+        let previous = n.checked_sub(1).map(|n| &records[n]);
+        assert!(cnsmo_service::audit::follows(record, previous), "{record:?}");
+    }
+    // Refusals are written behind.
+    let mut seen: Vec<_> = records
+        .iter()
+        .map(|one| {
+            let rpc = one.rpc.rsplit('/').next().unwrap();
+            (rpc, one.identity.as_str(), one.decision.as_str(), one.status.as_str())
+        })
+        .collect();
+    let mut wanted = wanted.to_vec();
+    seen.sort_unstable();
+    wanted.sort_unstable();
+    assert_eq!(seen, wanted);
+    let applied = records.iter().find(|one| one.rpc.ends_with("Apply") && one.status == "OK");
+    assert_eq!(applied.unwrap().revision, revision);
+    let pages = ListAuditRequest { after: 2, page_size: 2 };
+    let page = core.identities().await.list_audit(pages).await.unwrap().into_inner();
+    assert_eq!((page.records.as_slice(), page.more), (&records[2..4], true));
     core.stop().await;
 }
 

@@ -8,9 +8,7 @@ use ring::digest::{Context, SHA256};
 pub fn hash(previous: &[u8], record: &AuditRecord) -> [u8; 32] {
     let mut context = Context::new(&SHA256);
     context.update(previous);
-    let time = record.time.unwrap_or_default();
-    let ms = time.seconds.saturating_mul(1_000).saturating_add(i64::from(time.nanos) / 1_000_000);
-    for number in [record.sequence, ms, record.revision] {
+    for number in [record.sequence, time_ms(record), record.revision] {
         context.update(&number.to_be_bytes());
     }
     let AuditRecord { identity, role, rpc, decision, status, detail, .. } = record;
@@ -21,6 +19,12 @@ pub fn hash(previous: &[u8], record: &AuditRecord) -> [u8; 32] {
     let mut hash = [0; 32];
     hash.copy_from_slice(context.finish().as_ref());
     hash
+}
+
+/// When, in ms since 1970.
+pub fn time_ms(record: &AuditRecord) -> i64 {
+    let time = record.time.unwrap_or_default();
+    time.seconds.saturating_mul(1_000).saturating_add(i64::from(time.nanos) / 1_000_000)
 }
 
 /// Whether `record` is the one that was written after `previous`; none: the first of all.

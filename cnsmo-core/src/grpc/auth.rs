@@ -13,18 +13,22 @@ use std::{
 use futures::future::{Either, Ready, ready};
 use tokio_util::sync::CancellationToken;
 use tonic::{
-    Status,
+    Code, Status,
     body::Body,
     codegen::http::{Request, Response},
     transport::server::UdsConnectInfo,
 };
 use tower::{Layer, Service};
 
+use self::rules::Rule;
 use super::listen::TlsInfo;
-use crate::identity::{
-    Peer,
-    caller::Caller,
-    registry::{Refusal, Registry},
+use crate::{
+    audit::{Audit, Note},
+    identity::{
+        Peer,
+        caller::Caller,
+        registry::{Refusal, Registry},
+    },
 };
 
 /// The one RPC that a certificate which has expired opens.
@@ -34,12 +38,13 @@ const RENEW: &str = "/cnsmo.identity.v1.IdentityService/Renew";
 #[derive(Clone, Debug)]
 pub struct AuthLayer {
     registry: Arc<Registry>,
+    audit: Audit,
 }
 
 impl AuthLayer {
-    /// Roles are looked up in `registry`.
-    pub fn new(registry: Arc<Registry>) -> Self {
-        Self { registry }
+    /// Roles are looked up in `registry`; what matters is told to `audit`.
+    pub fn new(registry: Arc<Registry>, audit: Audit) -> Self {
+        Self { registry, audit }
     }
 }
 
@@ -47,7 +52,7 @@ impl<S> Layer<S> for AuthLayer {
     type Service = Auth<S>;
 
     fn layer(&self, inner: S) -> Auth<S> {
-        Auth { inner, registry: self.registry.clone() }
+        Auth { inner, registry: self.registry.clone(), audit: self.audit.clone() }
     }
 }
 
@@ -56,6 +61,7 @@ impl<S> Layer<S> for AuthLayer {
 pub struct Auth<S> {
     inner: S,
     registry: Arc<Registry>,
+    audit: Audit,
 }
 
 type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
@@ -77,41 +83,60 @@ where
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let (caller, cut) = match authorize(&self.registry, &request) {
+        let (caller, cut, audited) = match authorize(&self.registry, &request) {
             Ok(authorized) => authorized,
             Err((caller, refusal)) => {
-                let who = caller.as_ref().map_or("", |caller| &*caller.identity);
-                tracing::debug!(path = request.uri().path(), who, %refusal, "refused");
+                self.audit.refused_call(caller.as_ref(), request.uri().path(), &refusal);
                 return Either::Left(Either::Right(ready(Ok(refusal.into_http()))));
             }
         };
+        let audited = audited.map(|rule| (self.audit.clone(), caller.clone(), rule.rpc));
         request.extensions_mut().insert(caller);
-        let Some(cut) = cut else {
+        if cut.is_none() && audited.is_none() {
             return Either::Left(Either::Left(self.inner.call(request)));
-        };
-        let answer = self.inner.call(request.map(|body| guard::request(body, cut.clone())));
-        Either::Right(Box::pin(
-            async move { Ok(answer.await?.map(|body| guard::response(body, cut))) },
-        ))
+        }
+        if let Some(cut) = cut.clone() {
+            request = request.map(|body| guard::request(body, cut));
+        }
+        let answer = self.inner.call(request);
+        Either::Right(Box::pin(async move {
+            let mut answer = answer.await?;
+            if let Some((audit, caller, rpc)) = audited {
+                let code = Status::from_header_map(answer.headers());
+                let code = code.map_or(Code::Ok, |status| status.code());
+                let note = answer.extensions_mut().remove::<Note>().unwrap_or_default();
+                audit.call(&caller, rpc, code, note).await;
+            }
+            Ok(match cut {
+                Some(cut) => answer.map(|body| guard::response(body, cut)),
+                None => answer,
+            })
+        }))
     }
 }
 
-/// The caller, and what ends it. An error carries the caller as far as it is known.
-type Authorized = Result<(Caller, Option<CancellationToken>), (Option<Caller>, Status)>;
+/// The caller as far as it is known, and why it is refused.
+type Refused = (Option<Caller>, Status);
+/// The caller, and what ends it.
+type Identified = Result<(Caller, Option<CancellationToken>), Refused>;
 
-fn authorize(registry: &Registry, request: &Request<Body>) -> Authorized {
+/// The rule is given for calls that the audit shall have.
+fn authorize(
+    registry: &Registry,
+    request: &Request<Body>,
+) -> Result<(Caller, Option<CancellationToken>, Option<&'static Rule>), Refused> {
     let path = request.uri().path();
     let (caller, cut) = identify(registry, request, path)?;
-    let may = rules::rule_of(path).is_some_and(|rule| rule.roles.contains(&caller.role));
-    if may {
-        return Ok((caller, cut));
+    let rule = rules::rule_of(path).filter(|rule| rule.roles.contains(&caller.role));
+    if let Some(rule) = rule {
+        return Ok((caller, cut, rule.audited.then_some(rule)));
     }
     let role = caller.role.as_str();
     let refusal = Status::permission_denied(format!("{path} is not allowed to the role {role}"));
     Err((Some(caller), refusal))
 }
 
-fn identify(registry: &Registry, request: &Request<Body>, path: &str) -> Authorized {
+fn identify(registry: &Registry, request: &Request<Body>, path: &str) -> Identified {
     let unproven = || Status::unauthenticated("the way of this connection proves no identity");
     if let Some(unix) = request.extensions().get::<UdsConnectInfo>() {
         let uid = unix.peer_cred.as_ref().map(tokio::net::unix::UCred::uid);
@@ -128,7 +153,7 @@ fn identify(registry: &Registry, request: &Request<Body>, path: &str) -> Authori
     }
 }
 
-fn certified(registry: &Registry, peer: &Arc<Peer>, path: &str) -> Authorized {
+fn certified(registry: &Registry, peer: &Arc<Peer>, path: &str) -> Identified {
     let now = SystemTime::now();
     let refused = |refusal: Refusal| {
         let text = format!("{}: {refusal}", peer.identity);

@@ -20,6 +20,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     actor::Core,
+    audit::{Audit, Note},
     error::Error,
     identity::{
         Enrolled, Grants, Issued, Role, Subject,
@@ -27,6 +28,7 @@ use crate::{
         caller::{Caller, RESERVED},
     },
     state::{Admission, Enrolment, TOKEN_TTL_MAX, TOKEN_USES_MAX, TokenGrant, TokenRecord},
+    store::Revision,
 };
 
 const TOKEN_TTL_DEFAULT: Duration = Duration::from_secs(3_600);
@@ -38,6 +40,9 @@ const ENROLS_PER_SECOND: f64 = 500.0;
 const GRANTS_MAX: usize = 16;
 /// Bytes of one of them.
 const GRANT_BYTES_MAX: usize = 255;
+
+/// Records of the audit in one answer: some 300 kB.
+const AUDIT_PAGE_MAX: usize = 1_000;
 
 /// Makes certificates.
 #[derive(Clone, Debug)]
@@ -62,13 +67,14 @@ impl Issuer {
 pub(super) struct Service {
     core: Core,
     issuer: Issuer,
+    audit: Audit,
     rate: Mutex<TokenBucket>,
 }
 
 impl Service {
-    pub(super) fn new(core: Core, issuer: Issuer) -> Self {
+    pub(super) fn new(core: Core, issuer: Issuer, audit: Audit) -> Self {
         let rate = TokenBucket::new(ENROLS_BURST, ENROLS_PER_SECOND, Instant::now());
-        Self { core, issuer, rate: Mutex::new(rate) }
+        Self { core, issuer, audit, rate: Mutex::new(rate) }
     }
 }
 
@@ -87,6 +93,7 @@ impl EnrollmentService for Service {
         let labels =
             Labels::new(request.labels).map_err(|e| invalid(e.at("labels").to_string()))?;
         let csr = SigningRequest::parse(&request.csr).map_err(|e| invalid(format!("csr: {e}")))?;
+        let about = format!("{name} with token {}", token.id());
         let enrolment = Enrolment {
             token_id: token.id(),
             secret_sha256: token.secret_sha256(),
@@ -102,10 +109,11 @@ impl EnrollmentService for Service {
                 self.core.enrol(enrolment, subject, certificate).await?
             }
         };
-        Ok(Response::new(EnrollResponse {
+        let response = EnrollResponse {
             certificate_chain: self.issuer.ca.chain_pem(&certificate),
             trust_bundle: self.issuer.ca.certificate_pem().to_owned(),
-        }))
+        };
+        Ok(noted(response, 0, about))
     }
 }
 
@@ -131,6 +139,7 @@ impl JoinTokenService for Service {
             return Err(invalid(format!("maxUses: {uses_max} is above {TOKEN_USES_MAX}")));
         }
         let grant = grant(&request)?;
+        let about = grant.role.as_str();
         let labels =
             Labels::new(request.labels).map_err(|e| invalid(e.at("labels").to_string()))?;
         if grant.role != Role::Agent && !labels.as_map().is_empty() {
@@ -148,11 +157,12 @@ impl JoinTokenService for Service {
             labels,
             grant,
         };
-        self.core.create_token(token.id(), record).await?;
-        Ok(Response::new(CreateJoinTokenResponse {
+        let revision = self.core.create_token(token.id(), record).await?;
+        let response = CreateJoinTokenResponse {
             token: token.to_string(),
             expire_time: Some(expire_time.into()),
-        }))
+        };
+        Ok(noted(response, revision, format!("token {} for {about}", token.id())))
     }
 }
 
@@ -209,15 +219,35 @@ impl IdentityService for Service {
         };
         let revision = self.core.revoke(subject.to_string(), banned).await?;
         tracing::info!(identity = %subject, banned, revision, "revoked");
-        Ok(Response::new(RevokeIdentityResponse { revision }))
+        let word = if banned { "banned" } else { "evicted" };
+        Ok(noted(RevokeIdentityResponse { revision }, revision, format!("{subject} {word}")))
     }
 
     async fn list_audit(
         &self,
-        _: Request<ListAuditRequest>,
+        request: Request<ListAuditRequest>,
     ) -> Result<Response<ListAuditResponse>, Status> {
-        Err(Status::unimplemented("AUDIT"))
+        let ListAuditRequest { after, page_size } = request.into_inner();
+        if after < 0 {
+            return Err(invalid("after: is negative".into()));
+        }
+        let rows = match usize::try_from(page_size) {
+            Ok(0) => AUDIT_PAGE_MAX,
+            Ok(rows) if rows <= AUDIT_PAGE_MAX => rows,
+            _ => return Err(invalid(format!("pageSize: is not within 0 and {AUDIT_PAGE_MAX}"))),
+        };
+        let mut records = self.audit.list(after, rows + 1).await?;
+        let more = records.len() > rows;
+        records.truncate(rows);
+        Ok(Response::new(ListAuditResponse { records, more }))
     }
+}
+
+/// An answer, and what the audit should know of it.
+fn noted<T>(response: T, revision: Revision, detail: String) -> Response<T> {
+    let mut response = Response::new(response);
+    response.extensions_mut().insert(Note { revision, detail });
+    response
 }
 
 fn invalid(text: String) -> Status {

@@ -19,7 +19,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::Connected;
 
-use crate::identity::Peer;
+use crate::{audit::Audit, identity::Peer};
 
 /// TLS connections at a time: one for each node that may join, and room for those that come back before the core has
 /// noticed that they were gone. Further ones wait in the kernel.
@@ -116,6 +116,7 @@ impl AsyncWrite for TlsConnection {
 pub async fn accept_tls(
     listener: TcpListener,
     config: Arc<rustls::ServerConfig>,
+    audit: Audit,
     to: mpsc::Sender<io::Result<TlsConnection>>,
 ) {
     let acceptor = TlsAcceptor::from(config);
@@ -136,7 +137,7 @@ pub async fn accept_tls(
                 continue;
             }
         };
-        let (acceptor, to) = (acceptor.clone(), to.clone());
+        let (acceptor, audit, to) = (acceptor.clone(), audit.clone(), to.clone());
         tokio::spawn(async move {
             if let Err(error) = stream.set_nodelay(true) {
                 tracing::debug!(%peer, %error, "cannot set TCP_NODELAY");
@@ -148,12 +149,23 @@ pub async fn accept_tls(
                         let _ = to.send(Ok(connection)).await;
                     }
                 }
-                Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake failed"),
+                Ok(Err(error)) => {
+                    tracing::debug!(%peer, %error, "TLS handshake failed");
+                    if let Some(reason) = bad_certificate(&error) {
+                        audit.refused_handshake(peer, &reason);
+                    }
+                }
                 Err(_) => tracing::debug!(%peer, "TLS handshake took too long"),
             }
             drop(handshake);
         });
     }
+}
+
+/// What is wrong with the client's certificate, if that is why the handshake failed.
+fn bad_certificate(error: &io::Error) -> Option<String> {
+    let tls = error.get_ref()?.downcast_ref::<rustls::Error>()?;
+    matches!(tls, rustls::Error::InvalidCertificate(_)).then(|| tls.to_string())
 }
 
 /// Accepts local connections. Ends when nobody takes them.
