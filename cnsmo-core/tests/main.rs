@@ -10,5 +10,6 @@ mod api;
 mod enrolment;
 mod harness;
 mod identity;
+mod http;
 mod overlay;
 mod program;
