@@ -9,7 +9,7 @@ mod agents;
 mod api;
 mod enrolment;
 mod harness;
-mod identity;
 mod http;
+mod identity;
 mod overlay;
 mod program;
