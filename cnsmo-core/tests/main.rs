@@ -10,6 +10,7 @@ mod api;
 mod enrolment;
 mod harness;
 mod hostile;
+mod http;
 mod identity;
 mod overlay;
 mod program;
