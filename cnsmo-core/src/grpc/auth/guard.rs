@@ -88,7 +88,7 @@ impl http_body::Body for Guarded {
                 self.left = Some(left - 1);
                 match Pin::new(&mut self.inner).poll_frame(context) {
                     Poll::Pending => self.end(),
-                    ready => ready,
+                    ready @ Poll::Ready(_) => ready,
                 }
             }
         }
