@@ -9,7 +9,6 @@ mod resource;
 use std::{sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
-    agent::agent_service_server::AgentServiceServer,
     identity::{
         enrollment_service_server::EnrollmentServiceServer,
         join_token_service_server::JoinTokenServiceServer,
@@ -40,8 +39,7 @@ pub fn routes(core: &Core, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
         .build_v1()?;
     let resources = ResourceServiceServer::new(resource::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let agents = agent::Service::new(core.clone());
     let identity = Arc::new(identity::Service::new(core.clone(), ca.clone()));
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
