@@ -17,10 +17,10 @@ use tempfile::TempDir;
 use crate::harness::{Admin, PATIENCE, policy};
 
 /// Killed when dropped, so that a failed test leaves nothing behind.
-struct Program(Child);
+pub(crate) struct Program(pub(crate) Child);
 
 impl Program {
-    fn command(folder: &Path) -> Command {
+    pub(crate) fn command(folder: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cnsmo-core"));
         command
             .args(["--listen", "127.0.0.1:0", "--state-dir"])
@@ -34,15 +34,20 @@ impl Program {
 
     /// Returns when it says that it is ready.
     fn start(folder: &Path) -> Self {
-        let mut child = Self::command(folder).spawn().unwrap();
+        Self::start_with(&mut Self::command(folder)).0
+    }
+
+    /// Also returns the line that says so.
+    pub(crate) fn start_with(command: &mut Command) -> (Self, String) {
+        let mut child = command.spawn().unwrap();
         let log = child.stderr.take().unwrap();
         let program = Self(child);
         let mut lines = BufReader::new(log).lines();
         let ready = lines.by_ref().map_while(Result::ok).find(|line| line.contains("ready"));
-        ready.expect("it ended before it was ready");
+        let ready = ready.expect("it ended before it was ready");
         // A full pipe would stop it.
         std::thread::spawn(move || lines.for_each(drop));
-        program
+        (program, ready)
     }
 }
 
