@@ -13,7 +13,6 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
     admin::admin_service_server::AdminServiceServer,
-    agent::agent_service_server::AgentServiceServer,
     identity::{
         enrollment_service_server::{self, EnrollmentServiceServer},
         identity_service_server::{self, IdentityServiceServer},
@@ -73,8 +72,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .build_v1()?;
     let resources = ResourceServiceServer::new(resource::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let agents = agent::Service::new(core.clone());
     let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
     let watchers = state::watchers();
     let state = StateServiceServer::new(state::Service::new(
