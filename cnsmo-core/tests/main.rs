@@ -11,6 +11,7 @@ mod enrolment;
 mod harness;
 mod hostile;
 mod identity;
+mod http;
 mod overlay;
 mod program;
 mod state;
