@@ -16,7 +16,7 @@ use cnsmo_proto::pb::{
     agent::agent_service_server::AgentServiceServer,
     identity::{
         enrollment_service_server::{self, EnrollmentServiceServer},
-        identity_service_server::IdentityServiceServer,
+        identity_service_server::{self, IdentityServiceServer},
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
@@ -103,10 +103,11 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
 
 /// Largest message that a service takes.
 pub fn request_bytes_max(service: &str) -> usize {
-    if service == enrollment_service_server::SERVICE_NAME {
-        ENROLL_BYTES_MAX
-    } else {
-        MESSAGE_BYTES_MAX
+    match service {
+        enrollment_service_server::SERVICE_NAME | identity_service_server::SERVICE_NAME => {
+            ENROLL_BYTES_MAX
+        }
+        _ => MESSAGE_BYTES_MAX,
     }
 }
 

@@ -6,7 +6,7 @@ use bytes::{Buf, BufMut, Bytes};
 use cnsmo_core::fleet::PROTOCOL_VERSION;
 use cnsmo_proto::pb::{
     agent::{ConnectRequest, Hello, connect_request},
-    identity::EnrollRequest,
+    identity::{EnrollRequest, Role},
     resource::{
         ApplyRequest, GetRequest, Kind, ListRequest, Resource, WaitAppliedRequest, WatchRequest,
     },
@@ -26,7 +26,7 @@ use rustls::{
 };
 use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
     net::{TcpStream, UnixStream},
     sync::mpsc,
 };
@@ -357,7 +357,9 @@ async fn agree(
 async fn every_way_gives_the_operator_the_same_answer() {
     let mut core = TestCore::start().await;
     core.admin.apply(vec![policy("web", "role=web", 80), policy("ssh", "", 22)]).await.unwrap();
-    let channel = unix(&core.folder.path().join("core.sock")).await.unwrap();
+    let joined = core.join_as(Role::Admin, "ada").await;
+    let unix = unix(&core.folder.path().join("core.sock")).await.unwrap();
+    let tls = core.tls(Some((&joined.certificate, &joined.key))).await;
     let kind = Kind::FirewallPolicy.into();
     let name = |name: &str| GetRequest { kind, name: name.into() };
     let apply = |resources: Vec<Resource>| ApplyRequest { resources, ..ApplyRequest::default() };
@@ -417,7 +419,9 @@ async fn every_way_gives_the_operator_the_same_answer() {
         (Call::new(HEALTH, json!({}), ()), Ok(1)),
     ];
     for (call, expected) in table {
-        assert_eq!(agree(&core, &channel, Front::Unix, &call).await, expected, "{}", call.json);
+        for (channel, front) in [(&unix, Front::Unix), (&tls, Front::Tls(Some(&joined)))] {
+            assert_eq!(agree(&core, channel, front, &call).await, expected, "{}", call.json);
+        }
     }
     core.stop().await;
 }
@@ -602,5 +606,23 @@ async fn pages_have_rules_like_rpcs() {
         assert_eq!(description["openapi"], "3.1.0");
         assert!(description["paths"][GET]["post"].is_object());
     }
+    core.stop().await;
+}
+
+/// Also one that looks like HTTP/2 as far as it goes; and a connection that is in use lives on.
+#[tokio::test]
+async fn who_says_nothing_is_not_waited_for() {
+    let core = TestCore::start().await;
+    let channel = core.tls(None).await;
+    let health = Call::new(HEALTH, json!({}), ());
+    health.by_grpc(&channel).await.unwrap();
+    let mut silent = tls(&core, Version::Two, None).await;
+    let mut slow = tls(&core, Version::Two, None).await;
+    slow.write_all(b"PRI * HTTP/2.0").await.unwrap();
+    for stream in [&mut silent, &mut slow] {
+        let end = tokio::time::timeout(PATIENCE, stream.read_u8()).await;
+        end.expect("the connection stays open").unwrap_err();
+    }
+    health.by_grpc(&channel).await.unwrap();
     core.stop().await;
 }
