@@ -10,4 +10,5 @@ mod api;
 mod enrolment;
 mod harness;
 mod overlay;
+mod pause;
 mod program;
