@@ -13,5 +13,6 @@ mod hostile;
 mod http;
 mod identity;
 mod overlay;
+mod pause;
 mod program;
 mod state;
