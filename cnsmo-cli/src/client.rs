@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Result, anyhow};
 use cnsmo_proto::pb::{
+    catalog::catalog_service_client::CatalogServiceClient,
     identity::join_token_service_client::JoinTokenServiceClient,
     resource::resource_service_client::ResourceServiceClient,
 };
@@ -43,6 +44,11 @@ impl Client {
 
     pub(crate) async fn join_tokens(&self) -> Result<JoinTokenServiceClient<Channel>> {
         Ok(JoinTokenServiceClient::new(self.connect().await?))
+    }
+
+    pub(crate) async fn catalog(&self) -> Result<CatalogServiceClient<Channel>> {
+        let client = CatalogServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
     }
 
     async fn connect(&self) -> Result<Channel> {

@@ -19,6 +19,9 @@ pub enum Error {
     /// The caller may not do this.
     #[error("{0}")]
     Denied(String),
+    /// The state is not one in which this can be done.
+    #[error("{0}")]
+    Precondition(String),
     /// A limit of the core is reached.
     #[error("{0}")]
     Exhausted(String),
@@ -44,6 +47,7 @@ impl From<Error> for Status {
             Error::NotFound(_) => Self::not_found(text),
             Error::Exists(_) => Self::already_exists(text),
             Error::Denied(_) => Self::permission_denied(text),
+            Error::Precondition(_) => Self::failed_precondition(text),
             Error::Exhausted(_) => Self::resource_exhausted(text),
             Error::OutOfRange(_) => Self::out_of_range(text),
             Error::Stopped => Self::unavailable(text),
