@@ -9,9 +9,11 @@ use std::{
 
 use anyhow::{Result, anyhow};
 use cnsmo_proto::pb::{
+    admin::admin_service_client::AdminServiceClient,
     catalog::catalog_service_client::CatalogServiceClient,
     identity::join_token_service_client::JoinTokenServiceClient,
     resource::resource_service_client::ResourceServiceClient,
+    state::state_service_client::StateServiceClient,
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -49,6 +51,15 @@ impl Client {
     pub(crate) async fn catalog(&self) -> Result<CatalogServiceClient<Channel>> {
         let client = CatalogServiceClient::new(self.connect().await?);
         Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn state(&self) -> Result<StateServiceClient<Channel>> {
+        let client = StateServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn admin(&self) -> Result<AdminServiceClient<Channel>> {
+        Ok(AdminServiceClient::new(self.connect().await?))
     }
 
     async fn connect(&self) -> Result<Channel> {

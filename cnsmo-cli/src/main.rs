@@ -3,15 +3,18 @@
 mod apply;
 mod args;
 mod backends;
+mod backup;
 mod client;
 mod describe;
 mod diff;
 mod drain;
 mod get;
+mod kv;
 mod label;
 mod load;
 mod output;
 mod services;
+mod status;
 mod token;
 mod wait;
 mod watch;
@@ -70,6 +73,9 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Label(label) => label::label(&client, label).await?,
         Command::Drain(drain) => return drain::drain(&client, drain).await,
         Command::Token(TokenCommand::Create(create)) => token::create(&client, create).await?,
+        Command::Kv(command) => kv::kv(&client, format, command).await?,
+        Command::Status => status::status(&client, format).await?,
+        Command::Backup { file } => backup::backup(&client, format, &file).await?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "cnsmo", &mut script);

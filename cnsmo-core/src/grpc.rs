@@ -2,14 +2,17 @@
 
 mod agent;
 pub mod auth;
+mod catalog;
 pub mod identity;
 pub mod listen;
+mod quota;
 mod resource;
 
 use std::{sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
     agent::agent_service_server::AgentServiceServer,
+    catalog::catalog_service_server::CatalogServiceServer,
     identity::{
         enrollment_service_server::EnrollmentServiceServer,
         identity_service_server::IdentityServiceServer,
@@ -20,7 +23,7 @@ use cnsmo_proto::pb::{
 use tonic::{service::Routes, transport::Server};
 
 use self::identity::Issuer;
-use crate::{actor::Core, identity::registry::Registry};
+use crate::{actor::Core, catalog::Catalog, identity::registry::Registry};
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -34,7 +37,7 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 const WINDOW_BYTES: u32 = 1 << 20;
 
 /// The services; both fronts serve them.
-pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
+pub fn routes(core: &Core, issuer: Issuer, instances: Catalog) -> anyhow::Result<Routes> {
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -45,6 +48,8 @@ pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
     let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let identity = Arc::new(identity::Service::new(core.clone(), issuer));
+    let instances = CatalogServiceServer::new(catalog::Service::new(instances))
+        .max_decoding_message_size(catalog::MESSAGE_BYTES_MAX);
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
     let mut routes = Routes::builder();
@@ -54,6 +59,7 @@ pub fn routes(core: &Core, issuer: Issuer) -> anyhow::Result<Routes> {
         .add_service(resources)
         .add_service(agents)
         .add_service(enrolment)
+        .add_service(instances)
         .add_service(JoinTokenServiceServer::from_arc(identity.clone()))
         .add_service(
             IdentityServiceServer::from_arc(identity).max_decoding_message_size(ENROLL_BYTES_MAX),

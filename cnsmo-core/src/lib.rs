@@ -5,6 +5,7 @@
 //! - [`state`]: the resources and the rules by which they change; no I/O.
 //! - [`fleet`]: what each agent shall run and runs; no I/O.
 //! - [`actor`]: the one task that owns all of that.
+//! - [`catalog`]: which instance of which service runs where.
 //! - [`identity`]: the certificate authority.
 //! - [`grpc`]: the API and who may use it.
 //! - [`server`]: all of it together.
@@ -12,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod actor;
+pub mod catalog;
 pub mod error;
 pub mod fleet;
 pub mod grpc;

@@ -19,17 +19,20 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
     actor::Core,
+    catalog::Catalog,
     fleet::Timing,
     grpc,
     identity::{
         ca::Ca,
         registry::{self, Registry},
     },
-    store::Store,
+    store::{Store, StoreConfig},
 };
 
 /// Connections that have finished their handshake and wait to be served.
 const ACCEPTED_MAX: usize = 64;
+/// Name of a core that has its store for itself.
+const CORE: &str = "core";
 /// How long calls may take to end once the core stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -57,6 +60,8 @@ pub struct Running {
     stop: watch::Sender<bool>,
     servers: JoinSet<Result<(), tonic::transport::Error>>,
     actor: JoinHandle<()>,
+    /// Judges the silence of instances.
+    catalog: JoinHandle<()>,
     /// Aborted when dropped.
     _helpers: JoinSet<()>,
     // Held until the end.
@@ -75,7 +80,7 @@ impl Running {
             .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
         let lock = lock(&folder.join("lock"))?;
         let ca = Arc::new(Ca::open(folder)?);
-        let store = Store::open(&folder.join("state.db")).await?;
+        let store = Store::open(&StoreConfig::sqlite(folder.join("state.db"))).await?;
         let tcp = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}", config.listen))?;
@@ -86,9 +91,10 @@ impl Running {
             .await
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
+        let (catalog, catalog_task) = Catalog::start(store.clone(), CORE, true).await?;
         let (core, actor) = Core::start(store, config.timing, registry.clone()).await?;
         let issuer = grpc::identity::Issuer { ca, life: config.certificate_life };
-        let routes = grpc::routes(&core, issuer)?.prepare();
+        let routes = grpc::routes(&core, issuer, catalog.clone())?.prepare();
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
             // The sender is gone: stop as well.
@@ -111,12 +117,24 @@ impl Running {
         ));
         let mut helpers = JoinSet::new();
         helpers.spawn(registry::sweep(registry));
-        Ok(Self { address, core, stop, servers, actor, _helpers: helpers, socket, lock })
+        helpers.spawn(catalog.follow_agents(core.clone()));
+        Ok(Self {
+            address,
+            core,
+            stop,
+            servers,
+            actor,
+            catalog: catalog_task,
+            _helpers: helpers,
+            socket,
+            lock,
+        })
     }
 
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
-        let Self { core, stop, mut servers, actor, socket, lock, .. } = self;
+        let Self { core, stop, mut servers, actor, catalog, socket, lock, .. } = self;
+        catalog.abort();
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
         core.shut_down().await;
@@ -144,6 +162,10 @@ impl Running {
             ended = &mut self.actor => match ended {
                 Ok(()) => anyhow::anyhow!("the core's task has ended"),
                 Err(error) => anyhow::Error::new(error).context("the core's task has failed"),
+            },
+            ended = &mut self.catalog => match ended {
+                Ok(()) => anyhow::anyhow!("the task of the catalogue has ended"),
+                Err(error) => anyhow::Error::new(error).context("the task of the catalogue failed"),
             },
             Some(ended) = self.servers.join_next() => match ended {
                 Ok(Err(error)) => anyhow::Error::new(error).context("a server has failed"),

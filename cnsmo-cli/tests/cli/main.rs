@@ -4,6 +4,7 @@
 
 mod fake;
 mod services;
+mod store;
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},

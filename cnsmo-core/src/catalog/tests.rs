@@ -1,4 +1,7 @@
+use tempfile::TempDir;
+
 use super::{record::tests::request, *};
+use crate::store::StoreConfig;
 
 const OWNER: &str = "service/db";
 
@@ -6,6 +9,8 @@ struct World {
     store: Store,
     catalog: Catalog,
     task: JoinHandle<()>,
+    /// Of the store; shared by the cores on it.
+    folder: Arc<TempDir>,
 }
 
 impl Drop for World {
@@ -16,12 +21,14 @@ impl Drop for World {
 
 impl World {
     async fn new() -> Self {
-        Self::on(Store::fake(), "core", true).await
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        let config = StoreConfig::sqlite(folder.path().join("state.db"));
+        Self::on(Store::open(&config).await.unwrap(), folder, "core", true).await
     }
 
-    async fn on(store: Store, core: &str, alone: bool) -> Self {
+    async fn on(store: Store, folder: Arc<TempDir>, core: &str, alone: bool) -> Self {
         let (catalog, task) = Catalog::start(store.clone(), core, alone).await.unwrap();
-        Self { store, catalog, task }
+        Self { store, catalog, task, folder }
     }
 
     async fn announce(&self, name: &str, phase: Phase) -> Arc<Instance> {
@@ -139,9 +146,10 @@ async fn silence_makes_unreachable_then_lost_and_a_word_brings_it_back() {
 
 #[tokio::test]
 async fn only_the_core_that_heard_the_instance_last_judges_its_silence() {
-    let store = Store::fake();
-    let (one, two) =
-        (World::on(store.clone(), "one", false).await, World::on(store, "two", false).await);
+    let first = World::new().await;
+    let on = |core| World::on(first.store.clone(), first.folder.clone(), core, false);
+    let (one, two) = (on("one").await, on("two").await);
+    first.task.abort();
     one.announce_briefly("a").await;
     let counts = |world: &World| {
         let state = world.catalog.inner.state();
@@ -177,9 +185,9 @@ async fn only_the_core_that_heard_the_instance_last_judges_its_silence() {
 async fn a_core_that_starts_again_gives_each_its_full_time() {
     let world = World::new().await;
     let a = world.announce("a", Phase::Ready).await;
-    let store = world.store.clone();
+    let (store, folder) = (world.store.clone(), world.folder.clone());
     drop(world);
-    let again = World::on(store, "core", true).await;
+    let again = World::on(store, folder, "core", true).await;
     assert_eq!(again.catalog.get("db", "a").unwrap(), a);
     assert!(again.catalog.inner.state().silence.counts(&record::key("db", "a"), 1));
     assert_eq!(again.announce("a", Phase::Ready).await, a, "it is known: nothing is committed");
