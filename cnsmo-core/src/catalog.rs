@@ -95,7 +95,6 @@ struct Inner {
     core: Arc<str>,
     alone: bool,
     state: Mutex<State>,
-    changes: broadcast::Sender<Arc<Changed>>,
     /// Revision that the state has.
     seen: watch::Sender<Revision>,
 }
@@ -108,6 +107,18 @@ struct State {
     /// Cores whose instances this one judges, because they are gone.
     gone: HashSet<Arc<str>>,
     revision: Revision,
+    /// None: the core stops.
+    changes: Option<broadcast::Sender<Arc<Changed>>>,
+}
+
+/// The task of a catalogue. Without it nothing changes any more: those who wait are told.
+struct AtWork(Arc<Inner>);
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.0.state().changes = None;
+        self.0.seen.send_replace(Revision::MAX);
+    }
 }
 
 /// A change of the set. Neither before nor after: the set was read anew.
@@ -132,21 +143,21 @@ impl Catalog {
             silence: Silence::new(Instant::now()),
             gone: HashSet::new(),
             revision: 0,
+            changes: Some(broadcast::Sender::new(RING)),
         };
         let inner = Arc::new(Inner {
             store,
             core: core.into(),
             alone,
             state: Mutex::new(state),
-            changes: broadcast::Sender::new(RING),
             seen: watch::Sender::new(0),
         });
         inner.load().await?;
-        let (following, judging) = (inner.clone(), inner.clone());
+        let at_work = AtWork(inner.clone());
         let task = tokio::spawn(async move {
             tokio::select! {
-                () = following.follow() => {}
-                () = judging.judge() => {}
+                () = at_work.0.follow() => {}
+                () = at_work.0.judge() => {}
             }
         });
         Ok((Self { inner }, task))
@@ -284,7 +295,11 @@ impl Watcher {
     pub async fn next(&mut self) -> Option<Event> {
         loop {
             match &mut self.state {
-                Watching::Begin => self.begin(),
+                Watching::Begin => {
+                    if !self.begin() {
+                        return None;
+                    }
+                }
                 Watching::Telling { rest, revision, .. } => {
                     let revision = *revision;
                     if let Some(instance) = rest.pop_front() {
@@ -309,13 +324,16 @@ impl Watcher {
         }
     }
 
-    /// The set, and the changes from exactly there.
-    fn begin(&mut self) {
+    /// The set, and the changes from exactly there. False: the core stops.
+    fn begin(&mut self) -> bool {
         let state = self.inner.state();
+        let Some(changes) = state.changes.as_ref().map(broadcast::Sender::subscribe) else {
+            return false;
+        };
         let (set, revision) = state.list(&self.filter);
-        let changes = self.inner.changes.subscribe();
         drop(state);
         self.state = Watching::Telling { rest: set.into(), revision, changes };
+        true
     }
 
     fn reset(&mut self) -> Event {
@@ -370,6 +388,13 @@ impl State {
             }
         }
         before
+    }
+
+    fn publish(&self, changed: Changed) {
+        if let Some(changes) = &self.changes {
+            // No receiver: nobody watches.
+            let _ = changes.send(Arc::new(changed));
+        }
     }
 
     fn room(&self, owner: &str) -> Result<(), Error> {
@@ -505,7 +530,7 @@ impl Inner {
             state.put(&key, Some(record));
         }
         state.revision = revision;
-        let _ = self.changes.send(Arc::new(Changed { revision, before: None, after: None }));
+        state.publish(Changed { revision, before: None, after: None });
         self.seen.send_replace(revision);
         Ok(())
     }
@@ -545,9 +570,7 @@ impl Inner {
             let instance = after.as_ref().map(|record| record.instance.clone());
             let before = state.put(key, after).map(|record| record.instance);
             if before.is_some() || instance.is_some() {
-                let changed = Changed { revision: commit.revision, before, after: instance };
-                // No receiver: nobody watches.
-                let _ = self.changes.send(Arc::new(changed));
+                state.publish(Changed { revision: commit.revision, before, after: instance });
             }
         }
         state.revision = commit.revision;
