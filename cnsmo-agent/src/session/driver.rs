@@ -19,7 +19,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, interval_at, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Streaming, transport::Channel};
+use tonic::Streaming;
 
 use super::{Event, ProtocolError, Session, Welcomed};
 use crate::{
@@ -32,6 +32,8 @@ use crate::{
 /// First and longest wait before the next attempt to reach the core.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_LONGEST: Duration = Duration::from_secs(15);
+/// Longest wait while cores answer of which none leads: the next one takes over within seconds.
+const RETRY_FOLLOWER: Duration = Duration::from_secs(1);
 /// Longest wait for the welcome.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the state of the VM is reported.
@@ -95,7 +97,10 @@ pub async fn run(mut connection: Connection, mut stop: Stop) -> Result<(), Gone>
         if let Ended::Enforcer(gone) = ended {
             return Err(gone);
         }
-        let delay = backoff.after_failure();
+        let mut delay = backoff.after_failure();
+        if matches!(ended, Ended::Connect(ConnectError::Follower(_))) {
+            delay = delay.min(RETRY_FOLLOWER);
+        }
         tracing::warn!(reason = %Chain(&ended), retry_in = ?delay, "no connection to the core");
         connection.lost(&ended);
         tokio::select! {
@@ -113,8 +118,27 @@ impl Connection {
         }
     }
 
+    /// With the first core that welcomes us.
     async fn converse(&mut self, backoff: &mut Backoff) -> Result<std::convert::Infallible, Ended> {
-        let (channel, core) = self.reach().await?;
+        let mut refused = Ended::NoAddress;
+        for core in self.locator.locate().await? {
+            match self.open(core).await {
+                Ok((stream, welcomed)) => {
+                    backoff.reset();
+                    self.found(&welcomed);
+                    return stream.run(welcomed.heartbeat_interval).await;
+                }
+                // A core that answers says more than one that does not.
+                Err(_) if matches!(refused, Ended::Connect(ConnectError::Follower(_))) => {}
+                Err(ended) => refused = ended,
+            }
+        }
+        Err(refused)
+    }
+
+    /// A conversation up to the welcome.
+    async fn open(&self, core: SocketAddr) -> Result<(Stream<'_>, Welcomed), Ended> {
+        let channel = connect(&CoreAddress::from(core), &self.identity).await?;
         let mut session = Session::default();
         let in_force = self.enforcer.in_force();
         let (have, key) = {
@@ -137,24 +161,9 @@ impl Connection {
         let Event::Welcomed(welcomed) = session.receive(first)? else {
             return Err(ProtocolError::NoWelcome.into());
         };
-        backoff.reset();
-        self.found(&welcomed);
         let enforcer = &self.enforcer;
-        Stream { session, outgoing, incoming, in_force, enforcer, core, announced }
-            .run(welcomed.heartbeat_interval)
-            .await
-    }
-
-    /// A connection to the first address that answers.
-    async fn reach(&mut self) -> Result<(Channel, SocketAddr), Ended> {
-        let mut last = Ended::NoAddress;
-        for address in self.locator.locate().await? {
-            match connect(&CoreAddress::from(address), &self.identity).await {
-                Ok(channel) => return Ok((channel, address)),
-                Err(error) => last = error.into(),
-            }
-        }
-        Err(last)
+        let stream = Stream { session, outgoing, incoming, in_force, enforcer, core, announced };
+        Ok((stream, welcomed))
     }
 
     fn found(&self, welcomed: &Welcomed) {
