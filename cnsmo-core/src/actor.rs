@@ -23,7 +23,7 @@ use crate::{
     error::Error,
     fleet::{DownSender, Fleet, Timing},
     state::{Announcement, Enrolment, Event, Plan, State, TokenRecord, Wanted},
-    store::{Outcome, Revision, Store},
+    store::{Range, Revision, Store},
 };
 
 /// Requests and agents' messages that wait. Operators are refused beyond it, agents wait.
@@ -154,15 +154,16 @@ impl Core {
         store: Store,
         timing: Timing,
     ) -> anyhow::Result<(Self, tokio::task::JoinHandle<()>)> {
-        let meta = store.meta().await?;
-        let state = State::load(meta.revision, store.range("").await?)?;
+        let epoch = store.status().await?.epoch;
+        let stored = store.range(Range::prefix("")).await?;
+        let state = State::load(stored.revision, stored.entries)?;
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
         let now = Instant::now();
         let actor = Actor {
             fleet: Fleet::new(&state, timing, now),
             state,
             store,
-            epoch: meta.epoch,
+            epoch,
             rings: BTreeMap::new(),
             waiters: Vec::new(),
             last_tick: now,
@@ -421,11 +422,7 @@ impl Actor {
             return Ok(());
         }
         let before = self.state.revision();
-        let revision = match self.store.commit(plan.txn()).await? {
-            Outcome::Committed(revision) => revision,
-            // Only this task writes, and it compares nothing.
-            Outcome::CompareFailed(_) => return Err(Error::Internal),
-        };
+        let revision = self.store.commit(plan.txn()).await?.revision;
         let events = self.state.commit(plan, revision);
         let now = Instant::now();
         self.fleet.on_commit(&events, &self.state, before, now);

@@ -17,7 +17,13 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-use crate::{actor::Core, fleet::Timing, grpc, identity::Ca, store::Store};
+use crate::{
+    actor::Core,
+    fleet::Timing,
+    grpc,
+    identity::Ca,
+    store::{Store, StoreConfig},
+};
 
 /// Connections that have finished their handshake and wait to be served.
 const ACCEPTED_MAX: usize = 64;
@@ -62,7 +68,7 @@ impl Running {
             .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
         let lock = lock(&folder.join("lock"))?;
         let ca = Arc::new(Ca::open(folder)?);
-        let store = Store::open(&folder.join("state.db")).await?;
+        let store = Store::open(&StoreConfig::sqlite(folder.join("state.db"))).await?;
         let tcp = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}", config.listen))?;
