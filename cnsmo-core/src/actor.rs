@@ -16,14 +16,17 @@ use cnsmo_proto::{
         },
     },
 };
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::{
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
 use tonic::Status;
 
 use crate::{
     error::Error,
     fleet::{DownSender, Fleet, Timing},
     state::{Announcement, Enrolment, Event, Plan, State, TokenRecord, Wanted},
-    store::{Range, Revision, Store},
+    store::{Fence, Range, Revision, Store, StoreError, Txn},
 };
 
 /// Requests and agents' messages that wait. Operators are refused beyond it, agents wait.
@@ -142,18 +145,38 @@ enum Input {
     Shutdown,
 }
 
-/// The way to the task. Cheap to clone.
+/// The way to the task, as long as it runs in this core. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Core {
-    inbox: mpsc::Sender<Input>,
+    seat: watch::Receiver<Seat>,
 }
 
-impl Core {
-    /// Loads the resources and starts the task. It ends after [`Core::shut_down`] and closes the store.
-    pub async fn start(
+#[derive(Clone, Debug)]
+enum Seat {
+    Here(mpsc::Sender<Input>),
+    /// Address of the core that leads, if one does.
+    Elsewhere(Option<String>),
+}
+
+/// Where the task runs. Of several cores on one database one leads: it alone has the task.
+#[derive(Debug)]
+pub struct Seats(watch::Sender<Seat>);
+
+impl Seats {
+    /// Nobody leads yet.
+    pub fn new() -> (Self, Core) {
+        let (seats, seat) = watch::channel(Seat::Elsewhere(None));
+        (Self(seats), Core { seat })
+    }
+
+    /// Loads the resources and starts the task. Agents have their full lease from now on. It ends after
+    /// [`Core::shut_down`], and when it finds that another core leads: `fence` is of the lease by which this one does.
+    pub async fn lead(
+        &self,
         store: Store,
         timing: Timing,
-    ) -> anyhow::Result<(Self, tokio::task::JoinHandle<()>)> {
+        fence: Option<Fence>,
+    ) -> anyhow::Result<JoinHandle<()>> {
         let epoch = store.status().await?.epoch;
         let stored = store.range(Range::prefix("")).await?;
         let state = State::load(stored.revision, stored.entries)?;
@@ -163,12 +186,29 @@ impl Core {
             fleet: Fleet::new(&state, timing, now),
             state,
             store,
+            fence,
+            deposed: false,
             epoch,
             rings: BTreeMap::new(),
             waiters: Vec::new(),
             last_tick: now,
         };
-        Ok((Self { inbox }, tokio::spawn(actor.run(inputs))))
+        self.0.send_replace(Seat::Here(inbox));
+        Ok(tokio::spawn(actor.run(inputs)))
+    }
+
+    /// From now on callers are sent to `leader`. A task that runs here ends all sessions and then itself.
+    pub fn follow(&self, leader: Option<String>) {
+        self.0.send_replace(Seat::Elsewhere(leader));
+    }
+}
+
+impl Core {
+    /// Leads, as a core does that has the store for itself.
+    pub async fn start(store: Store, timing: Timing) -> anyhow::Result<(Self, JoinHandle<()>)> {
+        let (seats, core) = Seats::new();
+        let task = seats.lead(store, timing, None).await?;
+        Ok((core, task))
     }
 
     /// Commits all of `wanted`, or says what that would change.
@@ -231,20 +271,25 @@ impl Core {
         self.ask(|reply| Input::Connect { node, spki_sha256, hello, down, reply }).await
     }
 
-    /// Hands over a message of an agent; waits while the core is behind. False: the core is stopping.
+    /// Hands over a message of an agent; waits while the core is behind. False: the core is stopping or leads no more.
     pub async fn from_agent(&self, message: FromAgent) -> bool {
-        self.inbox.send(Input::Agent(message)).await.is_ok()
+        match self.inbox() {
+            Ok(inbox) => inbox.send(Input::Agent(message)).await.is_ok(),
+            Err(_) => false,
+        }
     }
 
     /// Ends all streams, and the task.
     pub async fn shut_down(&self) {
-        // Already stopped is as good.
-        let _ = self.inbox.send(Input::Shutdown).await;
+        if let Ok(inbox) = self.inbox() {
+            // Already stopped is as good.
+            let _ = inbox.send(Input::Shutdown).await;
+        }
     }
 
     async fn ask<T>(&self, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        self.inbox.try_send(input(reply)).map_err(|error| match error {
+        self.inbox()?.try_send(input(reply)).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 Error::Exhausted("the core is overloaded: try again".into())
             }
@@ -252,12 +297,22 @@ impl Core {
         })?;
         answer.await.map_err(|_| Error::Stopped)?
     }
+
+    fn inbox(&self) -> Result<mpsc::Sender<Input>, Error> {
+        match &*self.seat.borrow() {
+            Seat::Here(inbox) => Ok(inbox.clone()),
+            Seat::Elsewhere(leader) => Err(Error::NotLeader(leader.clone())),
+        }
+    }
 }
 
 struct Actor {
     state: State,
     fleet: Fleet,
     store: Store,
+    fence: Option<Fence>,
+    /// Another core leads, or what was committed is not known: this state is not the true one.
+    deposed: bool,
     epoch: u64,
     rings: BTreeMap<Kind, broadcast::Sender<Arc<Change>>>,
     waiters: Vec<Waiter>,
@@ -287,6 +342,10 @@ impl Actor {
             for input in batch.drain(..) {
                 stop |= matches!(input, Input::Shutdown);
                 self.handle(input).await;
+                if self.deposed {
+                    // What is left finds that this core is no more to be asked.
+                    break;
+                }
             }
             if ticked {
                 let now = Instant::now();
@@ -300,12 +359,11 @@ impl Actor {
             if ticked {
                 self.publish_status();
             }
-            if stop {
+            if stop || self.deposed {
                 break;
             }
         }
         self.fleet.shut_down();
-        self.store.close().await;
     }
 
     async fn handle(&mut self, input: Input) {
@@ -422,7 +480,18 @@ impl Actor {
             return Ok(());
         }
         let before = self.state.revision();
-        let revision = self.store.commit(plan.txn()).await?.revision;
+        let txn = Txn { fence: self.fence.clone(), ..plan.txn() };
+        let revision = match self.store.commit(txn).await {
+            Ok(outcome) => outcome.revision,
+            Err(StoreError::Fenced) => {
+                self.deposed = true;
+                return Err(Error::NotLeader(None));
+            }
+            Err(error) => {
+                self.deposed = matches!(error, StoreError::Unknown(_));
+                return Err(error.into());
+            }
+        };
         let events = self.state.commit(plan, revision);
         let now = Instant::now();
         self.fleet.on_commit(&events, &self.state, before, now);

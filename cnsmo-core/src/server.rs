@@ -18,11 +18,12 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
-    actor::Core,
+    actor::{Core, Seats},
+    cluster::{self, Cluster, Member},
     fleet::Timing,
     grpc,
     identity::Ca,
-    store::{Store, StoreConfig},
+    store::{PostgresConfig, Store, StoreConfig},
 };
 
 /// Connections that have finished their handshake and wait to be served.
@@ -43,6 +44,25 @@ pub struct Config {
     pub timing: Timing,
 }
 
+/// How a core shares a database with others.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// The database.
+    pub database: PostgresConfig,
+    /// Where agents and operators reach this core, for the others to tell.
+    pub advertise: String,
+    /// A leader that dies is replaced within this time.
+    pub takeover: Duration,
+}
+
+/// Who keeps resources and agents going.
+#[derive(Debug)]
+enum Keeper {
+    /// This core has its store for itself.
+    Alone(JoinHandle<()>),
+    Cluster(Cluster),
+}
+
 /// A core that serves.
 #[derive(Debug)]
 pub struct Running {
@@ -51,15 +71,25 @@ pub struct Running {
     core: Core,
     stop: watch::Sender<bool>,
     servers: JoinSet<Result<(), tonic::transport::Error>>,
-    actor: JoinHandle<()>,
+    keeper: Keeper,
+    store: Store,
     // Held until the end.
     socket: grpc::listen::SocketFile,
     lock: File,
 }
 
 impl Running {
-    /// Starts a core. When it returns, both fronts take connections.
+    /// Starts a core with a store for itself. When it returns, both fronts take connections.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
+        Self::start_with(config, None).await
+    }
+
+    /// Starts one of several cores on one database.
+    pub async fn start_shared(config: Config, shared: Shared) -> anyhow::Result<Self> {
+        Self::start_with(config, Some(shared)).await
+    }
+
+    async fn start_with(config: Config, shared: Option<Shared>) -> anyhow::Result<Self> {
         let folder = &config.state_dir;
         DirBuilder::new()
             .recursive(true)
@@ -68,7 +98,14 @@ impl Running {
             .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
         let lock = lock(&folder.join("lock"))?;
         let ca = Arc::new(Ca::open(folder)?);
-        let store = Store::open(&StoreConfig::sqlite(folder.join("state.db"))).await?;
+        let store = match &shared {
+            None => StoreConfig::sqlite(folder.join("state.db")),
+            Some(shared) => StoreConfig::postgres(shared.database.clone()),
+        };
+        let store = Store::open(&store).await?;
+        if shared.is_some() {
+            cluster::check_ca(&store, &ca.spki_sha256()).await?;
+        }
         let tcp = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}", config.listen))?;
@@ -78,7 +115,7 @@ impl Running {
             .await
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
-        let (core, actor) = Core::start(store, config.timing).await?;
+        let (core, keeper) = keep(store.clone(), config.timing, folder, shared).await?;
         let routes = grpc::routes(&core, &ca)?.prepare();
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
@@ -100,16 +137,23 @@ impl Running {
             ReceiverStream::new(from_unix),
             until(stopped),
         ));
-        Ok(Self { address, core, stop, servers, actor, socket, lock })
+        Ok(Self { address, core, stop, servers, keeper, store, socket, lock })
     }
 
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
-        let Self { core, stop, mut servers, actor, socket, lock, .. } = self;
+        let Self { core, stop, mut servers, keeper, store, socket, lock, .. } = self;
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
         core.shut_down().await;
         drop(core);
+        let kept = match keeper {
+            Keeper::Alone(task) => task.await.context("the core's task failed"),
+            Keeper::Cluster(cluster) => cluster.stop().await,
+        };
+        if let Err(error) = kept {
+            tracing::error!("{error:#}");
+        }
         let drained = tokio::time::timeout(DRAIN_TIMEOUT, async {
             while let Some(ended) = servers.join_next().await {
                 if let Ok(Err(error)) = ended {
@@ -121,19 +165,23 @@ impl Running {
             tracing::warn!("some calls did not end in time");
             servers.shutdown().await;
         }
-        if let Err(error) = actor.await {
-            tracing::error!(%error, "the core's task failed");
-        }
+        store.close().await;
         drop((socket, lock));
     }
 
     /// Waits for a failure that no restart inside can repair.
     pub async fn failed(&mut self) -> anyhow::Error {
+        let keeper = async {
+            match &mut self.keeper {
+                Keeper::Alone(task) => match task.await {
+                    Ok(()) => anyhow::anyhow!("the core's task has ended"),
+                    Err(error) => anyhow::Error::new(error).context("the core's task has failed"),
+                },
+                Keeper::Cluster(cluster) => cluster.ended().await,
+            }
+        };
         tokio::select! {
-            ended = &mut self.actor => match ended {
-                Ok(()) => anyhow::anyhow!("the core's task has ended"),
-                Err(error) => anyhow::Error::new(error).context("the core's task has failed"),
-            },
+            error = keeper => error,
             Some(ended) = self.servers.join_next() => match ended {
                 Ok(Err(error)) => anyhow::Error::new(error).context("a server has failed"),
                 Err(error) => anyhow::Error::new(error).context("a server has failed"),
@@ -141,6 +189,24 @@ impl Running {
             },
         }
     }
+}
+
+/// Starts what owns resources and agents: here, or in whichever core leads.
+async fn keep(
+    store: Store,
+    timing: Timing,
+    folder: &std::path::Path,
+    shared: Option<Shared>,
+) -> anyhow::Result<(Core, Keeper)> {
+    let Some(Shared { database, advertise, takeover }) = shared else {
+        let (core, task) = Core::start(store, timing).await?;
+        return Ok((core, Keeper::Alone(task)));
+    };
+    let id = cluster::id_in(folder).context("cannot keep the name of this core")?;
+    let me = Member { id, address: advertise };
+    let (seats, core) = Seats::new();
+    let cluster = Cluster::start(store, &database, me, seats, timing, takeover);
+    Ok((core, Keeper::Cluster(cluster)))
 }
 
 /// Two cores on one state folder would overwrite each other.

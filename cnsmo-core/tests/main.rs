@@ -7,7 +7,12 @@
 
 mod agents;
 mod api;
+mod cluster;
 mod enrolment;
 mod harness;
 mod overlay;
+mod postgres;
 mod program;
+#[path = "../../tests/harness/postgres.rs"]
+#[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
+mod server;

@@ -3,6 +3,7 @@
 mod driver;
 mod fw;
 mod lb;
+mod state;
 mod vpn;
 
 use anyhow::ensure;
@@ -28,6 +29,8 @@ enum Section {
     Fw,
     /// The load balancer on a gateway, beside a proxy and the kernel's address translation
     Lb,
+    /// The core, beside etcd
+    State,
     /// The tunnel, beside other WireGuard programs in user space
     Vpn,
 }
@@ -90,6 +93,7 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
         rows.extend(match section {
             Section::Fw => fw::measure()?,
             Section::Lb => lb::measure()?,
+            Section::State => state::measure()?,
             Section::Vpn => vpn::measure()?,
         });
     }

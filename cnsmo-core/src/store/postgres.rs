@@ -26,7 +26,7 @@ use tokio::{
 use zeroize::Zeroizing;
 
 use super::{
-    Revision,
+    Revision, StoreError,
     engine::{Connection, Engine, EngineError, Mode, Row, Rows, Sql, Value},
     schema,
 };
@@ -50,6 +50,8 @@ const PASSWORD_BYTES_MAX: usize = 1_024;
 /// The transaction's id, to ask for it later, and the notification that its commit sends.
 const COMMITTING: &str = "SELECT pg_current_xact_id()::text
     || CASE WHEN $1 > 0 THEN pg_notify($2, $1::text)::text ELSE '' END";
+const MEMBERS: &str = "CREATE TABLE IF NOT EXISTS core
+    (id TEXT COLLATE \"C\" PRIMARY KEY, beats BIGINT NOT NULL)";
 /// What the server does for each session. A statement that takes longer than any of ours is stuck. A core that is frozen in
 /// a transaction would hold up all others, so its session is ended. Neither the server's settings nor the role's may
 /// make an acknowledged commit less than durable, or let it see less than what was committed before.
@@ -173,6 +175,11 @@ impl Engine for Database {
 
     async fn reader(&self) -> Result<Box<dyn Connection>, EngineError> {
         self.session().await
+    }
+
+    fn name(&self) -> String {
+        let database = self.options.get_database().unwrap_or("of the same name as the user");
+        format!("database {database} at {}", self.options.get_host())
     }
 
     fn schema(&self) -> String {
@@ -376,6 +383,82 @@ impl Session {
     }
 }
 
+/// A core that shares a database, and how often it has shown that it lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Beat {
+    /// Name of the core.
+    pub core: String,
+    /// Changes as long as the core lives.
+    pub count: i64,
+}
+
+/// The cores of a database, on a connection of their own: work that waits for the writer makes no core look dead. They are
+/// no state: no revision, no backup.
+#[derive(Debug)]
+pub struct Members {
+    options: PgConnectOptions,
+    connection: Option<PgConnection>,
+}
+
+impl Members {
+    /// Connects when it is needed.
+    pub fn new(config: &PostgresConfig) -> Self {
+        Self { options: config.options.clone(), connection: None }
+    }
+
+    /// Shows that `core` lives, and tells which ones have ever done so.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn beat(&mut self, core: &str) -> Result<Vec<Beat>, StoreError> {
+        let result = beat(self.live().await?, core).await;
+        self.checked(result)
+    }
+
+    /// `core` leaves.
+    ///
+    /// # Errors
+    /// The database fails.
+    pub async fn forget(&mut self, core: &str) -> Result<(), StoreError> {
+        let forget = sqlx::query("DELETE FROM core WHERE id = $1").bind(core);
+        let result = forget.execute(self.live().await?).await;
+        self.checked(result).map(drop)
+    }
+
+    async fn live(&mut self) -> Result<&mut PgConnection, StoreError> {
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => {
+                let mut connection = connect(&self.options).await.map_err(EngineError::from)?;
+                // One statement list is one transaction.
+                let prepare = format!("SELECT pg_advisory_xact_lock({SCHEMA_LOCK}); {MEMBERS}");
+                let prepare = sqlx::raw_sql(AssertSqlSafe(prepare));
+                prepare.execute(&mut connection).await.map_err(EngineError::from)?;
+                connection
+            }
+        };
+        Ok(self.connection.insert(connection))
+    }
+
+    fn checked<T>(&mut self, result: Result<T, sqlx::Error>) -> Result<T, StoreError> {
+        if result.is_err() {
+            self.connection = None;
+        }
+        Ok(result.map_err(EngineError::from)?)
+    }
+}
+
+async fn beat(connection: &mut PgConnection, core: &str) -> Result<Vec<Beat>, sqlx::Error> {
+    sqlx::query(
+        "INSERT INTO core (id, beats) VALUES ($1, 1) ON CONFLICT (id) DO UPDATE SET beats = core.beats + 1",
+    )
+    .bind(core)
+    .execute(&mut *connection)
+    .await?;
+    let rows = sqlx::query("SELECT id, beats FROM core ORDER BY id").fetch_all(connection).await?;
+    rows.iter().map(|row| Ok(Beat { core: row.try_get(0)?, count: row.try_get(1)? })).collect()
+}
+
 async fn rows(
     connection: &mut PgConnection,
     sql: &Sql,
@@ -537,13 +620,22 @@ fn is_lost(error: &sqlx::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::{
+        OnceLock,
+        atomic::{AtomicBool, Ordering},
+    };
 
     use super::*;
-    use crate::server_for_tests as server;
+    use crate::postgres_server::{Postgres as Server, Sync};
+
+    /// One for all tests of this process; each has a database of its own.
+    fn server() -> &'static Server {
+        static SERVER: OnceLock<Server> = OnceLock::new();
+        SERVER.get_or_init(|| Server::start(Sync::None).unwrap())
+    }
 
     fn database() -> (String, PostgresConfig) {
-        let url = server::get().create_database().unwrap();
+        let url = server().create_database().unwrap();
         let name = url.split(['/', '?']).nth(3).unwrap().to_owned();
         (name, PostgresConfig::new(&url, None).unwrap())
     }
@@ -557,7 +649,7 @@ mod tests {
     fn kill_backends(database: &str) {
         let kill = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
                     WHERE application_name = 'cnsmo-core' AND datname = current_database()";
-        server::get().sql(database, kill).unwrap();
+        server().sql(database, kill).unwrap();
     }
 
     #[test]
@@ -586,7 +678,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn what_is_told_of_a_commit_is_true_however_often_its_connection_is_killed() {
         let (name, config) = database();
-        server::get().sql(&name, "CREATE TABLE t (n BIGINT)").unwrap();
+        server().sql(&name, "CREATE TABLE t (n BIGINT)").unwrap();
         let database = Database::new(&config);
         let mut writer = database.writer().await.unwrap();
         let stop = AtomicBool::new(false);
@@ -620,7 +712,7 @@ mod tests {
             told
         });
         assert!(lost >= 10, "nothing was killed");
-        let there = server::get().sql(&name, "SELECT n FROM t ORDER BY n").unwrap();
+        let there = server().sql(&name, "SELECT n FROM t ORDER BY n").unwrap();
         let there: Vec<i64> = there.lines().map(|n| n.parse().unwrap()).collect();
         assert_eq!(there, committed);
     }
@@ -628,7 +720,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn commits_are_noticed_with_and_without_a_notification() {
         let (name, config) = database();
-        server::get().sql(&name, &schema::postgres()).unwrap();
+        server().sql(&name, &schema::postgres()).unwrap();
         let (here, there) = (Database::new(&config), Database::new(&config));
         let mut writer = there.writer().await.unwrap();
         let set = Sql::Fixed("UPDATE meta SET rev = $1");
@@ -648,7 +740,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread")]
     async fn a_session_that_is_frozen_in_a_transaction_holds_nobody_up_for_long() {
         let (name, config) = database();
-        server::get().sql(&name, &schema::postgres()).unwrap();
+        server().sql(&name, &schema::postgres()).unwrap();
         let database = Database::new(&config);
         let lock = Sql::Fixed("UPDATE meta SET rev = rev RETURNING rev");
         let mut frozen = database.writer().await.unwrap();
@@ -669,7 +761,7 @@ mod tests {
     async fn values_come_back_as_they_were_and_an_answer_stops_at_its_bytes() {
         let (name, config) = database();
         let table = "CREATE TABLE v (n BIGINT, t TEXT COLLATE \"C\", b BYTEA)";
-        server::get().sql(&name, table).unwrap();
+        server().sql(&name, table).unwrap();
         let database = Database::new(&config);
         let mut session = database.writer().await.unwrap();
         let insert = Sql::Fixed("INSERT INTO v (n, t, b) VALUES ($1, $2, $3), ($4, $5, $6)");
