@@ -23,6 +23,7 @@ use tokio::{
 use tonic::Status;
 
 use crate::{
+    cluster,
     error::Error,
     fleet::{DownSender, Fleet, Timing},
     state::{Announcement, Enrolment, Event, Plan, State, TokenRecord, Wanted},
@@ -178,7 +179,8 @@ impl Seats {
         fence: Option<Fence>,
     ) -> anyhow::Result<JoinHandle<()>> {
         let epoch = store.status().await?.epoch;
-        let stored = store.range(Range::prefix("")).await?;
+        let mut stored = store.range(Range::prefix("")).await?;
+        stored.entries.retain(|entry| !cluster::KEYS.contains(&entry.key.as_str()));
         let state = State::load(stored.revision, stored.entries)?;
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
         let now = Instant::now();

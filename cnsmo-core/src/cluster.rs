@@ -36,6 +36,8 @@ use crate::{
 pub const LEADER_KEY: &str = "cnsmo/leader";
 /// SHA-256 of the public key of the CA that all cores share.
 const CA_KEY: &str = "cnsmo/ca";
+/// What the cluster keeps in the store: no resources.
+pub const KEYS: [&str; 2] = [LEADER_KEY, CA_KEY];
 /// In the state folder: a core keeps its name.
 const ID_FILE: &str = "core.id";
 
