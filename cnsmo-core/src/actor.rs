@@ -482,7 +482,7 @@ impl Actor {
             return Ok(());
         }
         let before = self.state.revision();
-        let txn = Txn { fence: self.fence.clone(), ..plan.txn() };
+        let txn = Txn { fence: self.fence, ..plan.txn() };
         let revision = match self.store.commit(txn).await {
             Ok(outcome) => outcome.revision,
             Err(StoreError::Fenced) => {

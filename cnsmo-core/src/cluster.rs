@@ -257,7 +257,7 @@ impl Candidate {
                 content_type: "application/json".into(),
                 lease: lease.id,
             }],
-            fence: Some(fence.clone()),
+            fence: Some(fence),
             by: self.me.id.clone(),
             ..Txn::default()
         });

@@ -75,7 +75,7 @@ pub enum EngineConfig {
     /// In this file, for one core.
     Sqlite(PathBuf),
     /// In a database that several cores share.
-    Postgres(PostgresConfig),
+    Postgres(Box<PostgresConfig>),
 }
 
 impl StoreConfig {
@@ -86,7 +86,7 @@ impl StoreConfig {
 
     /// In a database that several cores share.
     pub fn postgres(config: PostgresConfig) -> Self {
-        Self { engine: EngineConfig::Postgres(config), retention: Retention::default() }
+        Self { engine: EngineConfig::Postgres(Box::new(config)), retention: Retention::default() }
     }
 
     fn open(&self) -> Arc<dyn Engine> {

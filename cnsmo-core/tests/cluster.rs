@@ -50,9 +50,7 @@ impl Member {
         let mut process = Self::command(folder, store).spawn().unwrap();
         let log = process.stderr.take().unwrap();
         let member = Self { folder: folder.to_owned(), process };
-        let name = name(folder);
-        let lines = BufReader::new(log).lines().map_while(Result::ok);
-        let mut lines = lines.inspect(move |line| println!("{name}: {line}"));
+        let mut lines = BufReader::new(log).lines().map_while(Result::ok);
         lines.find(|line| line.contains("ready")).expect("it ended before it was ready");
         // A full pipe would stop it.
         std::thread::spawn(move || lines.for_each(drop));

@@ -55,7 +55,7 @@ async fn commits_of_two_cores_reach_a_third_in_order_and_without_a_gap() {
     let mut last = 0;
     let follow = async {
         while last < 2 * PUTS {
-            for commit in feed.next().await.unwrap().iter() {
+            for commit in feed.next().await.unwrap() {
                 assert_eq!(commit.revision, last + 1);
                 assert_eq!(commit.events.len(), 1);
                 last = commit.revision;
@@ -79,7 +79,7 @@ async fn a_lease_that_another_core_ended_fences_its_holder() {
     let (holder, other) = (open(&url).await, open(&url).await);
     let lease = holder.grant("job", Duration::from_secs(10), "a").await.unwrap();
     let fence = Some(Fence { lease: lease.id, token: lease.token });
-    let fenced = |key: &str| Txn { fence: fence.clone(), ..put(key.to_owned()) };
+    let fenced = |key: &str| Txn { fence, ..put(key.to_owned()) };
     holder.commit(fenced("one")).await.unwrap();
     other.end_lease(lease.id, true, None).await.unwrap().unwrap();
     let refused = holder.commit(fenced("two")).await.unwrap_err();

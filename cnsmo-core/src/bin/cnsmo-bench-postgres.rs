@@ -177,7 +177,7 @@ async fn watch(url: &str) -> anyhow::Result<(f64, f64)> {
             () = &mut end => break,
         };
         let now = now_ns();
-        for commit in commits.iter() {
+        for commit in &commits {
             if commit.revision != last + 1 {
                 bail!("revision {} after {last}", commit.revision);
             }

@@ -97,8 +97,8 @@ impl PostgresConfig {
         }
         let mut options: PgConnectOptions = url.parse().map_err(InvalidUrl::Url)?;
         if let Some(path) = password_file {
-            let text = fs::read(path).map_err(InvalidUrl::PasswordFile)?;
-            options = options.password(&password(Zeroizing::new(text))?);
+            let text = Zeroizing::new(fs::read(path).map_err(InvalidUrl::PasswordFile)?);
+            options = options.password(&password(&text)?);
         }
         let options = options
             .application_name("cnsmo-core")
@@ -126,11 +126,11 @@ fn has_password(url: &str) -> bool {
     user.contains(':') || query.split('&').any(|pair| pair.starts_with("password="))
 }
 
-fn password(bytes: Zeroizing<Vec<u8>>) -> Result<Zeroizing<String>, InvalidUrl> {
+fn password(bytes: &[u8]) -> Result<Zeroizing<String>, InvalidUrl> {
     if bytes.len() > PASSWORD_BYTES_MAX {
         return Err(InvalidUrl::PasswordLine);
     }
-    let text = std::str::from_utf8(&bytes).map_err(|_| InvalidUrl::PasswordLine)?;
+    let text = std::str::from_utf8(bytes).map_err(|_| InvalidUrl::PasswordLine)?;
     let text = text.strip_suffix('\n').unwrap_or(text);
     if text.is_empty() || text.contains('\n') {
         return Err(InvalidUrl::PasswordLine);
@@ -533,7 +533,7 @@ fn decode(row: &PgRow) -> Result<Vec<Value>, sqlx::Error> {
 
 impl From<sqlx::Error> for EngineError {
     fn from(error: sqlx::Error) -> Self {
-        let code = error.as_database_error().and_then(|error| error.code());
+        let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
         match code.as_deref() {
             Some("53100") => Self::Full,
             Some("XX001" | "XX002") => Self::Damaged(error.into()),
