@@ -5,6 +5,7 @@
 //! - [`state`]: the resources and the rules by which they change; no I/O.
 //! - [`fleet`]: what each agent shall run and runs; no I/O.
 //! - [`actor`]: the one task that owns all of that.
+//! - [`cluster`]: several cores on one database, of which one leads.
 //! - [`catalog`]: which instance of which service runs where.
 //! - [`identity`]: who calls, and what that one may do.
 //! - [`audit`]: what was done and refused.
@@ -17,6 +18,7 @@
 pub mod actor;
 pub mod audit;
 pub mod catalog;
+pub mod cluster;
 pub mod error;
 pub mod fleet;
 pub mod grpc;
@@ -26,3 +28,8 @@ pub mod lease;
 pub mod server;
 pub mod state;
 pub mod store;
+
+#[cfg(test)]
+#[path = "../../tests/harness/postgres.rs"]
+#[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
+mod postgres_server;

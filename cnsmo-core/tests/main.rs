@@ -7,6 +7,7 @@
 
 mod agents;
 mod api;
+mod cluster;
 mod enrolment;
 mod harness;
 mod hostile;
@@ -14,5 +15,9 @@ mod http;
 mod identity;
 mod overlay;
 mod pause;
+mod postgres;
 mod program;
+#[path = "../../tests/harness/postgres.rs"]
+#[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
+mod server;
 mod state;

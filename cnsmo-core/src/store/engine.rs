@@ -123,7 +123,6 @@ pub(super) struct Rows {
 
 /// Why a database did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
-#[expect(dead_code, reason = "a file is never out of reach; the engine of several cores is")]
 pub(super) enum EngineError {
     /// No space. Nothing was committed.
     #[error("no space is left")]
