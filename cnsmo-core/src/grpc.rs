@@ -21,7 +21,7 @@ use cnsmo_proto::pb::{
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
-    state::state_service_server::StateServiceServer,
+    state::state_service_server::{self, StateServiceServer},
 };
 use futures::{Stream, StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
@@ -114,6 +114,7 @@ pub fn request_bytes_max(service: &str) -> usize {
         enrollment_service_server::SERVICE_NAME | identity_service_server::SERVICE_NAME => {
             ENROLL_BYTES_MAX
         }
+        state_service_server::SERVICE_NAME => state::MESSAGE_BYTES_MAX,
         _ => MESSAGE_BYTES_MAX,
     }
 }
