@@ -87,6 +87,16 @@ pub(crate) enum Command {
     Identity(IdentityCommand),
     /// What was done and refused
     Audit(AuditArgs),
+    /// Keys of your own in the core's state
+    #[command(subcommand)]
+    Kv(KvCommand),
+    /// How the core is: store, leases, who is connected
+    Status,
+    /// Copy the core's whole state to a file; `cnsmo-core restore` puts it back
+    Backup {
+        /// Replaced if it is there
+        file: PathBuf,
+    },
     /// Print a completion script
     Completions { shell: clap_complete::Shell },
     /// Print the version
@@ -237,6 +247,81 @@ pub(crate) struct TokenArgs {
     /// Write it to a new file that only its owner can read
     #[arg(long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum KvCommand {
+    /// Print the value of a key
+    Get { key: String },
+    /// Set a key: to VALUE, to the content of a file, or to standard input
+    Put(PutArgs),
+    /// Delete a key, or all that begin with it
+    Delete(DeleteKeyArgs),
+    /// List keys
+    List(ListKeysArgs),
+    /// Print keys and then each change, until interrupted
+    Watch(WatchKeysArgs),
+}
+
+#[derive(clap::Args)]
+pub(crate) struct PutArgs {
+    pub(crate) key: String,
+    /// Not for secrets: others on this machine see arguments
+    #[arg(conflicts_with = "file")]
+    pub(crate) value: Option<String>,
+    /// The value; - for standard input
+    #[arg(short = 'f', long, value_name = "FILE|-")]
+    pub(crate) file: Option<PathBuf>,
+    /// How to read the value, for example application/json
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) content_type: Option<String>,
+    /// The lease whose end deletes the key
+    #[arg(long, value_name = "ID", value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) lease: Option<i64>,
+    /// Only if the key still has this revision
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) if_revision: Option<i64>,
+    /// Only if there is no such key
+    #[arg(long, conflicts_with = "if_revision")]
+    pub(crate) if_absent: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct DeleteKeyArgs {
+    pub(crate) key: String,
+    /// All keys that begin with it, at most 10,000
+    #[arg(long, conflicts_with = "if_revision")]
+    pub(crate) prefix: bool,
+    /// Only if the key still has this revision
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) if_revision: Option<i64>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ListKeysArgs {
+    /// What the keys begin with [default: all]
+    pub(crate) prefix: Option<String>,
+    /// Without values: a key per line
+    #[arg(long)]
+    pub(crate) keys_only: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct WatchKeysArgs {
+    /// What the keys begin with [default: all]
+    pub(crate) prefix: Option<String>,
+    /// Not the keys as they are, but all changes after this revision
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true,
+        value_parser = clap::value_parser!(i64).range(0..)
+    )]
+    pub(crate) from: i64,
+    /// With the value before, where the history has it
+    #[arg(long)]
+    pub(crate) prev: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

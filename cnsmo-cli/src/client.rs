@@ -9,11 +9,13 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use cnsmo_proto::pb::{
+    admin::admin_service_client::AdminServiceClient,
     identity::{
         identity_service_client::IdentityServiceClient,
         join_token_service_client::JoinTokenServiceClient,
     },
     resource::resource_service_client::ResourceServiceClient,
+    state::state_service_client::StateServiceClient,
 };
 use cnsmo_service::{
     channel::{self, CoreAddress},
@@ -65,6 +67,15 @@ impl Client {
     pub(crate) async fn identities(&self) -> Result<Identities> {
         let client = IdentityServiceClient::new(self.connect().await?);
         Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn state(&self) -> Result<StateServiceClient<Channel>> {
+        let client = StateServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn admin(&self) -> Result<AdminServiceClient<Channel>> {
+        Ok(AdminServiceClient::new(self.connect().await?))
     }
 
     async fn connect(&self) -> Result<Channel> {

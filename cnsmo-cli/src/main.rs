@@ -4,15 +4,18 @@ mod apply;
 mod args;
 mod audit;
 mod backends;
+mod backup;
 mod client;
 mod describe;
 mod diff;
 mod drain;
 mod get;
 mod identity;
+mod kv;
 mod label;
 mod load;
 mod output;
+mod status;
 mod token;
 mod wait;
 mod watch;
@@ -83,6 +86,9 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Identity(command) => identity::identity(&client, format, command).await?,
         Command::Audit(args) => audit::audit(&client, format, args).await?,
         Command::Login(_) => unreachable!("handled above"),
+        Command::Kv(command) => kv::kv(&client, format, command).await?,
+        Command::Status => status::status(&client, format).await?,
+        Command::Backup { file } => backup::backup(&client, format, &file).await?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "cnsmo", &mut script);

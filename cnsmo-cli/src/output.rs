@@ -117,7 +117,7 @@ pub(crate) fn age(time: Option<Timestamp>) -> String {
     short(SystemTime::now().duration_since(time).unwrap_or(Duration::ZERO))
 }
 
-fn short(time: Duration) -> String {
+pub(crate) fn short(time: Duration) -> String {
     match time.as_secs() {
         s @ 0..120 => format!("{s}s"),
         s @ 120..7200 => format!("{}m", s / 60),

@@ -24,7 +24,7 @@ use crate::{
     fleet::{DownSender, Fleet, Timing},
     identity::{Enrolled, Issued, Peer, Subject, registry::Registry},
     state::{Admission, Announcement, Enrolment, Event, FOLDERS, Plan, State, TokenRecord, Wanted},
-    store::{Outcome, Revision, Store},
+    store::{Range, Revision, Store},
 };
 
 /// Requests and agents' messages that wait. Operators are refused beyond it, agents wait.
@@ -176,12 +176,12 @@ impl Core {
         timing: Timing,
         registry: Arc<Registry>,
     ) -> anyhow::Result<(Self, tokio::task::JoinHandle<()>)> {
-        let meta = store.meta().await?;
+        let status = store.status().await?;
         let mut entries = Vec::new();
         for folder in FOLDERS {
-            entries.extend(store.range(folder).await?);
+            entries.extend(store.range(Range::prefix(folder)).await?.entries);
         }
-        let state = State::load(meta.revision, entries)?;
+        let state = State::load(status.revision, entries)?;
         for (identity, enrolled) in state.identities() {
             registry.set(identity, Some(enrolled));
         }
@@ -192,7 +192,7 @@ impl Core {
             state,
             store,
             registry,
-            epoch: meta.epoch,
+            epoch: status.epoch,
             rings: BTreeMap::new(),
             waiters: Vec::new(),
             last_tick: now,
@@ -512,11 +512,7 @@ impl Actor {
             .identities()
             .map(|(identity, enrolled)| (identity.to_owned(), enrolled.cloned()))
             .collect();
-        let revision = match self.store.commit(plan.txn()).await? {
-            Outcome::Committed(revision) => revision,
-            // Only this task writes, and it compares nothing.
-            Outcome::CompareFailed(_) => return Err(Error::Internal),
-        };
+        let revision = self.store.commit(plan.txn()).await?.revision;
         let events = self.state.commit(plan, revision);
         let now = Instant::now();
         self.fleet.on_commit(&events, &self.state, before, now);

@@ -4,14 +4,19 @@
 use std::{
     fmt,
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use cnsmo_proto::pb::identity::AuditRecord;
+use cnsmo_service::audit;
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
-use crate::{error::Error, identity::caller::Caller, store::Revision};
+use crate::{
+    error::Error,
+    identity::caller::Caller,
+    store::{self, AuditRow, Revision, Store},
+};
 
 /// What `rpc` says of a TLS handshake.
 pub const HANDSHAKE: &str = "tls";
@@ -31,6 +36,45 @@ pub trait Journal: fmt::Debug + Send + Sync + 'static {
     async fn append(&self, record: AuditRecord) -> Result<(), Error>;
     /// Records after this number, in order, at most so many.
     async fn list(&self, after: i64, rows: usize) -> Result<Vec<AuditRecord>, Error>;
+}
+
+#[tonic::async_trait]
+impl Journal for Store {
+    async fn append(&self, record: AuditRecord) -> Result<(), Error> {
+        let record = store::AuditRecord {
+            time_ms: audit::time_ms(&record),
+            identity: record.identity,
+            role: record.role,
+            rpc: record.rpc,
+            decision: record.decision,
+            status: record.status,
+            revision: record.revision,
+            detail: record.detail,
+        };
+        Ok(self.append_audit(record).await?)
+    }
+
+    async fn list(&self, after: i64, rows: usize) -> Result<Vec<AuditRecord>, Error> {
+        let rows = self.list_audit(after, rows).await?;
+        Ok(rows.into_iter().map(message).collect())
+    }
+}
+
+fn message(row: AuditRow) -> AuditRecord {
+    let ms = u64::try_from(row.record.time_ms).unwrap_or_default();
+    let time = UNIX_EPOCH.checked_add(Duration::from_millis(ms));
+    AuditRecord {
+        sequence: row.seq,
+        time: time.map(Into::into),
+        identity: row.record.identity,
+        role: row.record.role,
+        rpc: row.record.rpc,
+        decision: row.record.decision,
+        status: row.record.status,
+        revision: row.record.revision,
+        detail: row.record.detail,
+        hash: row.hash.to_vec(),
+    }
 }
 
 /// What a service knows of a call that the audit should have. Left in the extensions of its response.

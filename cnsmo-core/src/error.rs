@@ -19,10 +19,13 @@ pub enum Error {
     /// The caller may not do this.
     #[error("{0}")]
     Denied(String),
+    /// The state is not one in which this can be done.
+    #[error("{0}")]
+    Precondition(String),
     /// A limit of the core is reached.
     #[error("{0}")]
     Exhausted(String),
-    /// The revision is not there yet.
+    /// The revision is not there yet, or not any more.
     #[error("{0}")]
     OutOfRange(String),
     /// The store failed; nothing was committed.
@@ -44,18 +47,39 @@ impl From<Error> for Status {
             Error::NotFound(_) => Self::not_found(text),
             Error::Exists(_) => Self::already_exists(text),
             Error::Denied(_) => Self::permission_denied(text),
+            Error::Precondition(_) => Self::failed_precondition(text),
             Error::Exhausted(_) => Self::resource_exhausted(text),
             Error::OutOfRange(_) => Self::out_of_range(text),
             Error::Stopped => Self::unavailable(text),
             Error::Internal => Self::internal(text),
-            Error::Store(cause @ (StoreError::Full | StoreError::Busy)) => {
-                Self::resource_exhausted(format!("{text}: {cause}"))
-            }
-            // Anything else may show paths; the log has it.
-            Error::Store(cause) => {
-                tracing::error!(error = &cause as &dyn std::error::Error, "store failed");
-                Self::unavailable(format!("{text}: the state file could not be read or written"))
-            }
+            Error::Store(cause) => of_store(&text, &cause),
+        }
+    }
+}
+
+fn of_store(text: &str, cause: &StoreError) -> Status {
+    match cause {
+        StoreError::Full | StoreError::Busy | StoreError::TooMany { .. } => {
+            Status::resource_exhausted(format!("{text}: {cause}"))
+        }
+        StoreError::Invalid(_) => Status::invalid_argument(cause.to_string()),
+        StoreError::Fenced => Status::failed_precondition(format!("{text}: {cause}")),
+        StoreError::LeaseGone(_) => Status::not_found(format!("{text}: {cause}")),
+        StoreError::Compacted { .. } | StoreError::Ahead { .. } => {
+            Status::out_of_range(cause.to_string())
+        }
+        StoreError::Closed => Status::unavailable(Error::Stopped.to_string()),
+        StoreError::Unknown(_) => {
+            tracing::error!(error = cause as &dyn std::error::Error, "store failed");
+            Status::unknown(cause.to_string())
+        }
+        // These may show paths; the log has them.
+        StoreError::Open { .. }
+        | StoreError::Damaged { .. }
+        | StoreError::NotEmpty { .. }
+        | StoreError::Database(_) => {
+            tracing::error!(error = cause as &dyn std::error::Error, "store failed");
+            Status::unavailable(format!("{text}: the state could not be read or written"))
         }
     }
 }

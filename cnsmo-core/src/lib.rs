@@ -8,6 +8,7 @@
 //! - [`identity`]: who calls, and what that one may do.
 //! - [`audit`]: what was done and refused.
 //! - [`grpc`]: the API and who may use it.
+//! - [`http`]: the same API by HTTP and JSON.
 //! - [`server`]: all of it together.
 
 #![forbid(unsafe_code)]
@@ -17,7 +18,9 @@ pub mod audit;
 pub mod error;
 pub mod fleet;
 pub mod grpc;
+pub mod http;
 pub mod identity;
+pub mod lease;
 pub mod server;
 pub mod state;
 pub mod store;

@@ -9,10 +9,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use cnsmo_core::{
     fleet::Timing,
-    server::{Config, Running},
+    server::{self, Config, Running},
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -27,6 +27,7 @@ struct Arguments {
     /// Folder of state and keys.
     #[arg(
         long,
+        global = true,
         value_name = "DIR",
         env = "CNSMO_STATE_DIR",
         default_value = "/var/lib/cnsmo/core"
@@ -50,6 +51,23 @@ struct Arguments {
     /// Form of the log on standard error; CNSMO_LOG sets what it tells, for example debug.
     #[arg(long, value_enum, env = "CNSMO_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Put a backup in place of the state. The core must not run.
+    ///
+    /// Agents and clients notice, and take the older state over.
+    Restore {
+        /// As made by `cnsmo backup`.
+        #[arg(long, value_name = "FILE")]
+        from: PathBuf,
+        /// Replace a state that is there.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -83,7 +101,12 @@ fn log(format: LogFormat) {
 }
 
 #[tokio::main]
-async fn run(arguments: Arguments) -> anyhow::Result<()> {
+async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
+    if let Some(Command::Restore { from, force }) = arguments.command.take() {
+        let revision = server::restore(&arguments.state_dir, &from, force).await?;
+        tracing::info!(revision, "restored");
+        return Ok(());
+    }
     let Arguments { state_dir, listen, socket, heartbeat, lease, certificate_life, .. } = arguments;
     anyhow::ensure!(
         certificate_life >= CERTIFICATE_LIFE_MIN && certificate_life.subsec_nanos() == 0,

@@ -4,7 +4,7 @@ use std::{
     fs::{self, DirBuilder, File},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::DirBuilderExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -16,21 +16,26 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     actor::Core,
     audit::Audit,
     fleet::Timing,
     grpc,
+    http::HttpLayer,
     identity::{
         ca::Ca,
         registry::{self, Registry},
     },
-    store::Store,
+    lease::Leases,
+    store::{self, Revision, Store, StoreConfig, StoreError},
 };
 
 /// Connections that have finished their handshake and wait to be served.
 const ACCEPTED_MAX: usize = 64;
+/// Name of a core that has its store for itself, as the holder of leases.
+const CORE: &str = "core";
 /// How long calls may take to end once the core stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -58,6 +63,10 @@ pub struct Running {
     stop: watch::Sender<bool>,
     servers: JoinSet<Result<(), tonic::transport::Error>>,
     actor: JoinHandle<()>,
+    /// Ends the streams that clients keep open.
+    stopping: CancellationToken,
+    /// Ends leases.
+    counting: JoinHandle<()>,
     /// Aborted when dropped.
     _helpers: JoinSet<()>,
     // Held until the end.
@@ -69,14 +78,10 @@ impl Running {
     /// Starts a core. When it returns, both fronts take connections.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         let folder = &config.state_dir;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
+        make_folder(folder)?;
         let lock = lock(&folder.join("lock"))?;
         let ca = Arc::new(Ca::open(folder)?);
-        let store = Store::open(&folder.join("state.db")).await?;
+        let store = Store::open(&StoreConfig::sqlite(folder.join("state.db"))).await?;
         let tcp = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}", config.listen))?;
@@ -87,10 +92,21 @@ impl Running {
             .await
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
-        let audit = Audit::new(store.journal());
-        let (core, actor) = Core::start(store, config.timing, registry.clone()).await?;
-        let issuer = grpc::identity::Issuer { ca, life: config.certificate_life };
-        let routes = grpc::routes(&core, issuer, audit.clone())?.prepare();
+        let audit = Audit::new(Arc::new(store.clone()));
+        let (core, actor) = Core::start(store.clone(), config.timing, registry.clone()).await?;
+        let stopping = CancellationToken::new();
+        let (leases, counting) = Leases::start(store.clone(), CORE, true).await?;
+        let parts = grpc::Parts {
+            core: core.clone(),
+            issuer: grpc::identity::Issuer { ca, life: config.certificate_life },
+            audit: audit.clone(),
+            store,
+            leases,
+            state_dir: folder.clone(),
+            stopping: stopping.clone(),
+        };
+        let routes = grpc::routes(parts)?.prepare();
+        let http = HttpLayer::new().context("the API's descriptors are damaged")?;
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
             // The sender is gone: stop as well.
@@ -101,24 +117,37 @@ impl Running {
         tokio::spawn(grpc::listen::accept_tls(tcp, tls, audit.clone(), to_tls));
         tokio::spawn(grpc::listen::accept_unix(unix, to_unix));
         let mut servers = JoinSet::new();
-        servers.spawn(grpc::server(&registry, &audit).serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http.clone(), &registry, &audit).serve_with_incoming_shutdown(
             routes.clone(),
             ReceiverStream::new(from_tls),
             until(stopped.clone()),
         ));
-        servers.spawn(grpc::server(&registry, &audit).serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http, &registry, &audit).serve_with_incoming_shutdown(
             routes,
             ReceiverStream::new(from_unix),
             until(stopped),
         ));
         let mut helpers = JoinSet::new();
         helpers.spawn(registry::sweep(registry));
-        Ok(Self { address, core, stop, servers, actor, _helpers: helpers, socket, lock })
+        Ok(Self {
+            address,
+            core,
+            stop,
+            servers,
+            actor,
+            counting,
+            stopping,
+            _helpers: helpers,
+            socket,
+            lock,
+        })
     }
 
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
-        let Self { core, stop, mut servers, actor, socket, lock, .. } = self;
+        let Self { core, stop, mut servers, actor, counting, stopping, socket, lock, .. } = self;
+        stopping.cancel();
+        counting.abort();
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
         core.shut_down().await;
@@ -147,6 +176,10 @@ impl Running {
                 Ok(()) => anyhow::anyhow!("the core's task has ended"),
                 Err(error) => anyhow::Error::new(error).context("the core's task has failed"),
             },
+            ended = &mut self.counting => match ended {
+                Ok(()) => anyhow::anyhow!("the task that ends leases has ended"),
+                Err(error) => anyhow::Error::new(error).context("the task that ends leases failed"),
+            },
             Some(ended) = self.servers.join_next() => match ended {
                 Ok(Err(error)) => anyhow::Error::new(error).context("a server has failed"),
                 Err(error) => anyhow::Error::new(error).context("a server has failed"),
@@ -156,8 +189,30 @@ impl Running {
     }
 }
 
+/// Puts a backup in place of the state of a core that does not run, and returns its revision. A state that is there is only
+/// replaced if `force` says so.
+pub async fn restore(folder: &Path, from: &Path, force: bool) -> anyhow::Result<Revision> {
+    make_folder(folder)?;
+    let _lock = lock(&folder.join("lock"))?;
+    let store = StoreConfig::sqlite(folder.join("state.db"));
+    match store::restore(&store, from, force).await {
+        Err(error @ StoreError::NotEmpty { .. }) => {
+            Err(anyhow::Error::new(error).context("nothing was restored: --force replaces it"))
+        }
+        restored => Ok(restored?),
+    }
+}
+
+fn make_folder(folder: &Path) -> anyhow::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .with_context(|| format!("cannot make the state folder {}", folder.display()))
+}
+
 /// Two cores on one state folder would overwrite each other.
-fn lock(path: &std::path::Path) -> anyhow::Result<File> {
+fn lock(path: &Path) -> anyhow::Result<File> {
     let file = File::options()
         .create(true)
         .truncate(false)

@@ -112,7 +112,7 @@ impl Plan {
 
     /// The same for the store.
     pub fn txn(&self) -> Txn {
-        Txn { compares: Vec::new(), ops: self.writes.iter().map(record::op).collect() }
+        Txn::of(self.writes.iter().map(record::op).collect())
     }
 }
 
@@ -161,7 +161,7 @@ impl State {
         let mut state = Self { revision, ..Self::default() };
         for entry in entries {
             let write = record::read(&entry).map_err(|e| e.at(&entry.key))?;
-            state.put(write, entry.mod_rev);
+            state.put(write, entry.mod_revision);
         }
         Ok(state)
     }

@@ -9,6 +9,8 @@ mod agents;
 mod api;
 mod enrolment;
 mod harness;
+mod hostile;
 mod identity;
 mod overlay;
 mod program;
+mod state;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use cnsmo_proto::pb::{
+    admin::admin_service_server::AdminServiceServer,
     balancer::LoadBalancerStatus,
     identity::{
         CreateJoinTokenRequest, CreateJoinTokenResponse,
@@ -23,11 +24,14 @@ use cnsmo_proto::pb::{
         resource::Resource as Inner,
         resource_service_server::{ResourceService, ResourceServiceServer},
     },
+    state::state_service_server::StateServiceServer,
 };
 use tempfile::TempDir;
 use tokio::{net::UnixListener, runtime::Runtime};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
+
+use crate::store::Keys;
 
 #[derive(Default)]
 pub(crate) struct State {
@@ -40,6 +44,7 @@ pub(crate) struct State {
     pub(crate) refuse: Option<Status>,
     pub(crate) waited: Option<WaitAppliedRequest>,
     pub(crate) token: Option<CreateJoinTokenRequest>,
+    pub(crate) keys: Keys,
 }
 
 type Shared = Arc<Mutex<State>>;
@@ -67,6 +72,8 @@ impl Fake {
         let server = Server::builder()
             .add_service(ResourceServiceServer::new(Core(state.clone())))
             .add_service(JoinTokenServiceServer::new(Core(state.clone())))
+            .add_service(StateServiceServer::new(Core(state.clone())))
+            .add_service(AdminServiceServer::new(Core(state.clone())))
             .serve_with_incoming(UnixListenerStream::new(listener));
         runtime.spawn(async { server.await.unwrap() });
         Self { folder, state, _runtime: runtime }
@@ -135,7 +142,13 @@ impl Ran {
     }
 }
 
-struct Core(Shared);
+pub(crate) struct Core(Shared);
+
+impl Core {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+}
 
 fn key(resource: &Resource) -> (i32, String) {
     let (kind, metadata) = match resource.resource.as_ref().unwrap() {

@@ -213,7 +213,7 @@ impl Ca {
             .with_client_cert_verifier(Arc::new(Verifier::new(verifier, registry.clone())))
             .with_single_cert(chain, PrivatePkcs8KeyDer::from(key.serialize_der()).into())
             .map_err(|e| IdentityError::Tls(e.into()))?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(config)
     }
 }

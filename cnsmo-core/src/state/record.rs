@@ -82,10 +82,7 @@ struct JoinTokenRecord {
 }
 
 pub(super) fn op(write: &Write) -> Op {
-    let put = |folder: &str, name: &str, value: Vec<u8>| Op::Put {
-        key: format!("{folder}{name}"),
-        value,
-    };
+    let put = |folder: &str, name: &str, value: Vec<u8>| Op::put(format!("{folder}{name}"), value);
     match write {
         Write::Policy(policy) => {
             put(POLICIES, &policy.metadata.name, FirewallPolicy::from(policy).encode_to_vec())
@@ -117,7 +114,7 @@ fn folder(kind: Kind) -> &'static str {
 }
 
 pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
-    let value = entry.value.as_slice();
+    let value = entry.value.as_ref();
     if entry.key.starts_with(POLICIES) {
         return policy(decode(value)?).map(Write::Policy);
     }

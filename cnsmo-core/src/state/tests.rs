@@ -207,9 +207,10 @@ fn the_store_gives_back_what_was_committed() {
     let mut entries = BTreeMap::new();
     let mut keep = |state: &mut State, plan: Plan| {
         let mod_rev = state.revision() + 1;
-        for op in plan.txn().ops {
-            let Op::Put { key, value } = op else { panic!("nothing is deleted here") };
-            entries.insert(key.clone(), Entry { key, value, mod_rev });
+        for op in plan.txn().success {
+            let Op::Put { key, value, .. } = op else { panic!("nothing is deleted here") };
+            let mod_revision = mod_rev;
+            entries.insert(key.clone(), Entry { key, value, mod_revision, ..Entry::default() });
         }
         state.commit(plan, mod_rev);
     };
@@ -229,7 +230,12 @@ fn the_store_gives_back_what_was_committed() {
     assert_eq!(loaded.tokens["t"].used_by, state.tokens["t"].used_by);
     assert_eq!(loaded.nodes["a"].metadata.revision, 2, "connecting is no change of the node");
 
-    let broken = Entry { key: "cnsmo/nodes/x".into(), value: vec![0xff], mod_rev: 1 };
+    let broken = Entry {
+        key: "cnsmo/nodes/x".into(),
+        value: vec![0xff].into(),
+        mod_revision: 1,
+        ..Entry::default()
+    };
     let error = State::load(1, vec![broken]).unwrap_err();
     assert_eq!(error.field(), "cnsmo/nodes/x");
 }

@@ -1,275 +1,284 @@
-//! The one task that writes.
+//! The one task that writes, on a thread of its own: SQLite blocks it.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
-use sqlx::{Connection as _, QueryBuilder, Row as _, Sqlite, SqliteConnection};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Compare, HashMap, Job, Op, Outcome, Revision, StoreError, Txn, audit};
+use super::{
+    Revision, StoreError, audit,
+    engine::{Connection, Engine, EngineError, Mode, Sql},
+    group::{self, Committed, Done, Work},
+    hub::Hub,
+    schema,
+};
 
-/// Transactions in one commit: enough to share an fsync, few enough that the first of them does not wait long.
+/// Pieces of work in one commit: enough to share an fsync, few enough that the first of them does not wait long.
 const GROUP_MAX: usize = 256;
-/// Rows in one statement: 1,000 rows of seven values stay far below SQLite's 32,766 parameters.
-const ROWS_MAX: usize = 1_000;
-/// Log rows that compaction removes between two groups.
-const COMPACT_ROWS_MAX: i64 = 1_000;
+/// Log rows that compaction looks at, and rows of other tables that it removes, between two groups: a few milliseconds.
+const SLICE_ROWS: i64 = 1_000;
 
-type Answer = oneshot::Sender<Result<Outcome, StoreError>>;
+const META: Sql = Sql::Fixed("UPDATE meta SET rev = rev WHERE id = 1 RETURNING rev, compact_rev");
+const SET_COMPACTED: Sql =
+    Sql::Fixed("UPDATE meta SET compact_rev = $1 WHERE id = 1 AND compact_rev < $1");
+const SLICE_END: Sql = Sql::Fixed(
+    "SELECT rev FROM log WHERE rev > $1 AND rev <= $2 ORDER BY rev, sub LIMIT 1 OFFSET $3",
+);
+/// The newest put of each key stays, so that the state at the cut can still be read; a delete goes together with or
+/// after the puts that it hides.
+const COMPACT_SLICE: Sql = Sql::Fixed(
+    "DELETE FROM log WHERE rev > $1 AND rev <= $2 AND (op <> 1 OR EXISTS (
+       SELECT 1 FROM log AS newer
+       WHERE newer.key = log.key AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $3
+     ))",
+);
+const PRUNE_REQUESTS: Sql = Sql::Fixed(
+    "DELETE FROM request WHERE (identity, request_id) IN
+     (SELECT identity, request_id FROM request WHERE expire_ms <= $1 ORDER BY expire_ms LIMIT $2)",
+);
 
-pub(super) async fn run(mut connection: SqliteConnection, mut jobs: mpsc::Receiver<Job>) {
-    let mut arrived = Vec::with_capacity(GROUP_MAX);
-    let mut compact_to = None;
-    loop {
-        if compact_to.is_none() || !jobs.is_empty() {
-            if jobs.recv_many(&mut arrived, GROUP_MAX).await == 0 {
-                break;
-            }
-            let mut group = Vec::with_capacity(arrived.len());
-            let mut records = Vec::new();
-            for job in arrived.drain(..) {
-                match job {
-                    Job::Commit { txn, answer } => group.push((txn, answer)),
-                    Job::Compact { upto } => compact_to = Some(upto),
-                    Job::Audit { record, answer } => records.push((record, answer)),
-                }
-            }
-            commit_and_answer(&mut connection, group).await;
-            for (record, answer) in records {
-                // A caller that went away needs no answer.
-                let _ = answer.send(audit::append(&mut connection, *record).await);
-            }
-        }
-        if let Some(upto) = compact_to {
-            match compact_slice(&mut connection, upto).await {
-                Ok(true) => {}
-                Ok(false) => compact_to = None,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot compact the log");
-                    compact_to = None;
-                }
-            }
-        }
-    }
-    if let Err(error) = connection.close().await {
-        tracing::warn!(%error, "cannot close the state file");
-    }
+/// What is sent to the writer.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// For a group.
+    Work { work: Work, bytes: usize, answer: oneshot::Sender<Result<Done, StoreError>> },
+    /// Removes the log up to here.
+    Compact { upto: Revision, answer: oneshot::Sender<Result<Revision, StoreError>> },
+    /// Removes what has expired in other tables.
+    Prune { audit_rows: i64 },
+    /// Does what was sent before, and ends.
+    Close,
 }
 
-async fn commit_and_answer(connection: &mut SqliteConnection, group: Vec<(Txn, Answer)>) {
-    if group.is_empty() {
-        return;
-    }
-    let (txns, answers): (Vec<Txn>, Vec<Answer>) = group.into_iter().unzip();
-    match commit(connection, txns).await {
-        Ok(outcomes) => {
-            for (answer, outcome) in answers.into_iter().zip(outcomes) {
-                // A caller that went away needs no answer.
-                let _ = answer.send(Ok(outcome));
-            }
-        }
-        Err(error) => {
-            let error = StoreError::from(error);
-            tracing::error!(%error, transactions = answers.len(), "commit failed");
-            for answer in answers {
-                let _ = answer.send(Err(error.clone()));
-            }
-        }
-    }
-}
-
-struct LogRow {
-    revision: Revision,
-    sub: i64,
-    op: Op,
-    previous: Revision,
-}
-
-async fn commit(
-    connection: &mut SqliteConnection,
-    txns: Vec<Txn>,
-) -> Result<Vec<Outcome>, sqlx::Error> {
-    // A read transaction that turns into a write is not covered by the busy timeout.
-    sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await?;
-    let mut result = commit_group(connection, txns).await;
-    if result.is_ok()
-        && let Err(error) = sqlx::query("COMMIT").execute(&mut *connection).await
-    {
-        result = Err(error);
-    }
-    if result.is_err() {
-        rollback(connection).await;
-    }
-    result
-}
-
-/// A full disk ends SQLite's transaction by itself, which sqlx's own transactions do not notice: they would refuse all
-/// later ones. So this module speaks SQL, and a rollback without a transaction is no error.
-async fn rollback(connection: &mut SqliteConnection) {
-    if let Err(error) = sqlx::query("ROLLBACK").execute(connection).await {
-        tracing::debug!(%error, "nothing to roll back");
-    }
-}
-
-async fn commit_group(
-    connection: &mut SqliteConnection,
-    txns: Vec<Txn>,
-) -> Result<Vec<Outcome>, sqlx::Error> {
-    let last: Revision =
-        sqlx::query_scalar("SELECT rev FROM meta WHERE id = 1").fetch_one(&mut *connection).await?;
-    let mut present = present(connection, &txns).await?;
-    let mut rows = Vec::new();
-    let mut revision = last;
-    let outcomes =
-        txns.into_iter().map(|txn| settle(txn, &mut revision, &mut present, &mut rows)).collect();
-    if revision == last {
-        return Ok(outcomes);
-    }
-    sqlx::query("UPDATE meta SET rev = $1 WHERE id = 1")
-        .bind(revision)
-        .execute(&mut *connection)
-        .await?;
-    write(connection, rows, last + 1).await?;
-    Ok(outcomes)
-}
-
-/// Decides one transaction, in view of those before it in the group.
-fn settle(
-    txn: Txn,
-    revision: &mut Revision,
-    present: &mut HashMap<String, Revision>,
-    rows: &mut Vec<LogRow>,
-) -> Outcome {
-    let of =
-        |present: &HashMap<String, Revision>, key: &str| present.get(key).copied().unwrap_or(0);
-    let failed = txn.compares.iter().find(|c| of(present, &c.key) != c.mod_rev);
-    if let Some(Compare { key, .. }) = failed {
-        return Outcome::CompareFailed(Compare { key: key.clone(), mod_rev: of(present, key) });
-    }
-    if txn.ops.is_empty() {
-        return Outcome::Committed(*revision);
-    }
-    *revision += 1;
-    for (sub, op) in (0..).zip(txn.ops) {
-        let previous = match &op {
-            Op::Put { key, .. } => present.insert(key.clone(), *revision),
-            Op::Delete { key } => present.remove(key),
+/// Opens the database for writing and starts the task. Its end is told by the returned channel.
+pub(super) async fn start(
+    engine: Arc<dyn Engine>,
+    jobs: mpsc::Receiver<Job>,
+    queued_bytes: Arc<AtomicUsize>,
+    hub: Arc<Hub>,
+) -> Result<oneshot::Receiver<()>, StoreError> {
+    let (opened, open) = oneshot::channel();
+    let (ended, end) = oneshot::channel();
+    let run = async move {
+        let connection = match open_writer(engine.as_ref(), &hub).await {
+            Ok(connection) => connection,
+            Err(error) => return drop(opened.send(Err(error))),
         };
-        rows.push(LogRow { revision: *revision, sub, op, previous: previous.unwrap_or(0) });
-    }
-    Outcome::Committed(*revision)
-}
-
-/// The revisions of all keys that the group names.
-async fn present(
-    connection: &mut SqliteConnection,
-    txns: &[Txn],
-) -> Result<HashMap<String, Revision>, sqlx::Error> {
-    let mut keys: Vec<&str> = txns
-        .iter()
-        .flat_map(|txn| {
-            txn.compares.iter().map(|c| c.key.as_str()).chain(txn.ops.iter().map(Op::key))
-        })
-        .collect();
-    keys.sort_unstable();
-    keys.dedup();
-    let mut present = HashMap::with_capacity(keys.len());
-    for some in keys.chunks(ROWS_MAX) {
-        let mut query = QueryBuilder::<Sqlite>::new("SELECT key, mod_rev FROM kv WHERE key IN (");
-        let mut list = query.separated(", ");
-        for key in some {
-            list.push_bind((*key).to_owned());
+        // Nobody waits: the store was dropped meanwhile, and so was the queue.
+        let _ = opened.send(Ok(()));
+        Writer { connection, queued_bytes, hub, compaction: None }.run(jobs).await;
+        drop(ended);
+    };
+    let spawned = thread::Builder::new().name("store".into()).spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        match runtime {
+            Ok(runtime) => runtime.block_on(run),
+            Err(error) => tracing::error!(%error, "cannot start the store's writer"),
         }
-        query.push(")");
-        for row in query.build().fetch_all(&mut *connection).await? {
-            present.insert(row.try_get(0)?, row.try_get(1)?);
-        }
-    }
-    Ok(present)
+    });
+    spawned.map_err(|e| StoreError::Database(Arc::new(e)))?;
+    open.await.map_err(|_| StoreError::Closed)??;
+    Ok(end)
 }
 
-async fn write(
-    connection: &mut SqliteConnection,
-    rows: Vec<LogRow>,
-    first: Revision,
-) -> Result<(), sqlx::Error> {
-    let time = now_ms();
-    let deletes = rows.iter().any(|row| matches!(row.op, Op::Delete { .. }));
-    let mut rows = rows.into_iter().peekable();
-    while rows.peek().is_some() {
-        let mut log = QueryBuilder::<Sqlite>::new(
-            "INSERT INTO log (rev, sub, op, key, value, prev_rev, time_ms) ",
-        );
-        log.push_values(rows.by_ref().take(ROWS_MAX), |mut values, row| {
-            let (op, key, value) = match row.op {
-                Op::Put { key, value } => (1, key, Some(value)),
-                Op::Delete { key } => (2, key, None),
-            };
-            values
-                .push_bind(row.revision)
-                .push_bind(row.sub)
-                .push_bind(op)
-                .push_bind(key)
-                .push_bind(value)
-                .push_bind(row.previous)
-                .push_bind(time);
-        });
-        log.build().execute(&mut *connection).await?;
-    }
-    if deletes {
-        sqlx::query("DELETE FROM kv WHERE key IN (SELECT key FROM log WHERE rev >= $1 AND op = 2)")
-            .bind(first)
-            .execute(&mut *connection)
-            .await?;
-    }
-    // In the order of revisions, so that the last put of a key wins; puts before a delete of their key do not count.
-    sqlx::query(
-        "INSERT INTO kv (key, value, create_rev, mod_rev, version)
-         SELECT key, value, rev, rev, 1 FROM log AS put
-         WHERE rev >= $1 AND op = 1 AND NOT EXISTS (
-           SELECT 1 FROM log AS gone
-           WHERE gone.key = put.key AND gone.op = 2 AND (gone.rev, gone.sub) > (put.rev, put.sub)
-         )
-         ORDER BY rev, sub
-         ON CONFLICT (key) DO UPDATE
-         SET value = excluded.value, mod_rev = excluded.mod_rev, version = kv.version + 1",
-    )
-    .bind(first)
-    .execute(&mut *connection)
-    .await?;
-    Ok(())
+async fn open_writer(engine: &dyn Engine, hub: &Hub) -> Result<Box<dyn Connection>, StoreError> {
+    let opened = engine.writer().await;
+    let mut connection = opened.map_err(|error| schema::open_error(engine, error))?;
+    schema::prepare(engine, connection.as_mut()).await?;
+    let meta = meta(connection.as_mut()).await;
+    let (revision, _) = meta.map_err(|error| schema::open_error(engine, error))?;
+    hub.start(revision);
+    Ok(connection)
 }
 
-/// Removes some log rows up to `upto` that a newer one of them supersedes, and deletes. The newest put of each key stays,
-/// so that the past at `upto` can still be read. Returns whether there may be more.
-async fn compact_slice(
-    connection: &mut SqliteConnection,
+async fn meta(connection: &mut dyn Connection) -> Result<(Revision, Revision), EngineError> {
+    let mut rows = connection.fetch(&META, Vec::new(), usize::MAX).await?.rows;
+    let Some(row) = rows.first_mut() else {
+        return Err(EngineError::unexpected("the row of meta is missing"));
+    };
+    Ok((row.int()?, row.int()?))
+}
+
+struct Writer {
+    connection: Box<dyn Connection>,
+    queued_bytes: Arc<AtomicUsize>,
+    hub: Arc<Hub>,
+    compaction: Option<Compaction>,
+}
+
+type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
+
+/// A compaction under way.
+struct Compaction {
     upto: Revision,
-) -> Result<bool, sqlx::Error> {
-    // One statement at a time is enough: a cut that outruns its deletes is made good by the next slice.
-    sqlx::query("UPDATE meta SET compact_rev = max(compact_rev, $1) WHERE id = 1")
-        .bind(upto)
-        .execute(&mut *connection)
-        .await?;
-    // Oldest first: a delete must outlive the puts that it hides.
-    let removed = sqlx::query(
-        "DELETE FROM log WHERE rowid IN (
-           SELECT rowid FROM log AS old WHERE rev <= $1 AND (op = 2 OR EXISTS (
-             SELECT 1 FROM log AS new
-             WHERE new.key = old.key AND (new.rev, new.sub) > (old.rev, old.sub) AND new.rev <= $1
-           )) ORDER BY rev, sub LIMIT $2
-         )",
-    )
-    .bind(upto)
-    .bind(COMPACT_ROWS_MAX)
-    .execute(&mut *connection)
-    .await?
-    .rows_affected();
-    if removed == COMPACT_ROWS_MAX.cast_unsigned() {
-        return Ok(true);
+    done: Revision,
+    answers: Vec<Answer<Revision>>,
+}
+
+impl Writer {
+    async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
+        let mut arrived = Vec::with_capacity(GROUP_MAX);
+        loop {
+            if self.compaction.is_none() || !jobs.is_empty() {
+                if jobs.recv_many(&mut arrived, GROUP_MAX).await == 0 {
+                    break;
+                }
+                let (mut group, mut answers, mut bytes) = (Vec::new(), Vec::new(), 0);
+                for job in arrived.drain(..) {
+                    match job {
+                        Job::Work { work, bytes: size, answer } => {
+                            group.push(work);
+                            answers.push(answer);
+                            bytes += size;
+                        }
+                        Job::Compact { upto, answer } => self.want_compaction(upto, answer),
+                        Job::Prune { audit_rows } => self.prune(audit_rows).await,
+                        Job::Close => jobs.close(),
+                    }
+                }
+                self.commit(group, answers).await;
+                self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            }
+            self.compact_some().await;
+        }
+        if let Err(error) = self.connection.close().await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "cannot close the state");
+        }
     }
-    tracing::debug!(upto, "log compacted");
-    sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)").execute(connection).await?;
-    Ok(false)
+
+    async fn commit(&mut self, group: Vec<Work>, answers: Vec<Answer<Done>>) {
+        if group.is_empty() {
+            return;
+        }
+        let error = match self.try_commit(&group).await {
+            Ok(results) => return answer_all(answers, results),
+            Err(error) => error,
+        };
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            transactions = group.len(),
+            "commit failed"
+        );
+        if group.len() == 1 || !matches!(error, EngineError::Failed(_)) {
+            let error = StoreError::from(error);
+            let results = answers.iter().map(|_| Err(error.clone())).collect();
+            return answer_all(answers, results);
+        }
+        // One that the database does not take must not fail the others.
+        for (work, answer) in group.into_iter().zip(answers) {
+            let result = self.try_commit(std::slice::from_ref(&work)).await;
+            let results = result.unwrap_or_else(|error| vec![Err(error.into())]);
+            answer_all(vec![answer], results);
+        }
+    }
+
+    async fn try_commit(
+        &mut self,
+        group: &[Work],
+    ) -> Result<Vec<Result<Done, StoreError>>, EngineError> {
+        let connection = self.connection.as_mut();
+        connection.begin(Mode::Write).await?;
+        let Committed { results, commits, unchanged } = match group::run(connection, group).await {
+            Ok(committed) => committed,
+            Err(error) => {
+                connection.rollback().await;
+                return Err(error);
+            }
+        };
+        if unchanged {
+            connection.rollback().await;
+            return Ok(results);
+        }
+        let newest = commits.last().map(|commit| commit.revision);
+        if let Err(error) = connection.commit(newest).await {
+            connection.rollback().await;
+            return Err(error);
+        }
+        self.hub.publish(commits);
+        Ok(results)
+    }
+
+    fn want_compaction(&mut self, upto: Revision, answer: Answer<Revision>) {
+        let mut answers = vec![answer];
+        let mut upto = upto;
+        if let Some(running) = self.compaction.take() {
+            answers.extend(running.answers);
+            upto = upto.max(running.upto);
+        }
+        self.compaction = Some(Compaction { upto, done: 0, answers });
+    }
+
+    async fn compact_some(&mut self) {
+        let Some(mut compaction) = self.compaction.take() else { return };
+        let result = match self.compact_slice(&mut compaction).await {
+            Ok(true) => return self.compaction = Some(compaction),
+            Ok(false) => match self.connection.tidy().await {
+                Ok(()) => Ok(compaction.upto),
+                Err(error) => Err(StoreError::from(error)),
+            },
+            Err(error) => {
+                self.connection.rollback().await;
+                Err(error.into())
+            }
+        };
+        if let Err(error) = &result {
+            tracing::warn!(error = error as &dyn std::error::Error, "cannot compact the log");
+        }
+        for answer in compaction.answers {
+            // A caller that went away needs no answer.
+            let _ = answer.send(result.clone());
+        }
+    }
+
+    /// Whether there is more.
+    async fn compact_slice(&mut self, compaction: &mut Compaction) -> Result<bool, EngineError> {
+        let connection = self.connection.as_mut();
+        connection.begin(Mode::Write).await?;
+        let (newest, compacted) = meta(connection).await?;
+        let upto = compaction.upto.min(newest).max(compacted);
+        compaction.upto = upto;
+        connection.execute(&SET_COMPACTED, vec![upto.into()]).await?;
+        let args = vec![compaction.done.into(), upto.into(), SLICE_ROWS.into()];
+        let end = connection.fetch(&SLICE_END, args, usize::MAX).await?.rows;
+        let more = !end.is_empty();
+        let end = end.into_iter().next().map_or(Ok(upto), |mut row| row.int())?;
+        let args = vec![compaction.done.into(), end.into(), upto.into()];
+        connection.execute(&COMPACT_SLICE, args).await?;
+        connection.commit(None).await?;
+        compaction.done = end;
+        Ok(more)
+    }
+
+    async fn prune(&mut self, audit_rows: i64) {
+        if let Err(error) = self.try_prune(audit_rows).await {
+            self.connection.rollback().await;
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "cannot remove what has expired");
+        }
+    }
+
+    async fn try_prune(&mut self, audit_rows: i64) -> Result<(), EngineError> {
+        let connection = self.connection.as_mut();
+        connection.begin(Mode::Write).await?;
+        meta(connection).await?;
+        let expired = vec![now_ms().into(), SLICE_ROWS.into()];
+        connection.execute(&PRUNE_REQUESTS, expired).await?;
+        audit::prune(connection, audit_rows, SLICE_ROWS).await?;
+        connection.commit(None).await
+    }
+}
+
+fn answer_all(answers: Vec<Answer<Done>>, results: Vec<Result<Done, StoreError>>) {
+    for (answer, result) in answers.into_iter().zip(results) {
+        // A caller that went away needs no answer.
+        let _ = answer.send(result);
+    }
 }
 
 pub(super) fn now_ms() -> i64 {

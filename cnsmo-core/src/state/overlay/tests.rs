@@ -50,12 +50,19 @@ impl World {
             return Ok(());
         }
         let mod_rev = self.state.revision() + 1;
-        for op in plan.txn().ops {
+        for op in plan.txn().success {
             match op {
-                Op::Put { key, value } => {
-                    self.entries.insert(key.clone(), Entry { key, value, mod_rev });
+                Op::Put { key, value, .. } => {
+                    let entry = Entry {
+                        key: key.clone(),
+                        value,
+                        mod_revision: mod_rev,
+                        ..Entry::default()
+                    };
+                    self.entries.insert(key, entry);
                 }
                 Op::Delete { key } => drop(self.entries.remove(&key)),
+                Op::DeletePrefix { .. } | Op::Get { .. } => unreachable!(),
             }
         }
         self.state.commit(plan, mod_rev);
