@@ -79,6 +79,8 @@ struct Waiter {
     selector: Labels,
     deadline: Instant,
     last: Option<WaitAppliedResponse>,
+    /// A node that was not there yet when it was last looked.
+    witness: Option<String>,
     to: mpsc::Sender<Result<WaitAppliedResponse, Status>>,
 }
 
@@ -351,7 +353,7 @@ impl Actor {
             }
             self.fleet.flush(&self.state);
             if ticked || self.fleet.has_changed() {
-                self.report_progress();
+                self.report_progress(ticked);
             }
             if ticked {
                 self.publish_status();
@@ -615,6 +617,7 @@ impl Actor {
             selector: wait.selector,
             deadline: Instant::now() + wait.timeout,
             last: None,
+            witness: None,
             to,
         };
         if waiter.look(&self.state, &self.fleet, Instant::now()) {
@@ -623,14 +626,25 @@ impl Actor {
         Ok(progress)
     }
 
-    fn report_progress(&mut self) {
+    /// In between ticks only to those who have nothing left to wait for: progress counts all nodes.
+    fn report_progress(&mut self, ticked: bool) {
         let now = Instant::now();
         let (state, fleet) = (&self.state, &self.fleet);
-        self.waiters.retain_mut(|waiter| waiter.look(state, fleet, now));
+        self.waiters.retain_mut(|waiter| {
+            (!ticked && waiter.is_early(state, fleet)) || waiter.look(state, fleet, now)
+        });
     }
 }
 
 impl Waiter {
+    /// Whether some node is missing. Each call goes on where the last one stopped, so all of them together look at each
+    /// node once.
+    fn is_early(&mut self, state: &State, fleet: &Fleet) -> bool {
+        let from = self.witness.take().unwrap_or_default();
+        self.witness = fleet.first_pending(state, self.revision, &self.selector, &from);
+        self.witness.is_some()
+    }
+
     /// Sends what is new. Returns whether it goes on waiting.
     fn look(&mut self, state: &State, fleet: &Fleet, now: Instant) -> bool {
         let mut progress = fleet.progress(state, self.revision, &self.selector);

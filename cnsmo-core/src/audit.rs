@@ -8,14 +8,13 @@ use std::{
 };
 
 use cnsmo_proto::pb::identity::AuditRecord;
-use cnsmo_service::audit;
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
 use crate::{
     error::Error,
     identity::caller::Caller,
-    store::{self, AuditRow, Revision, Store},
+    store::{self, Revision, Store},
 };
 
 /// What `rpc` says of a TLS handshake.
@@ -29,7 +28,7 @@ const QUEUE_MAX: usize = 256;
 /// Bytes of a text from outside; the rest is cut off.
 const TEXT_BYTES_MAX: usize = 512;
 
-/// Where records are kept, chained by [`cnsmo_service::audit::hash`].
+/// Where records are kept, chained as `cnsmo_service::audit` checks it.
 #[tonic::async_trait]
 pub trait Journal: fmt::Debug + Send + Sync + 'static {
     /// Gives the record its number and hash, and makes it durable.
@@ -41,8 +40,34 @@ pub trait Journal: fmt::Debug + Send + Sync + 'static {
 #[tonic::async_trait]
 impl Journal for Store {
     async fn append(&self, record: AuditRecord) -> Result<(), Error> {
+        let time_ms = cnsmo_service::audit::time_ms(&record);
+        let AuditRecord { identity, role, rpc, decision, status, revision, detail, .. } = record;
         let record = store::AuditRecord {
-            time_ms: audit::time_ms(&record),
+            time_ms,
+            identity,
+            role,
+            rpc,
+            decision,
+            status,
+            revision,
+            detail,
+        };
+        Ok(self.append_audit(record).await?)
+    }
+
+    async fn list(&self, after: i64, rows: usize) -> Result<Vec<AuditRecord>, Error> {
+        Ok(self.list_audit(after, rows).await?.into_iter().map(Into::into).collect())
+    }
+}
+
+impl From<store::AuditRow> for AuditRecord {
+    fn from(row: store::AuditRow) -> Self {
+        let store::AuditRow { seq, record, hash } = row;
+        let ms = u64::try_from(record.time_ms).unwrap_or_default();
+        let time = UNIX_EPOCH.checked_add(Duration::from_millis(ms));
+        Self {
+            sequence: seq,
+            time: time.map(Into::into),
             identity: record.identity,
             role: record.role,
             rpc: record.rpc,
@@ -50,30 +75,8 @@ impl Journal for Store {
             status: record.status,
             revision: record.revision,
             detail: record.detail,
-        };
-        Ok(self.append_audit(record).await?)
-    }
-
-    async fn list(&self, after: i64, rows: usize) -> Result<Vec<AuditRecord>, Error> {
-        let rows = self.list_audit(after, rows).await?;
-        Ok(rows.into_iter().map(message).collect())
-    }
-}
-
-fn message(row: AuditRow) -> AuditRecord {
-    let ms = u64::try_from(row.record.time_ms).unwrap_or_default();
-    let time = UNIX_EPOCH.checked_add(Duration::from_millis(ms));
-    AuditRecord {
-        sequence: row.seq,
-        time: time.map(Into::into),
-        identity: row.record.identity,
-        role: row.record.role,
-        rpc: row.record.rpc,
-        decision: row.record.decision,
-        status: row.record.status,
-        revision: row.record.revision,
-        detail: row.record.detail,
-        hash: row.hash.to_vec(),
+            hash: hash.to_vec(),
+        }
     }
 }
 

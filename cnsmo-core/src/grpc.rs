@@ -13,10 +13,9 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
     admin::admin_service_server::AdminServiceServer,
-    agent::agent_service_server::AgentServiceServer,
     identity::{
         enrollment_service_server::{self, EnrollmentServiceServer},
-        identity_service_server::IdentityServiceServer,
+        identity_service_server::{self, IdentityServiceServer},
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
@@ -51,7 +50,7 @@ pub struct Parts {
     pub core: Core,
     /// Of certificates.
     pub issuer: Issuer,
-    /// Of what was done and refused.
+    /// What was done and refused.
     pub audit: Audit,
     /// Keys.
     pub store: Store,
@@ -73,8 +72,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .build_v1()?;
     let resources = ResourceServiceServer::new(resource::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let agents = agent::Service::new(core.clone());
     let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
     let watchers = state::watchers();
     let state = StateServiceServer::new(state::Service::new(
@@ -105,10 +103,11 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
 
 /// Largest message that a service takes.
 pub fn request_bytes_max(service: &str) -> usize {
-    if service == enrollment_service_server::SERVICE_NAME {
-        ENROLL_BYTES_MAX
-    } else {
-        MESSAGE_BYTES_MAX
+    match service {
+        enrollment_service_server::SERVICE_NAME | identity_service_server::SERVICE_NAME => {
+            ENROLL_BYTES_MAX
+        }
+        _ => MESSAGE_BYTES_MAX,
     }
 }
 

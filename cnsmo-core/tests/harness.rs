@@ -337,7 +337,7 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    async fn connect(
+    pub(crate) async fn connect(
         channel: Channel,
         have: Option<TypeState>,
         announcement: Option<Announcement>,

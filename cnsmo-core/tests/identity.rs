@@ -36,7 +36,7 @@ impl TestCore {
         self.admin.tokens.create_join_token(request).await.unwrap().into_inner().token
     }
 
-    async fn join_as(&mut self, role: Role, name: &str) -> Joined {
+    pub(crate) async fn join_as(&mut self, role: Role, name: &str) -> Joined {
         let token = self.token_for(role, name).await;
         let key = KeyPair::generate().unwrap();
         let answer = self.enrol(&token, name, &key).await.unwrap();

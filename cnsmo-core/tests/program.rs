@@ -26,7 +26,7 @@ pub(crate) struct Program {
 }
 
 impl Program {
-    fn command(folder: &Path) -> Command {
+    pub(crate) fn command(folder: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cnsmo-core"));
         command
             .args(["--listen", "127.0.0.1:0", "--state-dir"])
@@ -40,7 +40,12 @@ impl Program {
 
     /// Returns when it says that it is ready.
     pub(crate) fn start(folder: &Path) -> Self {
-        let mut child = Self::command(folder).spawn().unwrap();
+        Self::start_with(&mut Self::command(folder))
+    }
+
+    /// As [`Self::start`], with more arguments.
+    pub(crate) fn start_with(command: &mut Command) -> Self {
+        let mut child = command.spawn().unwrap();
         let log = child.stderr.take().unwrap();
         let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
         let mut program = Self { child, address: unspecified };

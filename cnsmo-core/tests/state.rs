@@ -759,12 +759,14 @@ async fn a_core_that_starts_gives_each_lease_its_full_time() {
 #[tokio::test]
 async fn many_leases_that_end_at_once_are_held_back() {
     let (core, mut client) = start().await;
-    let mut leases = Vec::new();
+    let (mut leases, mut puts) = (Vec::new(), Vec::new());
     for n in 0..100 {
-        let lease = client.grant(Duration::from_secs(2)).await.lease_id;
-        client.ops(vec![put_with(&format!("m/{n}"), "", lease)]).await.unwrap();
+        // Long enough for all of them to be granted before the first is over.
+        let lease = client.grant(Duration::from_secs(5)).await.lease_id;
+        puts.push(put_with(&format!("m/{n}"), "", lease));
         leases.push(lease);
     }
+    client.ops(puts).await.unwrap();
     client.until(|status| status.leases_held_back > 0).await;
     client.until(|status| status.leases == 80 && status.leases_held_back == 80).await;
     assert_eq!(client.list("m/", 0).await.0.len(), 80);

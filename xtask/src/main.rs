@@ -23,6 +23,7 @@ mod run;
 mod scenarios;
 mod setup;
 mod shell;
+mod swarm;
 mod test;
 mod tidy;
 mod traffic;
@@ -49,6 +50,8 @@ enum Task {
     Vm(vm::Options),
     /// Measure ours beside the peers
     Bench(bench::Options),
+    /// Have thousands of agents on one core, and show what that costs
+    Swarm(swarm::Options),
     /// Install what is missing to build, run and test
     Setup,
     /// Say what is missing to build, run and test, and change nothing
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::main(&options),
         Task::Vm(options) => vm::main(&options),
         Task::Bench(options) => bench::main(&options),
+        Task::Swarm(options) => swarm::main(&options),
         Task::Setup => setup::setup(setup::Scope::All),
         Task::Doctor => setup::doctor(),
         Task::Tidy { bless } => tidy::main(bless),

@@ -293,7 +293,8 @@ impl Stream<'_> {
 
     async fn announce(&mut self) -> Result<(), Ended> {
         let key = self.in_force.borrow().public_key;
-        let now = announcement(key, &node::addresses(Some(self.core)));
+        // Without a tunnel there is nothing to look for.
+        let now = key.and_then(|key| announcement(Some(key), &node::addresses(Some(self.core))));
         if now == self.announced {
             return Ok(());
         }

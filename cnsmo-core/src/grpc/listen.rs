@@ -11,10 +11,12 @@ use std::{
     time::Duration,
 };
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream, UnixListener, UnixStream},
     sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::Sleep,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tonic::transport::server::Connected;
@@ -26,8 +28,13 @@ use crate::{audit::Audit, identity::Peer};
 const CONNECTIONS_MAX: usize = 25_000;
 /// TLS handshakes at a time; further connections wait in the kernel. They cost most of a reconnect storm.
 const HANDSHAKES_MAX: usize = 256;
-/// A client that does not finish its handshake in time is dropped.
+/// A client that does not finish its handshake in time is dropped, and so is one that has not begun to speak after as long.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// What a client must have sent by then: the preface of HTTP/2 (RFC 9113, section 3.4), which tells it from HTTP/1.1. Later
+/// silence is for HTTP's own timeouts.
+const OPENING_BYTES: usize = 24;
+/// HTTP/1.1 has no sign of life of its own. After nine that did not come the kernel gives a connection up.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(10);
 /// Pause after the system refused to accept, usually for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -45,7 +52,15 @@ pub struct TlsInfo {
 pub struct TlsConnection {
     stream: TlsStream<TcpStream>,
     info: TlsInfo,
+    /// None: it has begun to speak.
+    opening: Option<Opening>,
     _place: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+struct Opening {
+    received: usize,
+    deadline: Pin<Box<Sleep>>,
 }
 
 impl TlsConnection {
@@ -60,7 +75,9 @@ impl TlsConnection {
             None => None,
             Some(certificate) => Some(Arc::new(Peer::from_certificate(certificate)?)),
         };
-        Some(Self { stream, info: TlsInfo { address, peer }, _place: place })
+        let deadline = Box::pin(tokio::time::sleep(HANDSHAKE_TIMEOUT));
+        let opening = Some(Opening { received: 0, deadline });
+        Some(Self { stream, info: TlsInfo { address, peer }, opening, _place: place })
     }
 }
 
@@ -78,7 +95,17 @@ impl AsyncRead for TlsConnection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if let Some(opening) = &mut self.opening {
+            opening.received += buffer.filled().len() - before;
+            if opening.received >= OPENING_BYTES {
+                self.opening = None;
+            } else if read.is_pending() && opening.deadline.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+        }
+        read
     }
 }
 
@@ -141,6 +168,11 @@ pub async fn accept_tls(
         tokio::spawn(async move {
             if let Err(error) = stream.set_nodelay(true) {
                 tracing::debug!(%peer, %error, "cannot set TCP_NODELAY");
+            }
+            let keepalive =
+                TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE);
+            if let Err(error) = SockRef::from(&stream).set_tcp_keepalive(&keepalive) {
+                tracing::debug!(%peer, %error, "cannot set TCP keep-alive");
             }
             match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
                 Ok(Ok(stream)) => {

@@ -218,7 +218,8 @@ pub(super) trait Engine: Send + Sync + 'static {
     async fn wake(&self) -> Revision;
 }
 
-/// Text of a statement: the same on all engines. Only constants and repetitions of constants become one.
+/// Text of a statement: the same on all engines. Only constants and repetitions of constants become one. Parameters
+/// appear in their order: to SQLite `$2` is a name, and names are numbered as they appear.
 #[derive(Clone, Debug)]
 pub(super) enum Sql {
     /// A constant.
@@ -229,11 +230,24 @@ pub(super) enum Sql {
 
 impl Sql {
     pub(super) fn as_str(&self) -> &str {
-        match self {
+        let text = match self {
             Self::Fixed(text) => text,
-            Self::Made(text) => text,
-        }
+            Self::Made(text) => text.as_ref(),
+        };
+        debug_assert!(is_in_order(text), "{text}");
+        text
     }
+}
+
+fn is_in_order(text: &str) -> bool {
+    let mut seen = 0;
+    text.split('$').skip(1).all(|rest| {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let number = rest[..digits].parse().unwrap_or(usize::MAX);
+        let expected = number <= seen + 1;
+        seen = seen.max(number);
+        expected
+    })
 }
 
 /// A statement that repeats a list of parameters: `(..), (..)` for `VALUES`, or `.., ..` for `IN`. It is made in sizes of
