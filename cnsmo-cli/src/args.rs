@@ -73,6 +73,8 @@ pub(crate) enum Command {
         )]
         selector: Labels,
     },
+    /// List the instances of services: who runs what, where, and in which phase
+    Services(ServicesArgs),
     /// Set or remove labels
     Label(LabelArgs),
     /// Let balancers give a VM no new flows; those it has go on to their end
@@ -162,6 +164,28 @@ pub(crate) struct DeleteArgs {
     /// Delete the resources that these files name, VMs excepted
     #[arg(short = 'f', long = "file", value_name = "FILE|DIR|-")]
     pub(crate) files: Vec<PathBuf>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ServicesArgs {
+    /// Only this service
+    #[arg(long, value_name = "NAME")]
+    pub(crate) service: Option<Name>,
+    /// Only on this VM
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node: Option<Name>,
+    /// Attributes that an instance must have
+    #[arg(
+        short = 'l',
+        long,
+        default_value = "",
+        hide_default_value = true,
+        value_name = "KEY=VALUE,..."
+    )]
+    pub(crate) selector: Labels,
+    /// Print each change too, until interrupted
+    #[arg(long)]
+    pub(crate) watch: bool,
 }
 
 #[derive(clap::Args)]

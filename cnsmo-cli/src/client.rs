@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use cnsmo_proto::pb::{
     admin::admin_service_client::AdminServiceClient,
+    catalog::catalog_service_client::CatalogServiceClient,
     identity::{
         identity_service_client::IdentityServiceClient,
         join_token_service_client::JoinTokenServiceClient,
@@ -66,6 +67,11 @@ impl Client {
 
     pub(crate) async fn identities(&self) -> Result<Identities> {
         let client = IdentityServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn catalog(&self) -> Result<CatalogServiceClient<Channel>> {
+        let client = CatalogServiceClient::new(self.connect().await?);
         Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
     }
 

@@ -15,6 +15,7 @@ mod kv;
 mod label;
 mod load;
 mod output;
+mod services;
 mod status;
 mod token;
 mod wait;
@@ -80,6 +81,7 @@ async fn run(args: Args) -> Result<ExitCode> {
         }
         Command::Wait(wait) => return wait::wait(&client, wait).await,
         Command::Nodes { selector } => get::nodes(&client, format, selector).await?,
+        Command::Services(args) => services::services(&client, format, args).await?,
         Command::Label(label) => label::label(&client, label).await?,
         Command::Drain(drain) => return drain::drain(&client, drain).await,
         Command::Token(TokenCommand::Create(create)) => token::create(&client, create).await?,

@@ -3,6 +3,7 @@
 mod admin;
 mod agent;
 pub mod auth;
+mod catalog;
 pub mod identity;
 pub mod listen;
 mod quota;
@@ -13,6 +14,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
     admin::admin_service_server::AdminServiceServer,
+    catalog::catalog_service_server::CatalogServiceServer,
     identity::{
         enrollment_service_server::{self, EnrollmentServiceServer},
         identity_service_server::{self, IdentityServiceServer},
@@ -28,8 +30,8 @@ use tower::layer::util::{Identity, Stack};
 
 use self::identity::Issuer;
 use crate::{
-    actor::Core, audit::Audit, error::Error, http::HttpLayer, identity::registry::Registry,
-    lease::Leases, store::Store,
+    actor::Core, audit::Audit, catalog::Catalog, error::Error, http::HttpLayer,
+    identity::registry::Registry, lease::Leases, store::Store,
 };
 
 /// Largest message that the core takes.
@@ -56,6 +58,8 @@ pub struct Parts {
     pub store: Store,
     /// Those of clients.
     pub leases: Leases,
+    /// Instances of services.
+    pub catalog: Catalog,
     /// Folder with room for a backup.
     pub state_dir: PathBuf,
     /// Ends the streams that clients keep open.
@@ -64,7 +68,7 @@ pub struct Parts {
 
 /// The services; both fronts serve them.
 pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
-    let Parts { core, issuer, audit, store, leases, state_dir, stopping } = parts;
+    let Parts { core, issuer, audit, store, leases, catalog, state_dir, stopping } = parts;
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -83,6 +87,8 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
     ))
     .max_decoding_message_size(state::MESSAGE_BYTES_MAX);
     let admin = admin::Service::new(admin::Parts { core, store, leases, watchers, state_dir })?;
+    let instances = CatalogServiceServer::new(catalog::Service::new(catalog))
+        .max_decoding_message_size(catalog::MESSAGE_BYTES_MAX);
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
     let mut routes = Routes::builder();
@@ -94,6 +100,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .add_service(enrolment)
         .add_service(state)
         .add_service(AdminServiceServer::new(admin))
+        .add_service(instances)
         .add_service(JoinTokenServiceServer::from_arc(identity.clone()))
         .add_service(
             IdentityServiceServer::from_arc(identity).max_decoding_message_size(ENROLL_BYTES_MAX),

@@ -5,6 +5,7 @@
 //! - [`state`]: the resources and the rules by which they change; no I/O.
 //! - [`fleet`]: what each agent shall run and runs; no I/O.
 //! - [`actor`]: the one task that owns all of that.
+//! - [`catalog`]: which instance of which service runs where.
 //! - [`identity`]: who calls, and what that one may do.
 //! - [`audit`]: what was done and refused.
 //! - [`grpc`]: the API and who may use it.
@@ -15,6 +16,7 @@
 
 pub mod actor;
 pub mod audit;
+pub mod catalog;
 pub mod error;
 pub mod fleet;
 pub mod grpc;

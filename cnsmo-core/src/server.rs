@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     actor::Core,
     audit::Audit,
+    catalog::Catalog,
     fleet::Timing,
     grpc,
     http::HttpLayer,
@@ -67,6 +68,8 @@ pub struct Running {
     stopping: CancellationToken,
     /// Ends leases.
     counting: JoinHandle<()>,
+    /// Judges the silence of instances.
+    instances: JoinHandle<()>,
     /// Aborted when dropped.
     _helpers: JoinSet<()>,
     // Held until the end.
@@ -95,6 +98,7 @@ impl Running {
         let audit = Audit::new(Arc::new(store.clone()));
         let (core, actor) = Core::start(store.clone(), config.timing, registry.clone()).await?;
         let stopping = CancellationToken::new();
+        let (catalog, instances) = Catalog::start(store.clone(), CORE, true).await?;
         let (leases, counting) = Leases::start(store.clone(), CORE, true).await?;
         let parts = grpc::Parts {
             core: core.clone(),
@@ -102,6 +106,7 @@ impl Running {
             audit: audit.clone(),
             store,
             leases,
+            catalog: catalog.clone(),
             state_dir: folder.clone(),
             stopping: stopping.clone(),
         };
@@ -129,6 +134,7 @@ impl Running {
         ));
         let mut helpers = JoinSet::new();
         helpers.spawn(registry::sweep(registry));
+        helpers.spawn(catalog.follow_agents(core.clone()));
         Ok(Self {
             address,
             core,
@@ -137,6 +143,7 @@ impl Running {
             actor,
             counting,
             stopping,
+            instances,
             _helpers: helpers,
             socket,
             lock,
@@ -145,9 +152,12 @@ impl Running {
 
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
-        let Self { core, stop, mut servers, actor, counting, stopping, socket, lock, .. } = self;
+        let Self {
+            core, stop, mut servers, actor, counting, instances, stopping, socket, lock, ..
+        } = self;
         stopping.cancel();
         counting.abort();
+        instances.abort();
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
         core.shut_down().await;
@@ -179,6 +189,10 @@ impl Running {
             ended = &mut self.counting => match ended {
                 Ok(()) => anyhow::anyhow!("the task that ends leases has ended"),
                 Err(error) => anyhow::Error::new(error).context("the task that ends leases failed"),
+            },
+            ended = &mut self.instances => match ended {
+                Ok(()) => anyhow::anyhow!("the task of the catalogue has ended"),
+                Err(error) => anyhow::Error::new(error).context("the task of the catalogue failed"),
             },
             Some(ended) = self.servers.join_next() => match ended {
                 Ok(Err(error)) => anyhow::Error::new(error).context("a server has failed"),

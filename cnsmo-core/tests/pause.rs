@@ -8,10 +8,7 @@ use cnsmo_proto::pb::{
     node::node_status::Phase,
     resource::{Kind, WatchRequest, resource, watch_response},
 };
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::Signal;
 use rcgen::{CertificateParams, KeyPair};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -31,10 +28,9 @@ async fn no_agent_is_taken_for_dead_because_its_core_stood_still() {
     let folder = TempDir::new().unwrap();
     let mut command = Program::command(folder.path());
     command.args(["--heartbeat", "1s", "--lease", "5s"]);
-    let (program, ready) = Program::start_with(&mut command);
-    let address = ready.split("listen=").nth(1).unwrap().split_whitespace().next().unwrap();
+    let program = Program::start_with(&mut command);
     let mut admin = Admin::connect(&folder.path().join("core.sock")).await;
-    let mut agents = beating_agents(folder.path(), address.parse().unwrap(), &mut admin).await;
+    let mut agents = beating_agents(folder.path(), program.address(), &mut admin).await;
 
     let request = WatchRequest { kind: Kind::Node.into(), name: String::new() };
     let mut changes = admin.resources.watch(request).await.unwrap().into_inner();
@@ -52,10 +48,9 @@ async fn no_agent_is_taken_for_dead_because_its_core_stood_still() {
     }
     assert_eq!(alive, AGENTS);
 
-    let core = Pid::from_raw(program.0.id().try_into().unwrap());
-    kill(core, Signal::SIGSTOP).unwrap();
+    program.signal(Signal::SIGSTOP);
     tokio::time::sleep(3 * LEASE).await;
-    kill(core, Signal::SIGCONT).unwrap();
+    program.signal(Signal::SIGCONT);
     let watched = tokio::time::timeout(2 * LEASE, async {
         loop {
             let message = changes.message().await.unwrap().unwrap();
@@ -91,8 +86,8 @@ async fn beating_agents(folder: &Path, core: SocketAddr, admin: &mut Admin) -> J
     for number in 0..AGENTS {
         let key = KeyPair::generate().unwrap();
         let csr = CertificateParams::default().serialize_request(&key).unwrap().der().to_vec();
-        let (token, node) = (token.clone(), format!("vm-{number}"));
-        let request = EnrollRequest { token, csr, node, labels: BTreeMap::new() };
+        let (token, name) = (token.clone(), format!("vm-{number}"));
+        let request = EnrollRequest { token, csr, name, labels: BTreeMap::new() };
         let answer = enrolment.clone().enroll(request).await.unwrap().into_inner();
         let identity = Identity::from_pem(answer.certificate_chain, key.serialize_pem());
         let channel = connect(core, &ca, Some(identity)).await;

@@ -1,6 +1,6 @@
 //! The way to the core: HTTP/2 over mutually authenticated TLS.
 
-use std::{error::Error, fmt, io, net::SocketAddr, str::FromStr, time::Duration};
+use std::{error::Error, fmt, io, net::SocketAddr, path::Path, str::FromStr, time::Duration};
 
 use rustls::AlertDescription;
 use tonic::{
@@ -94,6 +94,16 @@ pub async fn connect(core: &CoreAddress, identity: &Identity) -> Result<Channel,
         .identity(identity.to_tls());
     let endpoint = endpoint(core).and_then(|e| e.tls_config(tls)).map_err(ConnectError::new)?;
     endpoint.connect().await.map_err(ConnectError::new)
+}
+
+/// To the core on this machine, by its unix socket. Connects at the first call, and again after a loss.
+///
+/// # Errors
+/// The path is not text.
+pub fn local(socket: &Path) -> Result<Channel, ConnectError> {
+    let uri = format!("unix://{}", socket.display());
+    let endpoint = Endpoint::from_shared(uri).map_err(ConnectError::new)?;
+    Ok(endpoint.connect_timeout(CONNECT_TIMEOUT).connect_lazy())
 }
 
 /// With everything but TLS.

@@ -26,6 +26,8 @@ const KERNEL_MIN: (u32, u32) = (6, 1);
 const BPF_LINKER: &str = "0.13.0";
 /// bpf-linker's LLVM must not be older than the compiler's.
 const LLVM: &str = "/usr/lib/llvm-22";
+/// What the example in Python is made of.
+const PYTHON_REQUIREMENTS: &str = "examples/python/requirements.txt";
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// How much of the project is wanted.
@@ -96,7 +98,7 @@ pub(crate) fn setup(scope: Scope) -> anyhow::Result<()> {
     let missing = missing(scope);
     let linker = bpf_linker_missing();
     if missing.is_empty() && !linker && bpffs_mounted()? {
-        return Ok(());
+        return python(scope);
     }
     progress::heading("Setting up this machine");
     for missing in &missing {
@@ -118,7 +120,8 @@ pub(crate) fn setup(scope: Scope) -> anyhow::Result<()> {
     if linker {
         install_bpf_linker()?;
     }
-    mount_bpffs()
+    mount_bpffs()?;
+    python(scope)
 }
 
 /// The program of a crate that nothing packages, built once below the target folder.
@@ -305,6 +308,31 @@ fn update() -> anyhow::Result<()> {
     progress::step("apt-get update", || shell::read(Command::new("apt-get").arg("update")))
         .map(drop)
         .context("refreshing the package lists: is the network there?")
+}
+
+/// The Python of the example with its packages, made once below the target folder, and again when other ones are asked for.
+fn python(scope: Scope) -> anyhow::Result<()> {
+    if scope < Scope::Test {
+        return Ok(());
+    }
+    let folder = cargo::metadata()?.target_directory.join("python");
+    let requirements = shell::root().join(PYTHON_REQUIREMENTS);
+    let wanted = shell::text(&requirements)?;
+    let made_of = folder.join("requirements.txt");
+    if fs::read_to_string(&made_of).is_ok_and(|made_of| made_of == wanted) {
+        return Ok(());
+    }
+    let mut can_make = Command::new("python3");
+    if shell::read(can_make.args(["-c", "import ensurepip"])).is_err() {
+        apt_install(&["python3-venv"])?;
+    }
+    progress::step("Python packages of the example", || {
+        shell::read(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
+        let mut pip = Command::new(folder.join("bin/pip"));
+        shell::read(pip.args(["install", "--quiet", "--requirement"]).arg(&requirements))
+    })
+    .context("installing Python packages: is the network there?")?;
+    shell::write(&made_of, wanted)
 }
 
 fn has_bpf_compiler() -> bool {
