@@ -2,6 +2,7 @@
 
 mod agent;
 pub mod auth;
+mod bus;
 mod identity;
 pub mod listen;
 mod resource;
@@ -10,6 +11,7 @@ use std::{sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
     agent::agent_service_server::AgentServiceServer,
+    bus::bus_service_server::BusServiceServer,
     identity::{
         enrollment_service_server::EnrollmentServiceServer,
         join_token_service_server::JoinTokenServiceServer,
@@ -18,7 +20,7 @@ use cnsmo_proto::pb::{
 };
 use tonic::{service::Routes, transport::Server};
 
-use crate::{actor::Core, identity::Ca};
+use crate::{actor::Core, bus::Bus, identity::Ca};
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -32,7 +34,7 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 const WINDOW_BYTES: u32 = 1 << 20;
 
 /// The services; both fronts serve them.
-pub fn routes(core: &Core, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
+pub fn routes(core: &Core, bus: &Bus, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -45,12 +47,15 @@ pub fn routes(core: &Core, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
     let identity = Arc::new(identity::Service::new(core.clone(), ca.clone()));
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
+    let buses = BusServiceServer::new(bus::Service::new(bus.clone()))
+        .max_decoding_message_size(bus::MESSAGE_BYTES_MAX);
     let mut routes = Routes::builder();
     routes
         .add_service(health)
         .add_service(reflection)
         .add_service(resources)
         .add_service(agents)
+        .add_service(buses)
         .add_service(enrolment)
         .add_service(JoinTokenServiceServer::from_arc(identity));
     Ok(routes.routes())

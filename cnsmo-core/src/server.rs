@@ -19,6 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::{
     actor::Core,
+    bus::{Bus, BusConfig},
     fleet::Timing,
     grpc,
     identity::Ca,
@@ -49,6 +50,7 @@ pub struct Running {
     /// Where TLS is served: the real port if 0 was asked for.
     pub address: SocketAddr,
     core: Core,
+    bus: Bus,
     stop: watch::Sender<bool>,
     servers: JoinSet<Result<(), tonic::transport::Error>>,
     actor: JoinHandle<()>,
@@ -78,8 +80,9 @@ impl Running {
             .await
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
+        let bus = Bus::start(store.clone(), BusConfig::default()).await?;
         let (core, actor) = Core::start(store, config.timing).await?;
-        let routes = grpc::routes(&core, &ca)?.prepare();
+        let routes = grpc::routes(&core, &bus, &ca)?.prepare();
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
             // The sender is gone: stop as well.
@@ -100,14 +103,15 @@ impl Running {
             ReceiverStream::new(from_unix),
             until(stopped),
         ));
-        Ok(Self { address, core, stop, servers, actor, socket, lock })
+        Ok(Self { address, core, bus, stop, servers, actor, socket, lock })
     }
 
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
-        let Self { core, stop, mut servers, actor, socket, lock, .. } = self;
+        let Self { core, bus, stop, mut servers, actor, socket, lock, .. } = self;
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
+        bus.stop();
         core.shut_down().await;
         drop(core);
         let drained = tokio::time::timeout(DRAIN_TIMEOUT, async {

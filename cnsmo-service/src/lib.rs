@@ -1,6 +1,7 @@
 //! What every service of CNSMO stands on.
 
 pub mod backoff;
+pub mod bus;
 pub mod channel;
 pub mod durable;
 pub mod identity;

@@ -29,6 +29,13 @@ use Role::{Admin, Agent, Anonymous};
 /// Every RPC, and who may call it.
 pub const RULES: &[(&str, &[Role])] = &[
     ("/cnsmo.agent.v1.AgentService/Connect", &[Agent]),
+    ("/cnsmo.bus.v1.BusService/DeleteGroup", &[Admin]),
+    ("/cnsmo.bus.v1.BusService/ListMessages", &[Admin]),
+    ("/cnsmo.bus.v1.BusService/ListStreams", &[Admin]),
+    ("/cnsmo.bus.v1.BusService/Publish", &[Admin]),
+    ("/cnsmo.bus.v1.BusService/Replay", &[Admin]),
+    ("/cnsmo.bus.v1.BusService/Request", &[Admin]),
+    ("/cnsmo.bus.v1.BusService/Subscribe", &[Admin]),
     ("/cnsmo.identity.v1.EnrollmentService/Enroll", &[Anonymous]),
     ("/cnsmo.identity.v1.JoinTokenService/CreateJoinToken", &[Admin]),
     ("/cnsmo.resource.v1.ResourceService/Apply", &[Admin]),
