@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     actor::{Core, Seats},
     audit::Audit,
+    bus::{Bus, BusConfig},
     catalog::Catalog,
     cluster::{self, Cluster, Member},
     fleet::Timing,
@@ -81,6 +82,7 @@ pub struct Running {
     /// Where TLS is served: the real port if 0 was asked for.
     pub address: SocketAddr,
     core: Core,
+    bus: Bus,
     stop: watch::Sender<bool>,
     servers: JoinSet<Result<(), tonic::transport::Error>>,
     keeper: Keeper,
@@ -148,6 +150,8 @@ impl Running {
         let stopping = CancellationToken::new();
         let (catalog, instances) = Catalog::start(store.clone(), &id, alone).await?;
         let (leases, counting) = Leases::start(store.clone(), &id, alone).await?;
+        let messages = BusConfig { holder: id.clone(), ..BusConfig::default() };
+        let bus = Bus::start(store.clone(), messages).await?;
         let parts = grpc::Parts {
             core: core.clone(),
             issuer: grpc::identity::Issuer { ca, life: config.certificate_life },
@@ -155,6 +159,7 @@ impl Running {
             store: store.clone(),
             leases,
             catalog: catalog.clone(),
+            bus: bus.clone(),
             state_dir: folder.clone(),
             stopping: stopping.clone(),
         };
@@ -185,6 +190,7 @@ impl Running {
         Ok(Self {
             address,
             core,
+            bus,
             stop,
             servers,
             keeper,
@@ -201,13 +207,25 @@ impl Running {
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
         let Self {
-            core, stop, mut servers, keeper, store, stopping, counting, instances, socket, lock, ..
+            core,
+            bus,
+            stop,
+            mut servers,
+            keeper,
+            store,
+            stopping,
+            counting,
+            instances,
+            socket,
+            lock,
+            ..
         } = self;
         stopping.cancel();
         counting.abort();
         instances.abort();
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
+        bus.stop();
         core.shut_down().await;
         drop(core);
         let kept = match keeper {

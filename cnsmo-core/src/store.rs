@@ -9,6 +9,7 @@ mod copy;
 mod engine;
 mod group;
 mod hub;
+pub mod message;
 mod postgres;
 mod read;
 mod schema;

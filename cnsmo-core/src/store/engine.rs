@@ -315,18 +315,20 @@ pub(super) async fn insert(
     Ok(changed)
 }
 
-/// Runs a statement with a list as often as it needs; what is left of the last list repeats its last value.
+/// Runs a statement with a list of values, or of rows, as often as it needs; what is left of the last list repeats its last
+/// one.
 pub(super) async fn select_in(
     connection: &mut dyn Connection,
     statement: &Repeated,
     list: &[Value],
 ) -> Result<Vec<Row>, EngineError> {
-    let mut found = Vec::with_capacity(list.len());
-    for some in list.chunks(ROWS_MAX) {
-        let (sql, count) = statement.atleast(some.len());
+    let width = statement.columns.max(1);
+    let mut found = Vec::with_capacity(list.len() / width);
+    for some in list.chunks(ROWS_MAX * width) {
+        let (sql, count) = statement.atleast(some.len() / width);
         let mut args = some.to_vec();
-        if let Some(last) = some.last() {
-            args.resize(count, last.clone());
+        while args.len() < count * width {
+            args.extend_from_slice(&some[some.len() - width..]);
         }
         found.extend(connection.fetch(&sql, args, usize::MAX).await?.rows);
     }

@@ -189,18 +189,18 @@ impl Writer {
     ) -> Result<Vec<Result<Done, StoreError>>, EngineError> {
         let connection = self.connection.as_mut();
         connection.begin(Mode::Write).await?;
-        let Committed { results, commits, unchanged } = match group::run(connection, group).await {
+        let committed = match group::run(connection, group).await {
             Ok(committed) => committed,
             Err(error) => {
                 connection.rollback().await;
                 return Err(error);
             }
         };
+        let Committed { results, commits, newest, unchanged } = committed;
         if unchanged {
             connection.rollback().await;
             return Ok(results);
         }
-        let newest = commits.last().map(|commit| commit.revision);
         if let Err(error) = connection.commit(newest).await {
             connection.rollback().await;
             return Err(error);
