@@ -201,7 +201,17 @@ impl Running {
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
         let Self {
-            core, stop, mut servers, keeper, store, stopping, counting, instances, socket, lock, ..
+            core,
+            stop,
+            mut servers,
+            keeper,
+            store,
+            stopping,
+            counting,
+            instances,
+            socket,
+            lock,
+            ..
         } = self;
         stopping.cancel();
         counting.abort();
