@@ -24,7 +24,7 @@ async fn nothing_acknowledged_is_lost_when_the_writer_is_killed() {
     let (mut before, mut first, mut acknowledged) = (0, 1, 0);
     for round in 1..=KILLS {
         let life = LIFE_MAX.mul_f64(f64::from(random(&mut seed)) / f64::from(u32::MAX));
-        let lines = killed_after(&file, first, life);
+        let lines = killed_after(&file, first, life).await;
         let store = Store::open(&config).await.unwrap();
         let revision = check(&store, before, &lines).await;
         if round % 20 == 0 {
@@ -42,7 +42,7 @@ async fn nothing_acknowledged_is_lost_when_the_writer_is_killed() {
 }
 
 /// What the writer acknowledged before it was killed: writer, number, revision.
-fn killed_after(file: &Path, first: u64, life: Duration) -> Vec<(u64, u64, Revision)> {
+async fn killed_after(file: &Path, first: u64, life: Duration) -> Vec<(u64, u64, Revision)> {
     let mut child = Command::new(env!("CARGO_BIN_EXE_cnsmo-bench-state"))
         .arg("write")
         .arg(file)
@@ -56,7 +56,7 @@ fn killed_after(file: &Path, first: u64, life: Duration) -> Vec<(u64, u64, Revis
         stdout.read_to_string(&mut text).unwrap();
         text
     });
-    std::thread::sleep(Duration::from_millis(20) + life);
+    tokio::time::sleep(Duration::from_millis(20) + life).await;
     child.kill().unwrap();
     child.wait().unwrap();
     let text = reader.join().unwrap();
