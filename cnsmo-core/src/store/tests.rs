@@ -408,6 +408,12 @@ async fn the_audit_is_a_chain(place: &Place) {
     assert!(!forged.follows(Some(&rows[4].hash)));
     assert_eq!(store.list_audit(10, 100).await.unwrap(), rows[10..]);
     assert_eq!(store.list_audit(0, 3).await.unwrap(), rows[..3]);
+    store.inner.queue.send(Job::Prune { audit_rows: 5 }).await.unwrap();
+    // The second one comes after the slice that removes.
+    store.append_audit(record(12)).await.unwrap();
+    store.append_audit(record(13)).await.unwrap();
+    let kept = store.list_audit(0, 100).await.unwrap();
+    assert!(kept.len() <= 7 && kept[0].follows(Some(&rows[kept[0].seq as usize - 2].hash)));
 }
 
 async fn a_backup_taken_while_writing_is_one_state_and_can_be_restored(place: &Place) {
