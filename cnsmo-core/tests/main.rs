@@ -8,6 +8,7 @@
 mod agents;
 mod api;
 mod cluster;
+mod crash;
 mod enrolment;
 mod harness;
 mod hostile;

@@ -72,7 +72,7 @@ pub(super) async fn start(
         };
         // Nobody waits: the store was dropped meanwhile, and so was the queue.
         let _ = opened.send(Ok(()));
-        Writer { connection, queued_bytes, hub, compaction: None }.run(jobs).await;
+        Writer { connection, queued_bytes, hub, compaction: None, pruning: None }.run(jobs).await;
         drop(ended);
     };
     let spawned = thread::Builder::new().name("store".into()).spawn(move || {
@@ -110,6 +110,8 @@ struct Writer {
     queued_bytes: Arc<AtomicUsize>,
     hub: Arc<Hub>,
     compaction: Option<Compaction>,
+    /// Records of the audit that stay.
+    pruning: Option<i64>,
 }
 
 type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
@@ -125,7 +127,8 @@ impl Writer {
     async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         let mut arrived = Vec::with_capacity(GROUP_MAX);
         loop {
-            if self.compaction.is_none() || !jobs.is_empty() {
+            let idle = self.compaction.is_none() && self.pruning.is_none();
+            if idle || !jobs.is_empty() {
                 if jobs.recv_many(&mut arrived, GROUP_MAX).await == 0 {
                     break;
                 }
@@ -138,7 +141,7 @@ impl Writer {
                             bytes += size;
                         }
                         Job::Compact { upto, answer } => self.want_compaction(upto, answer),
-                        Job::Prune { audit_rows } => self.prune(audit_rows).await,
+                        Job::Prune { audit_rows } => self.pruning = Some(audit_rows),
                         Job::Close => jobs.close(),
                     }
                 }
@@ -146,6 +149,7 @@ impl Writer {
                 self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
             }
             self.compact_some().await;
+            self.prune_some().await;
         }
         if let Err(error) = self.connection.close().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "cannot close the state");
@@ -260,22 +264,29 @@ impl Writer {
         Ok(more)
     }
 
-    async fn prune(&mut self, audit_rows: i64) {
-        if let Err(error) = self.try_prune(audit_rows).await {
-            self.connection.rollback().await;
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "cannot remove what has expired");
+    async fn prune_some(&mut self) {
+        let Some(audit_rows) = self.pruning.take() else { return };
+        match self.prune_slice(audit_rows).await {
+            Ok(true) => self.pruning = Some(audit_rows),
+            Ok(false) => {}
+            Err(error) => {
+                self.connection.rollback().await;
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "cannot remove what has expired");
+            }
         }
     }
 
-    async fn try_prune(&mut self, audit_rows: i64) -> Result<(), EngineError> {
+    /// Whether there is more.
+    async fn prune_slice(&mut self, audit_rows: i64) -> Result<bool, EngineError> {
         let connection = self.connection.as_mut();
         connection.begin(Mode::Write).await?;
         meta(connection).await?;
         let expired = vec![now_ms().into(), SLICE_ROWS.into()];
-        connection.execute(&PRUNE_REQUESTS, expired).await?;
-        audit::prune(connection, audit_rows, SLICE_ROWS).await?;
-        connection.commit(None).await
+        let requests = connection.execute(&PRUNE_REQUESTS, expired).await?;
+        let records = audit::prune(connection, audit_rows, SLICE_ROWS).await?;
+        connection.commit(None).await?;
+        Ok(requests.max(records) >= SLICE_ROWS.cast_unsigned())
     }
 }
 
