@@ -29,8 +29,8 @@ pub(crate) struct Args {
     #[arg(long, global = true, env = "CNSMO_CORE", value_name = "HOST:PORT")]
     pub(crate) core: Option<CoreAddress>,
     /// For --core: folder of key and certificate [default: ~/.config/cnsmo]
-    #[arg(long, global = true, env = "CNSMO_IDENTITY", value_name = "DIR")]
-    pub(crate) identity: Option<PathBuf>,
+    #[arg(long = "identity", global = true, env = "CNSMO_IDENTITY", value_name = "DIR")]
+    pub(crate) identity_dir: Option<PathBuf>,
     /// Form of the output
     #[arg(short = 'o', long = "format", global = true, default_value = "table")]
     pub(crate) format: Format,
@@ -420,6 +420,26 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    /// A global option and an argument of one name would be found out only when used.
+    #[test]
+    fn global_options_go_with_each_command() {
+        let global = ["cnsmo", "--core", "core.example:7443", "--identity", "/etc/cnsmo/me"];
+        for command in [
+            &["identity", "revoke", "agent/web1"][..],
+            &["login", "--name", "alice", "token"],
+            &["token", "create", "--name", "alice"],
+            &["audit", "--verify"],
+        ] {
+            let args = Args::parse_from(global.iter().chain(command));
+            assert_eq!(args.core.unwrap().port(), 7443);
+            assert_eq!(args.identity_dir.unwrap(), PathBuf::from("/etc/cnsmo/me"));
+            let Command::Identity(IdentityCommand::Revoke { identity, .. }) = args.command else {
+                continue;
+            };
+            assert_eq!(identity, "agent/web1");
+        }
     }
 
     #[test]

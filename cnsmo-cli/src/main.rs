@@ -53,7 +53,7 @@ async fn main() -> ExitCode {
 
 async fn run(args: Args) -> Result<ExitCode> {
     let format = args.format;
-    let target = target(args.socket, args.core, args.identity)?;
+    let target = target(args.socket, args.core, args.identity_dir)?;
     if let Command::Login(login) = args.command {
         let Target::Remote { core, dir } = target else {
             bail!("--core: missing: where to log in?");
