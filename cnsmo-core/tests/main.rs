@@ -7,6 +7,7 @@
 
 mod agents;
 mod api;
+mod bus;
 mod enrolment;
 mod harness;
 mod overlay;
