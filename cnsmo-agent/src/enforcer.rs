@@ -1,6 +1,7 @@
 //! The one owner of ledger, tunnel and data path: everything that changes what this VM enforces goes through its mailbox,
 //! one message at a time.
 
+mod memory;
 mod plane;
 mod worker;
 
@@ -18,7 +19,7 @@ use cnsmo_proto::{
 use cnsmo_service::supervise::Stop;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 
-pub use self::worker::Enforcer;
+pub use self::{memory::MemoryEnforcer, worker::Enforcer};
 use crate::{
     datapath::{Datapath, Status},
     health::{Checks, View},

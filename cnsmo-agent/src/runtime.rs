@@ -7,12 +7,12 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use cnsmo_proto::model::Name;
 use cnsmo_service::{
     backoff::Backoff,
     channel::CoreAddress,
-    identity::{EnrollError, Identity, enroll},
+    identity::{Credentials, EnrollError, Identity, enroll},
     lifecycle::{Lifecycle, Phase},
     supervise::{Chain, Limits, Stop, stop_pair, supervise},
     token::Token,
@@ -29,6 +29,8 @@ use crate::{
     session::{self, Connection},
 };
 
+/// What an agent's certificate must be of.
+const KIND: &str = "agent";
 /// How often expired flows are removed and the tunnel is tended.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// First and longest wait before the next attempt to enrol.
@@ -82,7 +84,7 @@ pub async fn run(
     let checking = supervise("health", LIMITS, health_life, parts_stop.clone(), move |stop| {
         health::run(handle.clone(), life.clone(), stop)
     });
-    let locator = Locator::new(config.core.clone(), last_core, enforcer.clone());
+    let locator = Locator::new(config.cores.clone(), last_core, enforcer.clone());
     let talking = talk(config, locator, enforcer, parts_stop);
     let parts = async {
         tokio::try_join!(
@@ -149,7 +151,10 @@ async fn talk(
     enforcer.named(identity.name().clone()).await?;
     let life = Lifecycle::new("Spawned");
     let labels = config.labels;
-    let connection = Connection { locator, identity, labels, enforcer, life: life.clone() };
+    let credentials = Credentials::new(&config.state_dir, identity);
+    let renew_first = false;
+    let connection =
+        Connection { locator, credentials, labels, enforcer, life: life.clone(), renew_first };
     supervise("session", LIMITS, life, stop, move |stop| {
         let connection = connection.clone();
         async move { Ok(session::run(connection, stop).await?) }
@@ -162,6 +167,8 @@ async fn talk(
 async fn identify(config: &Config, locator: &mut Locator) -> anyhow::Result<Identity> {
     let (dir, asked) = (config.state_dir.as_path(), config.node.as_ref());
     if let Some(identity) = Identity::load(dir)? {
+        let (kind, name) = (identity.kind(), identity.name());
+        ensure!(kind == KIND, "--state-dir: the identity there is {kind}/{name}, not an agent's");
         if let Some(other) = asked.filter(|name| *name != identity.name()) {
             let (enrolled, dir) = (identity.name(), dir.display());
             bail!("--node: this VM is enrolled as `{enrolled}`, not `{other}`; see {dir}");
@@ -177,6 +184,11 @@ async fn identify(config: &Config, locator: &mut Locator) -> anyhow::Result<Iden
     loop {
         match enroll_anywhere(config, locator, &token, &name).await? {
             Ok(identity) => {
+                let kind = identity.kind();
+                ensure!(
+                    kind == KIND,
+                    "--token-file: the token is for the kind {kind}, not for agents"
+                );
                 tracing::info!(node = %name, "enrolled");
                 return Ok(identity);
             }

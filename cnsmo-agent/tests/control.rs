@@ -209,7 +209,7 @@ impl EnrollmentService for Services {
         let request = request.into_inner();
         let der = request.csr.as_slice().into();
         let mut csr = CertificateSigningRequestParams::from_der(&der).unwrap();
-        let uri = format!("spiffe://cnsmo/agent/{}", request.node).try_into().unwrap();
+        let uri = format!("spiffe://cnsmo/agent/{}", request.name).try_into().unwrap();
         csr.params.subject_alt_names = vec![SanType::URI(uri)];
         let certificate_chain = csr.signed_by(&self.authority.ca).unwrap().pem();
         let trust_bundle = self.authority.ca.pem();
@@ -424,6 +424,32 @@ fn update(kind: Kind, base: i64, upserts: Vec<Resource>, after: TypeState) -> Up
         digest: after.digest,
         ..Update::default()
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_moves_on_to_the_core_that_leads() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let mut first = Core::start(&authority, any_port()).await;
+    let mut second = Core::start(&authority, any_port()).await;
+    let mut config = config(first.address, dir.path(), Some(&authority.token()));
+    config.cores.push(second.address.into());
+    let agent = Agent::start(&config, &Fake::default());
+
+    let (refused, _) = first.accept().await;
+    let mut follower = Status::unavailable("another core leads");
+    follower.metadata_mut().insert("cnsmo-leader", second.address.to_string().parse().unwrap());
+    refused.down.send(Err(follower)).await.unwrap();
+    let (mut talk, _) = second.accept().await;
+    talk.welcome(1).await;
+    talk.heartbeat().await;
+
+    // The leader dies, and the other one leads now.
+    second.stop(talk).await;
+    let (mut talk, _) = first.accept().await;
+    talk.welcome(1).await;
+    talk.heartbeat().await;
+    agent.stop().await;
 }
 
 #[tokio::test]

@@ -5,6 +5,12 @@ use cnsmo_proto::{
     model::{Labels, Name},
     pb::resource::Kind,
 };
+use cnsmo_service::channel::CoreAddress;
+
+use crate::{
+    audit::AuditArgs,
+    identity::{IdentityCommand, LoginArgs, RoleArg},
+};
 
 /// Steers a set of VMs through the core on this machine.
 #[derive(Parser)]
@@ -19,6 +25,12 @@ pub(crate) struct Args {
         value_name = "PATH"
     )]
     pub(crate) socket: PathBuf,
+    /// A core on another machine, over TLS, instead of the socket
+    #[arg(long, global = true, env = "CNSMO_CORE", value_name = "HOST:PORT")]
+    pub(crate) core: Option<CoreAddress>,
+    /// For --core: folder of key and certificate [default: ~/.config/cnsmo]
+    #[arg(long, global = true, env = "CNSMO_IDENTITY", value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
     /// Form of the output
     #[arg(short = 'o', long = "format", global = true, default_value = "table")]
     pub(crate) format: Format,
@@ -61,13 +73,32 @@ pub(crate) enum Command {
         )]
         selector: Labels,
     },
+    /// List the instances of services: who runs what, where, and in which phase
+    Services(ServicesArgs),
     /// Set or remove labels
     Label(LabelArgs),
     /// Let balancers give a VM no new flows; those it has go on to their end
     Drain(DrainArgs),
-    /// Tokens with which VMs join
+    /// Tokens with which VMs, services and operators join
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Get a certificate for --core with a token, so that the other commands work from this machine
+    Login(LoginArgs),
+    /// Who may do what, and the end of it
+    #[command(subcommand)]
+    Identity(IdentityCommand),
+    /// What was done and refused
+    Audit(AuditArgs),
+    /// Keys of your own in the core's state
+    #[command(subcommand)]
+    Kv(KvCommand),
+    /// How the core is: store, leases, who is connected
+    Status,
+    /// Copy the core's whole state to a file; `cnsmo-core restore` puts it back
+    Backup {
+        /// Replaced if it is there
+        file: PathBuf,
+    },
     /// Print a completion script
     Completions { shell: clap_complete::Shell },
     /// Print the version
@@ -136,6 +167,28 @@ pub(crate) struct DeleteArgs {
 }
 
 #[derive(clap::Args)]
+pub(crate) struct ServicesArgs {
+    /// Only this service
+    #[arg(long, value_name = "NAME")]
+    pub(crate) service: Option<Name>,
+    /// Only on this VM
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node: Option<Name>,
+    /// Attributes that an instance must have
+    #[arg(
+        short = 'l',
+        long,
+        default_value = "",
+        hide_default_value = true,
+        value_name = "KEY=VALUE,..."
+    )]
+    pub(crate) selector: Labels,
+    /// Print each change too, until interrupted
+    #[arg(long)]
+    pub(crate) watch: bool,
+}
+
+#[derive(clap::Args)]
 pub(crate) struct WaitArgs {
     /// 0: the current one
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i64).range(0..))]
@@ -188,6 +241,18 @@ pub(crate) enum TokenCommand {
 
 #[derive(clap::Args)]
 pub(crate) struct TokenArgs {
+    /// Of what joins with it
+    #[arg(long, default_value = "agent")]
+    pub(crate) role: RoleArg,
+    /// The only name that can join with it [default: any]
+    #[arg(long)]
+    pub(crate) name: Option<Name>,
+    /// Of a service or editor: how the keys begin that it may use; repeatable [default: NAME/ of a service]
+    #[arg(long = "state-prefix", value_name = "PREFIX")]
+    pub(crate) state_prefixes: Vec<String>,
+    /// Of a service or editor: subjects that it may use; repeatable [default: NAME.> and svc.NAME.> of a service]
+    #[arg(long = "subject", value_name = "PATTERN")]
+    pub(crate) subjects: Vec<String>,
     /// How long VMs can join with it, at most 30d
     #[arg(long, default_value = "1h", value_parser = token_time)]
     pub(crate) ttl: Duration,
@@ -206,6 +271,81 @@ pub(crate) struct TokenArgs {
     /// Write it to a new file that only its owner can read
     #[arg(long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum KvCommand {
+    /// Print the value of a key
+    Get { key: String },
+    /// Set a key: to VALUE, to the content of a file, or to standard input
+    Put(PutArgs),
+    /// Delete a key, or all that begin with it
+    Delete(DeleteKeyArgs),
+    /// List keys
+    List(ListKeysArgs),
+    /// Print keys and then each change, until interrupted
+    Watch(WatchKeysArgs),
+}
+
+#[derive(clap::Args)]
+pub(crate) struct PutArgs {
+    pub(crate) key: String,
+    /// Not for secrets: others on this machine see arguments
+    #[arg(conflicts_with = "file")]
+    pub(crate) value: Option<String>,
+    /// The value; - for standard input
+    #[arg(short = 'f', long, value_name = "FILE|-")]
+    pub(crate) file: Option<PathBuf>,
+    /// How to read the value, for example application/json
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) content_type: Option<String>,
+    /// The lease whose end deletes the key
+    #[arg(long, value_name = "ID", value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) lease: Option<i64>,
+    /// Only if the key still has this revision
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) if_revision: Option<i64>,
+    /// Only if there is no such key
+    #[arg(long, conflicts_with = "if_revision")]
+    pub(crate) if_absent: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct DeleteKeyArgs {
+    pub(crate) key: String,
+    /// All keys that begin with it, at most 10,000
+    #[arg(long, conflicts_with = "if_revision")]
+    pub(crate) prefix: bool,
+    /// Only if the key still has this revision
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) if_revision: Option<i64>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ListKeysArgs {
+    /// What the keys begin with [default: all]
+    pub(crate) prefix: Option<String>,
+    /// Without values: a key per line
+    #[arg(long)]
+    pub(crate) keys_only: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct WatchKeysArgs {
+    /// What the keys begin with [default: all]
+    pub(crate) prefix: Option<String>,
+    /// Not the keys as they are, but all changes after this revision
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true,
+        value_parser = clap::value_parser!(i64).range(0..)
+    )]
+    pub(crate) from: i64,
+    /// With the value before, where the history has it
+    #[arg(long)]
+    pub(crate) prev: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

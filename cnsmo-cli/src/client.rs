@@ -4,13 +4,23 @@ use std::{
     error::Error as _,
     io,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context as _, Result, anyhow};
 use cnsmo_proto::pb::{
-    identity::join_token_service_client::JoinTokenServiceClient,
+    admin::admin_service_client::AdminServiceClient,
+    catalog::catalog_service_client::CatalogServiceClient,
+    identity::{
+        identity_service_client::IdentityServiceClient,
+        join_token_service_client::JoinTokenServiceClient,
+    },
     resource::resource_service_client::ResourceServiceClient,
+    state::state_service_client::StateServiceClient,
+};
+use cnsmo_service::{
+    channel::{self, CoreAddress},
+    identity::{Credentials, Identity},
 };
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -26,14 +36,24 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(crate) type Resources = ResourceServiceClient<Channel>;
 
+pub(crate) type Identities = IdentityServiceClient<Channel>;
+
+/// Where the core is.
+pub(crate) enum Target {
+    /// On this machine.
+    Socket(PathBuf),
+    /// On another one; key and certificate are in `dir`.
+    Remote { core: CoreAddress, dir: PathBuf },
+}
+
 pub(crate) struct Client {
-    socket: PathBuf,
+    target: Target,
 }
 
 impl Client {
     /// Connects later: commands check their input first.
-    pub(crate) fn new(socket: PathBuf) -> Self {
-        Self { socket }
+    pub(crate) fn new(target: Target) -> Self {
+        Self { target }
     }
 
     pub(crate) async fn resources(&self) -> Result<Resources> {
@@ -45,18 +65,67 @@ impl Client {
         Ok(JoinTokenServiceClient::new(self.connect().await?))
     }
 
+    pub(crate) async fn identities(&self) -> Result<Identities> {
+        let client = IdentityServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn catalog(&self) -> Result<CatalogServiceClient<Channel>> {
+        let client = CatalogServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn state(&self) -> Result<StateServiceClient<Channel>> {
+        let client = StateServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn admin(&self) -> Result<AdminServiceClient<Channel>> {
+        Ok(AdminServiceClient::new(self.connect().await?))
+    }
+
     async fn connect(&self) -> Result<Channel> {
-        let socket = self.socket.clone();
-        let connector = tower::service_fn(move |_| {
-            let socket = socket.clone();
-            async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-        });
-        // The URI is never resolved: the connector knows the socket.
-        Endpoint::from_static("http://cnsmo.invalid")
-            .connect_timeout(CONNECT_TIMEOUT)
-            .connect_with_connector(connector)
-            .await
-            .map_err(|error| unreachable(&self.socket, &error))
+        match &self.target {
+            Target::Socket(socket) => connect_local(socket).await,
+            Target::Remote { core, dir } => connect_remote(core, dir).await,
+        }
+    }
+}
+
+async fn connect_local(path: &Path) -> Result<Channel> {
+    let socket = path.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let socket = socket.clone();
+        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+    });
+    // The URI is never resolved: the connector knows the socket.
+    Endpoint::from_static("http://cnsmo.invalid")
+        .connect_timeout(CONNECT_TIMEOUT)
+        .connect_with_connector(connector)
+        .await
+        .map_err(|error| unreachable(path, &error))
+}
+
+/// Renews a certificate that is past its half-life: an operator who comes daily never logs in again.
+async fn connect_remote(core: &CoreAddress, dir: &Path) -> Result<Channel> {
+    let shown = dir.display();
+    let identity = Identity::load(dir)?.with_context(|| {
+        format!("no identity in {shown}: get one with `cnsmo --core {core} login`, or name another folder with --identity")
+    })?;
+    let failed = || format!("failed to connect to {core}");
+    let channel = channel::connect(core, &identity).await.with_context(failed)?;
+    let now = SystemTime::now();
+    if !identity.renew_in(now).is_zero() {
+        return Ok(channel);
+    }
+    let expired = identity.not_after() <= now;
+    match Credentials::new(dir, identity).renew(channel.clone()).await {
+        Err(error) if expired => {
+            let remedy = "the certificate has expired: log in again with a new token";
+            Err(anyhow::Error::new(error).context(remedy))
+        }
+        // It still serves; the next command tries again.
+        _ => Ok(channel),
     }
 }
 

@@ -2,29 +2,37 @@
 
 mod apply;
 mod args;
+mod audit;
 mod backends;
+mod backup;
 mod client;
 mod describe;
 mod diff;
 mod drain;
 mod get;
+mod identity;
+mod kv;
 mod label;
 mod load;
 mod output;
+mod services;
+mod status;
 mod token;
 mod wait;
 mod watch;
 
 use std::{
     io::{self, Write as _},
+    path::PathBuf,
     process::ExitCode,
 };
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{CommandFactory as _, Parser as _};
+use cnsmo_service::channel::CoreAddress;
 
 use args::{Args, Command, TokenCommand};
-use client::Client;
+use client::{Client, Target};
 
 /// A VM did not do in time what was waited for.
 const EXIT_TIMEOUT: u8 = 3;
@@ -44,8 +52,16 @@ async fn main() -> ExitCode {
 }
 
 async fn run(args: Args) -> Result<ExitCode> {
-    let client = Client::new(args.socket);
     let format = args.format;
+    let target = target(args.socket, args.core, args.identity)?;
+    if let Command::Login(login) = args.command {
+        let Target::Remote { core, dir } = target else {
+            bail!("--core: missing: where to log in?");
+        };
+        identity::login(&core, &dir, login).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let client = Client::new(target);
     match args.command {
         Command::Apply(apply) => return apply::apply(&client, format, apply).await,
         Command::Diff(files) => apply::diff(&client, files).await?,
@@ -65,9 +81,16 @@ async fn run(args: Args) -> Result<ExitCode> {
         }
         Command::Wait(wait) => return wait::wait(&client, wait).await,
         Command::Nodes { selector } => get::nodes(&client, format, selector).await?,
+        Command::Services(args) => services::services(&client, format, args).await?,
         Command::Label(label) => label::label(&client, label).await?,
         Command::Drain(drain) => return drain::drain(&client, drain).await,
         Command::Token(TokenCommand::Create(create)) => token::create(&client, create).await?,
+        Command::Identity(command) => identity::identity(&client, format, command).await?,
+        Command::Audit(args) => audit::audit(&client, format, args).await?,
+        Command::Login(_) => unreachable!("handled above"),
+        Command::Kv(command) => kv::kv(&client, format, command).await?,
+        Command::Status => status::status(&client, format).await?,
+        Command::Backup { file } => backup::backup(&client, format, &file).await?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Args::command(), "cnsmo", &mut script);
@@ -76,6 +99,13 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Version => writeln!(io::stdout(), "cnsmo {}", env!("CARGO_PKG_VERSION"))?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The socket, unless another machine is named.
+fn target(socket: PathBuf, core: Option<CoreAddress>, identity: Option<PathBuf>) -> Result<Target> {
+    let Some(core) = core else { return Ok(Target::Socket(socket)) };
+    let dir = identity.map_or_else(identity::default_dir, Ok)?;
+    Ok(Target::Remote { core, dir })
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {

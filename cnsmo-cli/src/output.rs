@@ -94,6 +94,10 @@ pub(crate) fn table(header: &[&str], rows: Vec<Vec<String>>, indent: &str) -> St
     lines.join("\n")
 }
 
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+}
+
 pub(crate) fn or_none(text: impl Into<String>) -> String {
     let text = text.into();
     if text.is_empty() { NONE.to_owned() } else { text }
@@ -113,7 +117,7 @@ pub(crate) fn age(time: Option<Timestamp>) -> String {
     short(SystemTime::now().duration_since(time).unwrap_or(Duration::ZERO))
 }
 
-fn short(time: Duration) -> String {
+pub(crate) fn short(time: Duration) -> String {
     match time.as_secs() {
         s @ 0..120 => format!("{s}s"),
         s @ 120..7200 => format!("{}m", s / 60),

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use cnsmo_proto::pb::identity::CreateJoinTokenRequest;
+use cnsmo_proto::pb::identity::{CreateJoinTokenRequest, Role};
 
 use crate::{
     args::TokenArgs,
@@ -19,6 +19,10 @@ pub(crate) async fn create(client: &Client, args: TokenArgs) -> Result<()> {
         ttl: Some(prost_types::Duration::try_from(args.ttl)?),
         max_uses: args.max_uses,
         labels: args.labels.as_map().clone(),
+        role: Role::from(args.role).into(),
+        name: args.name.map(|name| name.to_string()).unwrap_or_default(),
+        state_prefixes: args.state_prefixes,
+        subjects: args.subjects,
     };
     let mut core = client.join_tokens().await?;
     // Before the core makes a token that nobody could read.

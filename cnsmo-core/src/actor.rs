@@ -16,14 +16,18 @@ use cnsmo_proto::{
         },
     },
 };
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::{
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
 use tonic::Status;
 
 use crate::{
     error::Error,
     fleet::{DownSender, Fleet, Timing},
-    state::{Announcement, Enrolment, Event, Plan, State, TokenRecord, Wanted},
-    store::{Range, Revision, Store},
+    identity::{Enrolled, Issued, Peer, Subject, registry::Registry},
+    state::{Admission, Announcement, Enrolment, Event, FOLDERS, Plan, State, TokenRecord, Wanted},
+    store::{Fence, Range, Revision, Store, StoreError, Txn},
 };
 
 /// Requests and agents' messages that wait. Operators are refused beyond it, agents wait.
@@ -78,6 +82,8 @@ struct Waiter {
     selector: Labels,
     deadline: Instant,
     last: Option<WaitAppliedResponse>,
+    /// A node that was not there yet when it was last looked.
+    witness: Option<String>,
     to: mpsc::Sender<Result<WaitAppliedResponse, Status>>,
 }
 
@@ -125,11 +131,30 @@ enum Input {
     Token {
         id: String,
         token: TokenRecord,
-        reply: Reply<()>,
+        reply: Reply<Revision>,
+    },
+    Admit {
+        enrolment: Enrolment,
+        reply: Reply<Admission>,
     },
     Enrol {
         enrolment: Enrolment,
-        reply: Reply<()>,
+        subject: Subject,
+        certificate: Issued,
+        reply: Reply<Issued>,
+    },
+    Renew {
+        peer: Peer,
+        certificate: Issued,
+        reply: Reply<Issued>,
+    },
+    Revoke {
+        identity: String,
+        banned: bool,
+        reply: Reply<Revision>,
+    },
+    Identities {
+        reply: Reply<Vec<(String, Enrolled)>>,
     },
     Connect {
         node: String,
@@ -142,33 +167,84 @@ enum Input {
     Shutdown,
 }
 
-/// The way to the task. Cheap to clone.
+/// The way to the task, as long as it runs in this core. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Core {
-    inbox: mpsc::Sender<Input>,
+    seat: watch::Receiver<Seat>,
 }
 
-impl Core {
-    /// Loads the resources and starts the task. It ends after [`Core::shut_down`] and closes the store.
-    pub async fn start(
+#[derive(Clone, Debug)]
+enum Seat {
+    Here(mpsc::Sender<Input>),
+    /// Address of the core that leads, if one does.
+    Elsewhere(Option<String>),
+}
+
+/// Where the task runs. Of several cores on one database one leads: it alone has the task.
+#[derive(Debug)]
+pub struct Seats {
+    seat: watch::Sender<Seat>,
+    registry: Arc<Registry>,
+}
+
+impl Seats {
+    /// Nobody leads yet.
+    pub fn new(registry: Arc<Registry>) -> (Self, Core) {
+        let (sender, seat) = watch::channel(Seat::Elsewhere(None));
+        (Self { seat: sender, registry }, Core { seat })
+    }
+
+    /// Loads the resources and starts the task, which keeps the registry as the store is. Agents have their full lease from now on. It ends after
+    /// [`Core::shut_down`], and when it finds that another core leads: `fence` is of the lease by which this one does.
+    pub async fn lead(
+        &self,
         store: Store,
         timing: Timing,
-    ) -> anyhow::Result<(Self, tokio::task::JoinHandle<()>)> {
-        let epoch = store.status().await?.epoch;
-        let stored = store.range(Range::prefix("")).await?;
-        let state = State::load(stored.revision, stored.entries)?;
+        fence: Option<Fence>,
+    ) -> anyhow::Result<JoinHandle<()>> {
+        let status = store.status().await?;
+        let mut entries = Vec::new();
+        for folder in FOLDERS {
+            entries.extend(store.range(Range::prefix(folder)).await?.entries);
+        }
+        let state = State::load(status.revision, entries)?;
+        for (identity, enrolled) in state.identities() {
+            self.registry.set(identity, Some(enrolled));
+        }
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
         let now = Instant::now();
         let actor = Actor {
             fleet: Fleet::new(&state, timing, now),
             state,
             store,
-            epoch,
+            registry: self.registry.clone(),
+            fence,
+            deposed: false,
+            epoch: status.epoch,
             rings: BTreeMap::new(),
             waiters: Vec::new(),
             last_tick: now,
         };
-        Ok((Self { inbox }, tokio::spawn(actor.run(inputs))))
+        self.seat.send_replace(Seat::Here(inbox));
+        Ok(tokio::spawn(actor.run(inputs)))
+    }
+
+    /// From now on callers are sent to `leader`. A task that runs here ends all sessions and then itself.
+    pub fn follow(&self, leader: Option<String>) {
+        self.seat.send_replace(Seat::Elsewhere(leader));
+    }
+}
+
+impl Core {
+    /// Leads, as a core does that has the store for itself.
+    pub async fn start(
+        store: Store,
+        timing: Timing,
+        registry: Arc<Registry>,
+    ) -> anyhow::Result<(Self, JoinHandle<()>)> {
+        let (seats, core) = Seats::new(registry);
+        let task = seats.lead(store, timing, None).await?;
+        Ok((core, task))
     }
 
     /// Commits all of `wanted`, or says what that would change.
@@ -210,13 +286,39 @@ impl Core {
     }
 
     /// Keeps a new join token.
-    pub async fn create_token(&self, id: String, token: TokenRecord) -> Result<(), Error> {
+    pub async fn create_token(&self, id: String, token: TokenRecord) -> Result<Revision, Error> {
         self.ask(|reply| Input::Token { id, token, reply }).await
     }
 
-    /// Admits a node.
-    pub async fn enrol(&self, enrolment: Enrolment) -> Result<(), Error> {
-        self.ask(|reply| Input::Enrol { enrolment, reply }).await
+    /// Whether a request to join may be granted.
+    pub async fn admit(&self, enrolment: Enrolment) -> Result<Admission, Error> {
+        self.ask(|reply| Input::Admit { enrolment, reply }).await
+    }
+
+    /// Grants a request to join. Returns the certificate in force: that of another request with the same key, if it came
+    /// first.
+    pub async fn enrol(
+        &self,
+        enrolment: Enrolment,
+        subject: Subject,
+        certificate: Issued,
+    ) -> Result<Issued, Error> {
+        self.ask(|reply| Input::Enrol { enrolment, subject, certificate, reply }).await
+    }
+
+    /// Takes over a new certificate. Returns the one in force: a young one is not replaced.
+    pub async fn renew(&self, peer: Peer, certificate: Issued) -> Result<Issued, Error> {
+        self.ask(|reply| Input::Renew { peer, certificate, reply }).await
+    }
+
+    /// Revokes an identity, `<kind>/<name>`.
+    pub async fn revoke(&self, identity: String, banned: bool) -> Result<Revision, Error> {
+        self.ask(|reply| Input::Revoke { identity, banned, reply }).await
+    }
+
+    /// All identities, by name.
+    pub async fn identities(&self) -> Result<Vec<(String, Enrolled)>, Error> {
+        self.ask(|reply| Input::Identities { reply }).await
     }
 
     /// Begins a session of the agent with this key. Returns the session's number.
@@ -231,20 +333,25 @@ impl Core {
         self.ask(|reply| Input::Connect { node, spki_sha256, hello, down, reply }).await
     }
 
-    /// Hands over a message of an agent; waits while the core is behind. False: the core is stopping.
+    /// Hands over a message of an agent; waits while the core is behind. False: the core is stopping or leads no more.
     pub async fn from_agent(&self, message: FromAgent) -> bool {
-        self.inbox.send(Input::Agent(message)).await.is_ok()
+        match self.inbox() {
+            Ok(inbox) => inbox.send(Input::Agent(message)).await.is_ok(),
+            Err(_) => false,
+        }
     }
 
     /// Ends all streams, and the task.
     pub async fn shut_down(&self) {
-        // Already stopped is as good.
-        let _ = self.inbox.send(Input::Shutdown).await;
+        if let Ok(inbox) = self.inbox() {
+            // Already stopped is as good.
+            let _ = inbox.send(Input::Shutdown).await;
+        }
     }
 
     async fn ask<T>(&self, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        self.inbox.try_send(input(reply)).map_err(|error| match error {
+        self.inbox()?.try_send(input(reply)).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 Error::Exhausted("the core is overloaded: try again".into())
             }
@@ -252,12 +359,23 @@ impl Core {
         })?;
         answer.await.map_err(|_| Error::Stopped)?
     }
+
+    fn inbox(&self) -> Result<mpsc::Sender<Input>, Error> {
+        match &*self.seat.borrow() {
+            Seat::Here(inbox) => Ok(inbox.clone()),
+            Seat::Elsewhere(leader) => Err(Error::NotLeader(leader.clone())),
+        }
+    }
 }
 
 struct Actor {
     state: State,
     fleet: Fleet,
     store: Store,
+    registry: Arc<Registry>,
+    fence: Option<Fence>,
+    /// Another core leads, or what was committed is not known: this state is not the true one.
+    deposed: bool,
     epoch: u64,
     rings: BTreeMap<Kind, broadcast::Sender<Arc<Change>>>,
     waiters: Vec<Waiter>,
@@ -287,6 +405,10 @@ impl Actor {
             for input in batch.drain(..) {
                 stop |= matches!(input, Input::Shutdown);
                 self.handle(input).await;
+                if self.deposed {
+                    // What is left finds that this core is no more to be asked.
+                    break;
+                }
             }
             if ticked {
                 let now = Instant::now();
@@ -295,17 +417,16 @@ impl Actor {
             }
             self.fleet.flush(&self.state);
             if ticked || self.fleet.has_changed() {
-                self.report_progress();
+                self.report_progress(ticked);
             }
             if ticked {
                 self.publish_status();
             }
-            if stop {
+            if stop || self.deposed {
                 break;
             }
         }
         self.fleet.shut_down();
-        self.store.close().await;
     }
 
     async fn handle(&mut self, input: Input) {
@@ -331,9 +452,27 @@ impl Actor {
                 let plan = self.state.plan_token(id, token, SystemTime::now());
                 let _ = reply.send(self.commit_plan(plan).await);
             }
-            Input::Enrol { enrolment, reply } => {
-                let plan = self.state.plan_enrolment(&enrolment, SystemTime::now());
+            Input::Admit { enrolment, reply } => {
+                let _ = reply.send(self.state.admit(&enrolment, SystemTime::now()));
+            }
+            Input::Enrol { enrolment, subject, certificate, reply } => {
+                let plan = self.state.plan_enrolment(&enrolment, certificate, SystemTime::now());
+                let _ = reply.send(self.commit_certificate(plan, &subject.to_string()).await);
+            }
+            Input::Renew { peer, certificate, reply } => {
+                let Peer { identity, spki_sha256, .. } = &peer;
+                let now = SystemTime::now();
+                let plan = self.state.plan_renewal(identity, spki_sha256, certificate, now);
+                let _ = reply.send(self.commit_certificate(plan, identity).await);
+            }
+            Input::Revoke { identity, banned, reply } => {
+                let plan = self.state.plan_revocation(&identity, banned, SystemTime::now());
                 let _ = reply.send(self.commit_plan(plan).await);
+            }
+            Input::Identities { reply } => {
+                let all = self.state.identities().iter();
+                let all = all.map(|(identity, enrolled)| (identity.clone(), enrolled.clone()));
+                let _ = reply.send(Ok(all.collect()));
             }
             Input::Connect { node, spki_sha256, hello, down, reply } => {
                 let _ = reply.send(self.connect(&node, &spki_sha256, &hello, down).await);
@@ -412,8 +551,20 @@ impl Actor {
         self.commit(plan).await
     }
 
-    async fn commit_plan(&mut self, plan: Result<Plan, Error>) -> Result<(), Error> {
-        self.commit(plan?).await
+    async fn commit_plan(&mut self, plan: Result<Plan, Error>) -> Result<Revision, Error> {
+        self.commit(plan?).await?;
+        Ok(self.state.revision())
+    }
+
+    /// Returns the certificate that is in force afterwards.
+    async fn commit_certificate(
+        &mut self,
+        plan: Result<Plan, Error>,
+        identity: &str,
+    ) -> Result<Issued, Error> {
+        self.commit(plan?).await?;
+        let enrolled = self.state.identities().get(identity).ok_or(Error::Internal)?;
+        Ok(enrolled.certificate.clone())
     }
 
     /// Makes a plan durable, then takes it over and tells watchers and agents.
@@ -422,11 +573,30 @@ impl Actor {
             return Ok(());
         }
         let before = self.state.revision();
-        let revision = self.store.commit(plan.txn()).await?.revision;
+        let identities: Vec<_> = plan
+            .identities()
+            .map(|(identity, enrolled)| (identity.to_owned(), enrolled.cloned()))
+            .collect();
+        let txn = Txn { fence: self.fence, ..plan.txn() };
+        let revision = match self.store.commit(txn).await {
+            Ok(outcome) => outcome.revision,
+            Err(StoreError::Fenced) => {
+                self.deposed = true;
+                return Err(Error::NotLeader(None));
+            }
+            Err(error) => {
+                self.deposed = matches!(error, StoreError::Unknown(_));
+                return Err(error.into());
+            }
+        };
         let events = self.state.commit(plan, revision);
         let now = Instant::now();
         self.fleet.on_commit(&events, &self.state, before, now);
         self.fleet.flush(&self.state);
+        // After the fleet: an agent that is cut has been told why.
+        for (identity, enrolled) in identities {
+            self.registry.set(&identity, enrolled.as_ref());
+        }
         for event in events {
             self.publish(event);
         }
@@ -521,6 +691,7 @@ impl Actor {
             selector: wait.selector,
             deadline: Instant::now() + wait.timeout,
             last: None,
+            witness: None,
             to,
         };
         if waiter.look(&self.state, &self.fleet, Instant::now()) {
@@ -529,14 +700,25 @@ impl Actor {
         Ok(progress)
     }
 
-    fn report_progress(&mut self) {
+    /// In between ticks only to those who have nothing left to wait for: progress counts all nodes.
+    fn report_progress(&mut self, ticked: bool) {
         let now = Instant::now();
         let (state, fleet) = (&self.state, &self.fleet);
-        self.waiters.retain_mut(|waiter| waiter.look(state, fleet, now));
+        self.waiters.retain_mut(|waiter| {
+            (!ticked && waiter.is_early(state, fleet)) || waiter.look(state, fleet, now)
+        });
     }
 }
 
 impl Waiter {
+    /// Whether some node is missing. Each call goes on where the last one stopped, so all of them together look at each
+    /// node once.
+    fn is_early(&mut self, state: &State, fleet: &Fleet) -> bool {
+        let from = self.witness.take().unwrap_or_default();
+        self.witness = fleet.first_pending(state, self.revision, &self.selector, &from);
+        self.witness.is_some()
+    }
+
     /// Sends what is new. Returns whether it goes on waiting.
     fn look(&mut self, state: &State, fleet: &Fleet, now: Instant) -> bool {
         let mut progress = fleet.progress(state, self.revision, &self.selector);

@@ -11,7 +11,11 @@ mod status;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
-    sync::Arc,
+    ops::Bound,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -29,7 +33,11 @@ use cnsmo_proto::{
         resource::Kind,
     },
 };
-use prost::Message as _;
+use prost::{
+    Message as _,
+    bytes::{BufMut, Bytes},
+    encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len},
+};
 use tokio::sync::{mpsc, oneshot};
 use tonic::Status;
 
@@ -39,7 +47,7 @@ use self::{
 };
 use crate::{
     error::Error,
-    state::{Event, State},
+    state::{Event, Node, State},
     store::Revision,
 };
 
@@ -61,7 +69,7 @@ const BALANCER: &str = "load-balancer/";
 const BACKEND: &str = "backend/";
 
 /// Everything that agents are sent, as it is now.
-type Catalog = HashMap<Key, Spec>;
+type Catalog = HashMap<Key, Entry>;
 
 /// How often agents call, and how long one may be silent.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +87,7 @@ impl Default for Timing {
     }
 }
 
-/// A message on its way to an agent. Specs are shared until the moment they are encoded.
+/// A message on its way to an agent.
 #[derive(Debug)]
 pub enum Down {
     /// The first.
@@ -88,14 +96,14 @@ pub enum Down {
     Update(Push),
 }
 
-/// An update before it is encoded.
+/// An update. Its resources were encoded once, for all agents that are sent them.
 #[derive(Debug)]
 pub struct Push {
     nonce: u64,
     kind: UpdateKind,
     base_revision: Revision,
     revision: Revision,
-    upserts: Vec<(Key, Revision, Spec)>,
+    upserts: Vec<(Key, Revision, Bytes)>,
     removals: Vec<Key>,
     digest: Digest,
 }
@@ -111,16 +119,6 @@ enum Spec {
 }
 
 impl Spec {
-    fn encoded_len(&self) -> usize {
-        match self {
-            Self::Policy(spec) => spec.encoded_len(),
-            Self::Network(spec) => spec.encoded_len(),
-            Self::Member(spec) => spec.encoded_len(),
-            Self::Balancer(spec) => spec.encoded_len(),
-            Self::Backend(spec) => spec.encoded_len(),
-        }
-    }
-
     fn encode_to_vec(&self) -> Vec<u8> {
         match self {
             Self::Policy(spec) => spec.encode_to_vec(),
@@ -170,32 +168,71 @@ impl Topic {
     }
 }
 
-impl From<Down> for ConnectResponse {
-    fn from(down: Down) -> Self {
-        let message = match down {
-            Down::Welcome(welcome) => connect_response::Message::Welcome(welcome),
-            Down::Update(push) => connect_response::Message::Update(push.into()),
-        };
-        Self { message: Some(message) }
+/// What a name stands for, and how it goes over the wire.
+#[derive(Debug)]
+struct Entry {
+    spec: Spec,
+    /// The field `spec` of a [`Resource`].
+    wire: Bytes,
+}
+
+impl From<Spec> for Entry {
+    fn from(spec: Spec) -> Self {
+        // Protobuf leaves out fields that have their default: the other two are added for each agent.
+        let resource = Resource { spec: Some(spec.clone().into()), ..Resource::default() };
+        Self { spec, wire: resource.encode_to_vec().into() }
     }
 }
 
-impl From<Push> for Update {
-    fn from(push: Push) -> Self {
-        let resource = |(key, version, spec): (Key, Revision, Spec)| Resource {
-            name: key.to_string(),
-            version,
-            spec: Some(spec.into()),
-        };
-        Self {
-            nonce: push.nonce,
+// Fields of messages in agent.proto.
+const UPDATE_OF_RESPONSE: u32 = 2;
+const UPSERTS_OF_UPDATE: u32 = 6;
+
+impl Down {
+    /// Writes it as a [`ConnectResponse`].
+    pub fn encode(self, buffer: &mut impl BufMut) {
+        match self {
+            Self::Welcome(welcome) => {
+                let message = Some(connect_response::Message::Welcome(welcome));
+                ConnectResponse { message }.encode_raw(buffer);
+            }
+            Self::Update(push) => push.encode(buffer),
+        }
+    }
+}
+
+impl Push {
+    /// The order of fields is free, so those that were encoded before come last.
+    fn encode(self, buffer: &mut impl BufMut) {
+        let update = Update {
+            nonce: self.nonce,
             r#type: SET_TYPE.into(),
-            kind: push.kind.into(),
-            base_revision: push.base_revision,
-            revision: push.revision,
-            upserts: push.upserts.into_iter().map(resource).collect(),
-            removals: push.removals.iter().map(ToString::to_string).collect(),
-            digest: push.digest.to_vec(),
+            kind: self.kind.into(),
+            base_revision: self.base_revision,
+            revision: self.revision,
+            upserts: Vec::new(),
+            removals: self.removals.iter().map(ToString::to_string).collect(),
+            digest: self.digest.to_vec(),
+        };
+        let upserts: Vec<_> = self
+            .upserts
+            .into_iter()
+            .map(|(name, version, wire)| {
+                (Resource { name: name.to_string(), version, spec: None }, wire)
+            })
+            .collect();
+        let length_of = |(head, wire): &(Resource, Bytes)| head.encoded_len() + wire.len();
+        let with_prefix =
+            |length: usize| key_len(UPSERTS_OF_UPDATE) + encoded_len_varint(length as u64) + length;
+        let upserts_length: usize = upserts.iter().map(|one| with_prefix(length_of(one))).sum();
+        encode_key(UPDATE_OF_RESPONSE, WireType::LengthDelimited, buffer);
+        encode_varint((update.encoded_len() + upserts_length) as u64, buffer);
+        update.encode_raw(buffer);
+        for upsert in &upserts {
+            encode_key(UPSERTS_OF_UPDATE, WireType::LengthDelimited, buffer);
+            encode_varint(length_of(upsert) as u64, buffer);
+            upsert.0.encode_raw(buffer);
+            buffer.put_slice(&upsert.1);
         }
     }
 }
@@ -231,7 +268,6 @@ pub struct Fleet {
     /// When the condition of each resource became what it is.
     conditions: BTreeMap<(Kind, String), status::Seen>,
     timing: Timing,
-    sessions: u64,
 }
 
 impl Fleet {
@@ -249,7 +285,6 @@ impl Fleet {
             changed: BTreeSet::new(),
             conditions: BTreeMap::new(),
             timing,
-            sessions: 0,
         };
         let event = |kind, name| Event { kind, name, deleted: None };
         // Nodes last: policies and balancers that come after them would look for each of them.
@@ -293,7 +328,8 @@ impl Fleet {
         nodes.extend(wanted.iter().cloned());
         match policy {
             Some(policy) => {
-                self.catalog.insert(Key::from(&*key), Spec::Policy(policy.spec.clone()));
+                let spec = Spec::Policy(policy.spec.clone());
+                self.catalog.insert(Key::from(&*key), spec.into());
                 self.selected.insert(name.to_owned(), wanted.clone());
             }
             None => drop(self.catalog.remove(&*key)),
@@ -312,20 +348,30 @@ impl Fleet {
         }
     }
 
-    /// Nodes that `target` selects, found from its rarest label.
+    /// Nodes that `target` selects.
     fn matching(&self, state: &State, target: &Labels) -> BTreeSet<String> {
+        self.selected(state, target, "").map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Nodes that `target` selects, at or after `from` by name, found from its rarest label.
+    fn selected<'a>(
+        &'a self,
+        state: &'a State,
+        target: &'a Labels,
+        from: &str,
+    ) -> Box<dyn Iterator<Item = (&'a String, &'a Node)> + 'a> {
+        let from = (Bound::Included(from), Bound::Unbounded);
         let postings = target
             .as_map()
             .iter()
             .map(|(key, value)| self.by_label.get(&(key.clone(), value.clone())));
         match postings.min_by_key(|nodes| nodes.map_or(0, BTreeSet::len)) {
-            None => self.agents.keys().cloned().collect(),
-            Some(None) => BTreeSet::new(),
+            None => Box::new(state.nodes().range::<str, _>(from)),
+            Some(None) => Box::new(std::iter::empty()),
             Some(Some(nodes)) => {
-                let selects = |name: &&String| {
-                    state.nodes().get(*name).is_some_and(|node| target.selects(&node.labels))
-                };
-                nodes.iter().filter(selects).cloned().collect()
+                let known = nodes.range::<str, _>(from);
+                let known = known.filter_map(|name| state.nodes().get_key_value(name));
+                Box::new(known.filter(|(_, node)| target.selects(&node.labels)))
             }
         }
     }
@@ -381,8 +427,9 @@ impl Fleet {
         epoch: u64,
         now: Instant,
     ) -> u64 {
-        self.sessions += 1;
-        let id = self.sessions;
+        // One count for the process: what comes late from a session of an earlier leadership is of no session now.
+        static SESSIONS: AtomicU64 = AtomicU64::new(1);
+        let id = SESSIONS.fetch_add(1, Ordering::Relaxed);
         let Some(agent) = self.agents.get_mut(name) else { return id };
         agent.end(Status::aborted("another stream of this agent has connected"));
         let wire = |d: Duration| prost_types::Duration::try_from(d).ok();

@@ -1,26 +1,40 @@
 //! The API: the same services behind two fronts, TLS for agents and a unix socket for the operators of this machine.
 
+mod admin;
 mod agent;
 pub mod auth;
 mod bus;
-mod identity;
+mod catalog;
+pub mod identity;
 pub mod listen;
+mod quota;
 mod resource;
+mod state;
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
-    agent::agent_service_server::AgentServiceServer,
-    bus::bus_service_server::BusServiceServer,
+    admin::admin_service_server::AdminServiceServer,
+    bus::bus_service_server::{self, BusServiceServer},
+    catalog::catalog_service_server::{self, CatalogServiceServer},
     identity::{
-        enrollment_service_server::EnrollmentServiceServer,
+        enrollment_service_server::{self, EnrollmentServiceServer},
+        identity_service_server::{self, IdentityServiceServer},
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
+    state::state_service_server::{self, StateServiceServer},
 };
-use tonic::{service::Routes, transport::Server};
+use futures::{Stream, StreamExt as _, stream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, service::Routes, transport::Server};
+use tower::layer::util::{Identity, Stack};
 
-use crate::{actor::Core, bus::Bus, identity::Ca};
+use self::identity::Issuer;
+use crate::{
+    actor::Core, audit::Audit, bus::Bus, catalog::Catalog, error::Error, http::HttpLayer,
+    identity::registry::Registry, lease::Leases, store::Store,
+};
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
@@ -33,8 +47,32 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Flow-control window: a large policy needs few round trips.
 const WINDOW_BYTES: u32 = 1 << 20;
 
+/// What the services stand on.
+#[derive(Debug)]
+pub struct Parts {
+    /// Resources and agents.
+    pub core: Core,
+    /// Of certificates.
+    pub issuer: Issuer,
+    /// What was done and refused.
+    pub audit: Audit,
+    /// Keys.
+    pub store: Store,
+    /// Those of clients.
+    pub leases: Leases,
+    /// Instances of services.
+    pub catalog: Catalog,
+    /// Messages.
+    pub bus: Bus,
+    /// Folder with room for a backup.
+    pub state_dir: PathBuf,
+    /// Ends the streams that clients keep open.
+    pub stopping: CancellationToken,
+}
+
 /// The services; both fronts serve them.
-pub fn routes(core: &Core, bus: &Bus, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
+pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
+    let Parts { core, issuer, audit, store, leases, catalog, bus, state_dir, stopping } = parts;
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -42,12 +80,22 @@ pub fn routes(core: &Core, bus: &Bus, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
         .build_v1()?;
     let resources = ResourceServiceServer::new(resource::Service::new(core.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let agents = AgentServiceServer::new(agent::Service::new(core.clone()))
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let identity = Arc::new(identity::Service::new(core.clone(), ca.clone()));
+    let agents = agent::Service::new(core.clone());
+    let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
+    let watchers = state::watchers();
+    let state = StateServiceServer::new(state::Service::new(
+        store.clone(),
+        leases.clone(),
+        watchers.clone(),
+        stopping,
+    ))
+    .max_decoding_message_size(state::MESSAGE_BYTES_MAX);
+    let admin = admin::Service::new(admin::Parts { core, store, leases, watchers, state_dir })?;
+    let instances = CatalogServiceServer::new(catalog::Service::new(catalog))
+        .max_decoding_message_size(catalog::MESSAGE_BYTES_MAX);
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
-    let buses = BusServiceServer::new(bus::Service::new(bus.clone()))
+    let buses = BusServiceServer::new(bus::Service::new(bus))
         .max_decoding_message_size(bus::MESSAGE_BYTES_MAX);
     let mut routes = Routes::builder();
     routes
@@ -57,18 +105,57 @@ pub fn routes(core: &Core, bus: &Bus, ca: &Arc<Ca>) -> anyhow::Result<Routes> {
         .add_service(agents)
         .add_service(buses)
         .add_service(enrolment)
-        .add_service(JoinTokenServiceServer::from_arc(identity));
+        .add_service(state)
+        .add_service(AdminServiceServer::new(admin))
+        .add_service(instances)
+        .add_service(JoinTokenServiceServer::from_arc(identity.clone()))
+        .add_service(
+            IdentityServiceServer::from_arc(identity).max_decoding_message_size(ENROLL_BYTES_MAX),
+        );
     Ok(routes.routes())
 }
 
-/// HTTP/2 as both fronts speak it. The request's role is checked before anything else looks at it.
-pub fn server() -> Server<tower::layer::util::Stack<auth::AuthLayer, tower::layer::util::Identity>>
-{
+/// Largest message that a service takes.
+pub fn request_bytes_max(service: &str) -> usize {
+    match service {
+        enrollment_service_server::SERVICE_NAME | identity_service_server::SERVICE_NAME => {
+            ENROLL_BYTES_MAX
+        }
+        state_service_server::SERVICE_NAME => state::MESSAGE_BYTES_MAX,
+        bus_service_server::SERVICE_NAME => bus::MESSAGE_BYTES_MAX,
+        catalog_service_server::SERVICE_NAME => catalog::MESSAGE_BYTES_MAX,
+        _ => MESSAGE_BYTES_MAX,
+    }
+}
+
+/// The messages of a stream until it ends, or until the core stops and the client is told.
+fn until_stopped<T>(
+    stream: impl Stream<Item = Result<T, Status>> + Unpin,
+    stopping: CancellationToken,
+) -> impl Stream<Item = Result<T, Status>> {
+    stream::unfold((stream, Some(stopping)), |(mut stream, stopping)| async {
+        let stopping = stopping?;
+        tokio::select! {
+            biased;
+            () = stopping.cancelled() => Some((Err(Error::Stopped.into()), (stream, None))),
+            message = stream.next() => Some((message?, (stream, Some(stopping)))),
+        }
+    })
+}
+
+/// HTTP as both fronts speak it. The request's role is checked before anything looks at its body.
+pub fn server(
+    http: HttpLayer,
+    registry: &Arc<Registry>,
+    audit: &Audit,
+) -> Server<Stack<auth::AuthLayer, Stack<HttpLayer, Identity>>> {
     Server::builder()
+        .accept_http1(true)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE))
         .max_concurrent_streams(STREAMS_MAX)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
-        .layer(auth::AuthLayer)
+        .layer(http)
+        .layer(auth::AuthLayer::new(registry.clone(), audit.clone()))
 }

@@ -1,258 +1,326 @@
-//! The certificate authority of this core.
+//! Who calls, and what that one may do: certificates, roles, and the registry in which both are looked up.
+//!
+//! A certificate proves a name and a key. What they are worth is decided by the [`registry::Registry`] at each request:
+//! role, revocation and the end of the newest certificate.
+
+pub mod ca;
+pub mod caller;
+pub mod registry;
+pub mod verifier;
 
 use std::{
-    fs,
-    io::{self, Write as _},
-    net::IpAddr,
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
-    sync::Arc,
+    fmt,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use cnsmo_proto::model::Name;
-use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
-    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType,
+use cnsmo_proto::{
+    model::{Invalid, Name},
+    pb::identity as pb,
 };
+use prost::Message;
 use ring::digest::{SHA256, digest};
-use rustls::{
-    RootCertStore, ServerConfig,
-    pki_types::{
-        CertificateDer, CertificateSigningRequestDer, PrivatePkcs8KeyDer, pem::PemObject as _,
-    },
-    server::WebPkiClientVerifier,
-};
+use x509_parser::{extensions::GeneralName, prelude::X509Certificate};
 
-/// Name by which agents know the server, whatever its address is.
-pub const SERVER_NAME: &str = "core.cnsmo";
-/// What precedes a node's name in the URI of its certificate.
-pub const AGENT_URI: &str = "spiffe://cnsmo/agent/";
+/// How long a certificate lives, unless it is said otherwise.
+pub const CERTIFICATE_LIFE: Duration = Duration::from_secs(24 * 3_600);
+/// After its end a certificate still opens `Renew`, for a VM that was off over the holidays.
+pub const RENEWAL_GRACE: Duration = Duration::from_secs(30 * 24 * 3_600);
+/// What all URI SANs of ours begin with (SPIFFE ID, section 2).
+const TRUST_DOMAIN: &str = "spiffe://cnsmo/";
 
-const DAY: Duration = Duration::from_secs(24 * 3_600);
-const CA_LIFE: Duration = DAY.saturating_mul(3_653);
-const LEAF_LIFE: Duration = DAY.saturating_mul(365);
-/// Certificates start in the past, for clocks that lag behind.
-const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
-/// Largest signing request; one with a P-256 key takes some 300 bytes.
-const CSR_BYTES_MAX: usize = 16 << 10;
-
-/// Why the CA cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum IdentityError {
-    /// A file cannot be read or written.
-    #[error("cannot use {}", path.display())]
-    File {
-        /// File.
-        path: PathBuf,
-        /// Cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The certificate is there and its key is not.
-    #[error("{} is missing although {} exists: restore it from a backup", key.display(), certificate.display())]
-    KeyMissing {
-        /// Private key.
-        key: PathBuf,
-        /// Certificate.
-        certificate: PathBuf,
-    },
-    /// A file does not hold what it should.
-    #[error("{} is damaged", path.display())]
-    Damaged {
-        /// File.
-        path: PathBuf,
-        /// Cause.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// A certificate cannot be made.
-    #[error("cannot make a certificate")]
-    Make(#[from] rcgen::Error),
-    /// The TLS library does not take the certificate.
-    #[error("cannot set up TLS")]
-    Tls(#[source] Box<dyn std::error::Error + Send + Sync>),
+/// What a caller is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Came over TLS without a certificate.
+    Anonymous,
+    /// The agent of a VM.
+    Agent,
+    /// A program that uses state, bus and catalogue.
+    Service,
+    /// Reads everything but secrets.
+    Viewer,
+    /// Also writes resources, keys and messages.
+    Editor,
+    /// Also decides who else may. Whoever comes over the unix socket as root or as the core's own user.
+    Admin,
+    /// Another core.
+    Core,
 }
 
-/// A signing request whose sender has proved to hold the key.
-#[derive(Debug)]
-pub struct SigningRequest(CertificateSigningRequestParams);
-
-impl SigningRequest {
-    /// Checks form, signature and kind of key. The error is for the sender.
-    pub fn parse(der: &[u8]) -> Result<Self, String> {
-        if der.len() > CSR_BYTES_MAX {
-            return Err(format!("{} bytes; at most {CSR_BYTES_MAX} are allowed", der.len()));
+impl Role {
+    /// As in logs, errors and the audit.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::Agent => "agent",
+            Self::Service => "service",
+            Self::Viewer => "viewer",
+            Self::Editor => "editor",
+            Self::Admin => "admin",
+            Self::Core => "core",
         }
-        let request =
-            CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(der))
-                .map_err(|e| e.to_string())?;
-        if request.public_key.algorithm() != &PKCS_ECDSA_P256_SHA256 {
-            return Err("the key is not of the kind ECDSA P-256".into());
-        }
-        Ok(Self(request))
     }
 
-    /// SHA-256 of the public key info.
-    pub fn spki_sha256(&self) -> [u8; 32] {
-        sha256(&self.0.public_key.subject_public_key_info())
+    /// What names of this role are names of; none: it has no certificate.
+    pub fn kind(self) -> Option<Kind> {
+        match self {
+            Self::Anonymous => None,
+            Self::Agent => Some(Kind::Agent),
+            Self::Service => Some(Kind::Service),
+            Self::Viewer | Self::Editor | Self::Admin => Some(Kind::Operator),
+            Self::Core => Some(Kind::Core),
+        }
     }
 }
 
-/// The certificate authority.
-#[derive(Debug)]
-pub struct Ca {
-    issuer: Issuer<'static, KeyPair>,
-    certificate: CertificateDer<'static>,
-    certificate_pem: String,
-    spki_sha256: [u8; 32],
-}
-
-impl Ca {
-    /// Loads `ca.key` and `ca.crt`, or makes them if neither is there.
-    pub fn open(folder: &Path) -> Result<Self, IdentityError> {
-        let (key_path, path) = (folder.join("ca.key"), folder.join("ca.crt"));
-        let (key_pem, pem) = (read(&key_path)?, read(&path)?);
-        let key = match key_pem {
-            Some(pem) => KeyPair::from_pem(&pem)
-                .map_err(|e| IdentityError::Damaged { path: key_path, source: e.into() })?,
-            None if pem.is_some() => {
-                return Err(IdentityError::KeyMissing { key: key_path, certificate: path });
-            }
-            None => {
-                let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-                write_atomically(&key_path, key.serialize_pem().as_bytes(), 0o600)
-                    .map_err(|source| IdentityError::File { path: key_path, source })?;
-                key
-            }
-        };
-        // A crash between the two files leaves the key: its certificate is made then.
-        let pem = match pem {
-            Some(pem) => pem,
-            None => {
-                let pem = ca_params().self_signed(&key)?.pem();
-                write_atomically(&path, pem.as_bytes(), 0o644)
-                    .map_err(|source| IdentityError::File { path: path.clone(), source })?;
-                pem
-            }
-        };
-        let damaged = |source| IdentityError::Damaged { path: path.clone(), source };
-        let certificate =
-            CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| damaged(e.into()))?;
-        let spki = key.subject_public_key_info();
-        let (_, parsed) =
-            x509_parser::parse_x509_certificate(&certificate).map_err(|e| damaged(e.into()))?;
-        if parsed.public_key().raw != spki {
-            return Err(damaged("its key is not the one in ca.key".into()));
+impl From<Role> for pb::Role {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Anonymous => Self::Unspecified,
+            Role::Agent => Self::Agent,
+            Role::Service => Self::Service,
+            Role::Viewer => Self::Viewer,
+            Role::Editor => Self::Editor,
+            Role::Admin => Self::Admin,
+            Role::Core => Self::Core,
         }
-        let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|e| damaged(e.into()))?;
-        Ok(Self { issuer, certificate, certificate_pem: pem, spki_sha256: sha256(&spki) })
-    }
-
-    /// The certificate, PEM.
-    pub fn certificate_pem(&self) -> &str {
-        &self.certificate_pem
-    }
-
-    /// SHA-256 of its public key info: what a join token pins.
-    pub fn spki_sha256(&self) -> [u8; 32] {
-        self.spki_sha256
-    }
-
-    /// A certificate for the agent of `node`, PEM.
-    pub fn issue_agent(
-        &self,
-        node: &Name,
-        request: &SigningRequest,
-    ) -> Result<String, IdentityError> {
-        let mut params = leaf_params(node.as_str(), ExtendedKeyUsagePurpose::ClientAuth);
-        let uri = format!("{AGENT_URI}{node}").as_str().try_into()?;
-        params.subject_alt_names = vec![SanType::URI(uri)];
-        Ok(params.signed_by(&request.0.public_key, &self.issuer)?.pem())
-    }
-
-    /// TLS with a fresh server certificate for `addresses`, which clients may answer with a certificate of this CA.
-    pub fn server_config(&self, addresses: &[IpAddr]) -> Result<ServerConfig, IdentityError> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let mut params = leaf_params(SERVER_NAME, ExtendedKeyUsagePurpose::ServerAuth);
-        for name in [SERVER_NAME, "localhost"] {
-            params.subject_alt_names.push(SanType::DnsName(name.try_into()?));
-        }
-        params.subject_alt_names.extend(addresses.iter().copied().map(SanType::IpAddress));
-        let leaf = params.signed_by(&key, &self.issuer)?;
-
-        let mut roots = RootCertStore::empty();
-        roots.add(self.certificate.clone()).map_err(|e| IdentityError::Tls(e.into()))?;
-        let verifier = WebPkiClientVerifier::builder(Arc::new(roots))
-            .allow_unauthenticated()
-            .build()
-            .map_err(|e| IdentityError::Tls(e.into()))?;
-        // The chain includes the CA, so that clients can pin its key.
-        let chain = vec![leaf.der().clone(), self.certificate.clone()];
-        let mut config = ServerConfig::builder()
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(chain, PrivatePkcs8KeyDer::from(key.serialize_der()).into())
-            .map_err(|e| IdentityError::Tls(e.into()))?;
-        config.alpn_protocols = vec![b"h2".to_vec()];
-        Ok(config)
     }
 }
 
-/// What a client certificate says, once TLS has verified it.
+/// [`pb::Role::Unspecified`] is none.
+impl TryFrom<pb::Role> for Role {
+    type Error = Invalid;
+
+    fn try_from(role: pb::Role) -> Result<Self, Invalid> {
+        Ok(match role {
+            pb::Role::Unspecified => return Err(Invalid::new("missing")),
+            pb::Role::Agent => Self::Agent,
+            pb::Role::Service => Self::Service,
+            pb::Role::Viewer => Self::Viewer,
+            pb::Role::Editor => Self::Editor,
+            pb::Role::Admin => Self::Admin,
+            pb::Role::Core => Self::Core,
+        })
+    }
+}
+
+/// Kinds of names: one namespace each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// VMs.
+    Agent,
+    /// Programs.
+    Service,
+    /// People and their tools.
+    Operator,
+    /// Cores.
+    Core,
+}
+
+impl Kind {
+    const ALL: [Self; 4] = [Self::Agent, Self::Service, Self::Operator, Self::Core];
+
+    /// As in an identity.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::Service => "service",
+            Self::Operator => "operator",
+            Self::Core => "core",
+        }
+    }
+}
+
+/// A name that a certificate can be for. Written `<kind>/<name>`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct AgentIdentity {
-    /// Name of the node.
-    pub node: Name,
+pub struct Subject {
+    /// Kind.
+    pub kind: Kind,
+    /// Name.
+    pub name: Name,
+}
+
+impl Subject {
+    /// Reads what [`fmt::Display`] writes.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (kind, name) = text.split_once('/')?;
+        let kind = Kind::ALL.into_iter().find(|one| one.as_str() == kind)?;
+        Some(Self { kind, name: Name::new(name).ok()? })
+    }
+
+    /// The URI SAN of its certificates.
+    pub fn uri(&self) -> String {
+        format!("{TRUST_DOMAIN}{self}")
+    }
+
+    /// A certificate of two identities is none (SPIFFE X.509-SVID, section 2).
+    fn of(certificate: &X509Certificate<'_>) -> Option<Self> {
+        let names = certificate.subject_alternative_name().ok()??;
+        let [GeneralName::URI(uri)] = names.value.general_names[..] else { return None };
+        Self::parse(uri.strip_prefix(TRUST_DOMAIN)?)
+    }
+}
+
+impl fmt::Display for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.kind.as_str(), self.name)
+    }
+}
+
+/// What a client's certificate says. Whether it is true, TLS has verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Whom it is for.
+    pub subject: Subject,
+    /// The same as a text.
+    pub identity: String,
     /// SHA-256 of the public key info.
     pub spki_sha256: [u8; 32],
 }
 
-impl AgentIdentity {
-    /// None: the certificate is not an agent's.
+impl Peer {
+    /// None: not a certificate of an identity.
     pub fn from_certificate(der: &[u8]) -> Option<Self> {
         let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
-        let names = certificate.subject_alternative_name().ok()??;
-        let [x509_parser::extensions::GeneralName::URI(uri)] = names.value.general_names[..] else {
-            return None;
-        };
-        let node = Name::new(uri.strip_prefix(AGENT_URI)?).ok()?;
-        Some(Self { node, spki_sha256: sha256(certificate.public_key().raw) })
+        let subject = Subject::of(&certificate)?;
+        let spki_sha256 = sha256(certificate.public_key().raw);
+        Some(Self { identity: subject.to_string(), subject, spki_sha256 })
     }
 }
 
-fn ca_params() -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = common_name("CNSMO CA");
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    valid_for(&mut params, CA_LIFE);
-    params
+/// What an identity may do beyond its role: key prefixes and patterns of subjects.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Grants {
+    /// How keys begin that it may read and write.
+    pub state_prefixes: Vec<String>,
+    /// Patterns of subjects that it may publish to and subscribe to.
+    pub subjects: Vec<String>,
 }
 
-fn leaf_params(name: &str, usage: ExtendedKeyUsagePurpose) -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = common_name(name);
-    params.is_ca = IsCa::ExplicitNoCa;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![usage];
-    params.use_authority_key_identifier_extension = true;
-    valid_for(&mut params, LEAF_LIFE);
-    params
+/// Why an identity opens nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Revoked {
+    /// The name may not join again.
+    pub banned: bool,
+    /// Tokens made before this do not let the name in again.
+    pub time: SystemTime,
 }
 
-fn common_name(name: &str) -> DistinguishedName {
-    let mut distinguished = DistinguishedName::new();
-    distinguished.push(DnType::CommonName, name);
-    distinguished
+/// A certificate that was issued.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Issued {
+    /// X.509, DER.
+    pub der: Vec<u8>,
+    /// When.
+    pub time: SystemTime,
+    /// Its end.
+    pub not_after: SystemTime,
 }
 
-fn valid_for(params: &mut CertificateParams, life: Duration) {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    // Whole seconds: X.509 has no smaller unit.
-    let now = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(now.as_secs());
-    params.not_before = now - CLOCK_SKEW;
-    params.not_after = now + life;
+#[cfg(test)]
+impl Issued {
+    /// For tests of what does not look into it.
+    pub(crate) fn sample() -> Self {
+        let time = SystemTime::now();
+        Self { der: Vec::new(), time, not_after: time + CERTIFICATE_LIFE }
+    }
+}
+
+/// What is durable about an identity.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Enrolled {
+    /// What it is.
+    pub role: Role,
+    /// SHA-256 of the public key info.
+    pub spki_sha256: [u8; 32],
+    /// Its newest certificate.
+    pub certificate: Issued,
+    /// What it may do.
+    pub grants: Grants,
+    /// None: it is in force.
+    pub revoked: Option<Revoked>,
+}
+
+/// Times in ms since the epoch.
+#[derive(Clone, PartialEq, Message)]
+struct Record {
+    #[prost(enumeration = "pb::Role", tag = "1")]
+    role: i32,
+    #[prost(bytes = "vec", tag = "2")]
+    spki_sha256: Vec<u8>,
+    #[prost(bytes = "vec", tag = "3")]
+    certificate: Vec<u8>,
+    #[prost(uint64, tag = "4")]
+    issued_ms: u64,
+    #[prost(uint64, tag = "5")]
+    not_after_ms: u64,
+    #[prost(string, repeated, tag = "6")]
+    state_prefixes: Vec<String>,
+    #[prost(string, repeated, tag = "7")]
+    subjects: Vec<String>,
+    #[prost(enumeration = "pb::Revocation", tag = "8")]
+    revocation: i32,
+    #[prost(uint64, tag = "9")]
+    revoked_ms: u64,
+}
+
+impl Enrolled {
+    /// As it is kept.
+    pub fn encode(&self) -> Vec<u8> {
+        let revocation = match self.revoked {
+            None => pb::Revocation::Unspecified,
+            Some(Revoked { banned: false, .. }) => pb::Revocation::Evict,
+            Some(Revoked { banned: true, .. }) => pb::Revocation::Ban,
+        };
+        Record {
+            role: pb::Role::from(self.role).into(),
+            spki_sha256: self.spki_sha256.to_vec(),
+            certificate: self.certificate.der.clone(),
+            issued_ms: to_ms(self.certificate.time),
+            not_after_ms: to_ms(self.certificate.not_after),
+            state_prefixes: self.grants.state_prefixes.clone(),
+            subjects: self.grants.subjects.clone(),
+            revocation: revocation.into(),
+            revoked_ms: self.revoked.map_or(0, |revoked| to_ms(revoked.time)),
+        }
+        .encode_to_vec()
+    }
+
+    /// Reads what [`Self::encode`] gives.
+    pub fn decode(bytes: &[u8]) -> Result<Self, Invalid> {
+        let record = Record::decode(bytes).map_err(|e| Invalid::new(e.to_string()))?;
+        let spki = record.spki_sha256.as_slice().try_into();
+        let revoked = match record.revocation() {
+            pb::Revocation::Unspecified => None,
+            kind => Some(Revoked {
+                banned: kind == pb::Revocation::Ban,
+                time: from_ms(record.revoked_ms)?,
+            }),
+        };
+        Ok(Self {
+            role: Role::try_from(record.role()).map_err(|e| e.at("role"))?,
+            spki_sha256: spki.map_err(|_| Invalid::new("a hash is not 32 bytes long"))?,
+            certificate: Issued {
+                time: from_ms(record.issued_ms)?,
+                not_after: from_ms(record.not_after_ms)?,
+                der: record.certificate,
+            },
+            grants: Grants { state_prefixes: record.state_prefixes, subjects: record.subjects },
+            revoked,
+        })
+    }
+}
+
+/// Milliseconds since the epoch, as records keep times.
+pub fn to_ms(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The time of [`to_ms`].
+pub fn from_ms(ms: u64) -> Result<SystemTime, Invalid> {
+    let time = UNIX_EPOCH.checked_add(Duration::from_millis(ms));
+    time.ok_or_else(|| Invalid::new("a time is too late"))
 }
 
 fn sha256(bytes: &[u8]) -> [u8; 32] {
@@ -261,103 +329,34 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     hash
 }
 
-fn read(path: &Path) -> Result<Option<String>, IdentityError> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(IdentityError::File { path: path.to_owned(), source }),
-    }
-}
-
-/// The file is there whole or not at all, also after a power cut.
-fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let mut temporary = path.as_os_str().to_owned();
-    temporary.push(".new");
-    // Left by a crash; its mode would be kept.
-    match fs::remove_file(&temporary) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        Ok(()) | Err(_) => {}
-    }
-    let mut file =
-        fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    match path.parent() {
-        Some(folder) => fs::File::open(folder)?.sync_all(),
-        None => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
-    fn request(key: &KeyPair) -> Vec<u8> {
-        CertificateParams::default().serialize_request(key).unwrap().der().to_vec()
+    #[test]
+    fn a_record_survives_the_store() {
+        let enrolled = Enrolled {
+            role: Role::Service,
+            spki_sha256: [3; 32],
+            certificate: Issued {
+                der: vec![1, 2],
+                time: from_ms(5).unwrap(),
+                not_after: from_ms(9).unwrap(),
+            },
+            grants: Grants { state_prefixes: vec!["a/".into()], subjects: vec!["a.>".into()] },
+            revoked: Some(Revoked { banned: true, time: from_ms(7).unwrap() }),
+        };
+        assert_eq!(Enrolled::decode(&enrolled.encode()).unwrap(), enrolled);
+        assert!(Enrolled::decode(&[]).is_err() && Enrolled::decode(&[0xff]).is_err());
     }
 
     #[test]
-    fn the_ca_is_made_once_and_its_key_is_private() {
-        let folder = tempfile::tempdir().unwrap();
-        let first = Ca::open(folder.path()).unwrap();
-        let mode = fs::metadata(folder.path().join("ca.key")).unwrap().permissions().mode();
-        assert_eq!(mode & 0o777, 0o600);
-        let again = Ca::open(folder.path()).unwrap();
-        assert_eq!(first.spki_sha256(), again.spki_sha256());
-        assert_eq!(first.certificate_pem(), again.certificate_pem());
-
-        fs::remove_file(folder.path().join("ca.crt")).unwrap();
-        assert_eq!(Ca::open(folder.path()).unwrap().spki_sha256(), first.spki_sha256());
-        fs::remove_file(folder.path().join("ca.key")).unwrap();
-        let error = Ca::open(folder.path()).unwrap_err();
-        assert!(matches!(error, IdentityError::KeyMissing { .. }), "{error}");
-    }
-
-    #[test]
-    fn a_key_of_another_ca_is_found_out() {
-        let [a, b] = [(); 2].map(|()| tempfile::tempdir().unwrap());
-        Ca::open(a.path()).unwrap();
-        Ca::open(b.path()).unwrap();
-        fs::copy(b.path().join("ca.key"), a.path().join("ca.key")).unwrap();
-        let error = Ca::open(a.path()).unwrap_err();
-        assert!(matches!(error, IdentityError::Damaged { .. }), "{error}");
-    }
-
-    #[test]
-    fn an_agents_certificate_names_the_node_whatever_the_request_says() {
-        let folder = tempfile::tempdir().unwrap();
-        let ca = Ca::open(folder.path()).unwrap();
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec!["core.cnsmo".to_owned()]).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let csr = params.serialize_request(&key).unwrap();
-        let request = SigningRequest::parse(csr.der()).unwrap();
-        let pem = ca.issue_agent(&Name::new("web-1").unwrap(), &request).unwrap();
-        let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
-        let identity = AgentIdentity::from_certificate(&der).unwrap();
-        assert_eq!(identity.node.as_str(), "web-1");
-        assert_eq!(identity.spki_sha256, request.spki_sha256());
-        let (_, parsed) = x509_parser::parse_x509_certificate(&der).unwrap();
-        assert!(!parsed.is_ca());
-        assert_eq!(parsed.subject().to_string(), "CN=web-1");
-        let usage = parsed.extended_key_usage().unwrap().unwrap().value;
-        assert!(usage.client_auth && !usage.server_auth);
-        assert!(AgentIdentity::from_certificate(&ca.certificate).is_none());
-    }
-
-    #[test]
-    fn requests_that_prove_nothing_are_refused() {
-        let good = request(&KeyPair::generate().unwrap());
-        SigningRequest::parse(&good).unwrap();
-        let mut forged = good.clone();
-        *forged.last_mut().unwrap() ^= 1;
-        assert!(SigningRequest::parse(&forged).is_err());
-        let other = KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
-        assert!(SigningRequest::parse(&request(&other)).is_err());
-        assert!(SigningRequest::parse(b"").is_err());
-        assert!(SigningRequest::parse(&[0; CSR_BYTES_MAX + 1]).is_err());
+    fn subjects_are_read_as_they_are_written() {
+        for text in ["agent/web-1", "operator/alice", "service/db", "core/a"] {
+            assert_eq!(Subject::parse(text).unwrap().to_string(), text);
+        }
+        for bad in ["", "agent", "agent/", "Agent/a", "robot/a", "agent/A_", "agent/a/b"] {
+            assert_eq!(Subject::parse(bad), None, "{bad}");
+        }
     }
 }

@@ -8,14 +8,20 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
-use clap::{Parser, ValueEnum};
+use anyhow::{Context as _, bail, ensure};
+use clap::{Parser, Subcommand, ValueEnum};
 use cnsmo_core::{
+    cluster::{TTL_MAX, TTL_MIN},
     fleet::Timing,
-    server::{Config, Running},
+    server::{self, Config, Running, Shared},
+    store::PostgresConfig,
 };
+use cnsmo_service::channel::CoreAddress;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+
+/// Agents look at their certificate about once a second.
+const CERTIFICATE_LIFE_MIN: Duration = Duration::from_secs(4);
 
 /// Keeps the state of a CNSMO deployment and its agents in step.
 #[derive(Debug, Parser)]
@@ -24,6 +30,7 @@ struct Arguments {
     /// Folder of state and keys.
     #[arg(
         long,
+        global = true,
         value_name = "DIR",
         env = "CNSMO_STATE_DIR",
         default_value = "/var/lib/cnsmo/core"
@@ -35,15 +42,47 @@ struct Arguments {
     /// Unix socket for the operators of this machine.
     #[arg(long, value_name = "PATH", env = "CNSMO_SOCKET", default_value = "/run/cnsmo/core.sock")]
     socket: PathBuf,
+    /// Database shared with other cores, postgres://USER@HOST/DATABASE [default: a file in the state folder].
+    #[arg(long, value_name = "URL", env = "CNSMO_STORE", hide_env_values = true)]
+    store: Option<String>,
+    /// File with the password for --store.
+    #[arg(long, value_name = "FILE", env = "CNSMO_STORE_PASSWORD_FILE", requires = "store")]
+    store_password_file: Option<PathBuf>,
+    /// Where agents reach this core, of several [default: --listen, if that is an address].
+    #[arg(long, value_name = "HOST:PORT", env = "CNSMO_ADVERTISE", requires = "store")]
+    advertise: Option<CoreAddress>,
+    /// Time within which another core takes over from one that died.
+    #[arg(long, value_name = "TIME", env = "CNSMO_TAKEOVER", value_parser = duration, default_value = "10s")]
+    takeover: Duration,
     /// How often agents call, for example 2s or 500ms.
     #[arg(long, value_name = "TIME", env = "CNSMO_HEARTBEAT", value_parser = duration, default_value = "2s")]
     heartbeat: Duration,
     /// Silence after which an agent is unreachable; more than the heartbeat.
     #[arg(long, value_name = "TIME", env = "CNSMO_LEASE", value_parser = duration, default_value = "6s")]
     lease: Duration,
+    /// How long certificates live; they are renewed at half of it.
+    #[arg(long, value_name = "TIME", env = "CNSMO_CERTIFICATE_LIFE", value_parser = duration, default_value = "24h")]
+    certificate_life: Duration,
     /// Form of the log on standard error; CNSMO_LOG sets what it tells, for example debug.
     #[arg(long, value_enum, env = "CNSMO_LOG_FORMAT", default_value = "text")]
     log_format: LogFormat,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Put a backup in place of the state. The core must not run.
+    ///
+    /// Agents and clients notice, and take the older state over.
+    Restore {
+        /// As made by `cnsmo backup`.
+        #[arg(long, value_name = "FILE")]
+        from: PathBuf,
+        /// Replace a state that is there.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -77,8 +116,18 @@ fn log(format: LogFormat) {
 }
 
 #[tokio::main]
-async fn run(arguments: Arguments) -> anyhow::Result<()> {
-    let Arguments { state_dir, listen, socket, heartbeat, lease, .. } = arguments;
+async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
+    if let Some(Command::Restore { from, force }) = arguments.command.take() {
+        let revision = server::restore(&arguments.state_dir, &from, force).await?;
+        tracing::info!(revision, "restored");
+        return Ok(());
+    }
+    let shared = shared(&arguments)?;
+    let Arguments { state_dir, listen, socket, heartbeat, lease, certificate_life, .. } = arguments;
+    ensure!(
+        certificate_life >= CERTIFICATE_LIFE_MIN && certificate_life.subsec_nanos() == 0,
+        "--certificate-life must be whole seconds, and at least {CERTIFICATE_LIFE_MIN:?}"
+    );
     anyhow::ensure!(
         lease > heartbeat,
         "--lease {lease:?} must be longer than --heartbeat {heartbeat:?}"
@@ -90,8 +139,11 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
     let timing = Timing { heartbeat, lease };
-    let config = Config { state_dir, listen, socket: socket.clone(), timing };
-    let mut running = Running::start(config).await?;
+    let config = Config { state_dir, listen, socket: socket.clone(), timing, certificate_life };
+    let mut running = match shared {
+        None => Running::start(config).await?,
+        Some(shared) => Running::start_shared(config, shared).await?,
+    };
     tracing::info!(listen = %running.address, socket = %socket.display(), "ready");
     let failure = tokio::select! {
         _ = interrupt.recv() => None,
@@ -108,7 +160,24 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
 }
 
-/// A number with one of the units ms, s and m.
+/// How the core shares a database, if it does.
+fn shared(arguments: &Arguments) -> anyhow::Result<Option<Shared>> {
+    let Arguments { store, store_password_file, advertise, listen, takeover, .. } = arguments;
+    let Some(url) = store else { return Ok(None) };
+    let database = PostgresConfig::new(url, store_password_file.as_deref()).context("--store")?;
+    let advertise = match advertise {
+        Some(address) => address.to_string(),
+        None if listen.ip().is_unspecified() || listen.port() == 0 => {
+            bail!("--advertise: missing, and --listen {listen} is no address that agents reach")
+        }
+        None => listen.to_string(),
+    };
+    let fits = (TTL_MIN..=TTL_MAX).contains(takeover);
+    ensure!(fits, "--takeover: {takeover:?} is not in {TTL_MIN:?} to {TTL_MAX:?}");
+    Ok(Some(Shared { database, advertise, takeover: *takeover }))
+}
+
+/// A number with one of the units ms, s, m and h.
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -117,6 +186,7 @@ fn duration(text: &str) -> Result<Duration, String> {
         "ms" => Duration::from_millis(1),
         "s" => Duration::from_secs(1),
         "m" => Duration::from_secs(60),
+        "h" => Duration::from_secs(3_600),
         _ => return Err("not of the form 2s, 500ms or 1m".into()),
     };
     if number == 0 {

@@ -4,7 +4,7 @@ use std::{
     fs::{self, DirBuilder, File},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::fs::DirBuilderExt as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -16,18 +16,29 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
-    actor::Core,
+    actor::{Core, Seats},
+    audit::Audit,
     bus::{Bus, BusConfig},
+    catalog::Catalog,
+    cluster::{self, Cluster, Member},
     fleet::Timing,
     grpc,
-    identity::Ca,
-    store::{Store, StoreConfig},
+    http::HttpLayer,
+    identity::{
+        ca::Ca,
+        registry::{self, Registry},
+    },
+    lease::Leases,
+    store::{self, PostgresConfig, Revision, Store, StoreConfig, StoreError},
 };
 
 /// Connections that have finished their handshake and wait to be served.
 const ACCEPTED_MAX: usize = 64;
+/// Name of a core that has its store for itself, as the holder of leases.
+const CORE: &str = "core";
 /// How long calls may take to end once the core stops.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -42,6 +53,27 @@ pub struct Config {
     pub socket: PathBuf,
     /// Of agents.
     pub timing: Timing,
+    /// How long certificates live, in whole seconds.
+    pub certificate_life: Duration,
+}
+
+/// How a core shares a database with others.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// The database.
+    pub database: PostgresConfig,
+    /// Where agents and operators reach this core, for the others to tell.
+    pub advertise: String,
+    /// A leader that dies is replaced within this time.
+    pub takeover: Duration,
+}
+
+/// Who keeps resources and agents going.
+#[derive(Debug)]
+enum Keeper {
+    /// This core has its store for itself.
+    Alone(JoinHandle<()>),
+    Cluster(Cluster),
 }
 
 /// A core that serves.
@@ -53,36 +85,86 @@ pub struct Running {
     bus: Bus,
     stop: watch::Sender<bool>,
     servers: JoinSet<Result<(), tonic::transport::Error>>,
-    actor: JoinHandle<()>,
+    keeper: Keeper,
+    store: Store,
+    /// Ends the streams that clients keep open.
+    stopping: CancellationToken,
+    /// Ends leases.
+    counting: JoinHandle<()>,
+    /// Judges the silence of instances.
+    instances: JoinHandle<()>,
+    /// Aborted when dropped.
+    _helpers: JoinSet<()>,
     // Held until the end.
     socket: grpc::listen::SocketFile,
     lock: File,
 }
 
 impl Running {
-    /// Starts a core. When it returns, both fronts take connections.
+    /// Starts a core with a store for itself. When it returns, both fronts take connections.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
+        Self::start_with(config, None).await
+    }
+
+    /// Starts one of several cores on one database.
+    pub async fn start_shared(config: Config, shared: Shared) -> anyhow::Result<Self> {
+        Self::start_with(config, Some(shared)).await
+    }
+
+    async fn start_with(config: Config, shared: Option<Shared>) -> anyhow::Result<Self> {
         let folder = &config.state_dir;
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(folder)
-            .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
+        make_folder(folder)?;
         let lock = lock(&folder.join("lock"))?;
         let ca = Arc::new(Ca::open(folder)?);
-        let store = Store::open(&StoreConfig::sqlite(folder.join("state.db"))).await?;
+        let store = match &shared {
+            None => StoreConfig::sqlite(folder.join("state.db")),
+            Some(shared) => StoreConfig::postgres(shared.database.clone()),
+        };
+        let store = Store::open(&store).await?;
+        if shared.is_some() {
+            cluster::check_ca(&store, &ca.spki_sha256()).await?;
+        }
         let tcp = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}", config.listen))?;
         let address = tcp.local_addr().context("the listener has no address")?;
-        let tls = Arc::new(ca.server_config(&addresses(address.ip()))?);
+        let registry = Arc::new(Registry::default());
+        let tls = Arc::new(ca.server_config(&addresses(address.ip()), &registry)?);
         let (unix, socket) = grpc::listen::bind_unix(&config.socket)
             .await
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
-        let bus = Bus::start(store.clone(), BusConfig::default()).await?;
-        let (core, actor) = Core::start(store, config.timing).await?;
-        let routes = grpc::routes(&core, &bus, &ca)?.prepare();
+        let audit = Audit::new(Arc::new(store.clone()));
+        let alone = shared.is_none();
+        let id = match &shared {
+            None => CORE.to_owned(),
+            Some(_) => cluster::id_in(folder).context("cannot keep the name of this core")?,
+        };
+        let mut helpers = JoinSet::new();
+        if !alone {
+            // Only the core that leads changes identities: the others learn of it.
+            helpers.spawn(registry::follow(registry.clone(), store.clone()));
+        }
+        let (core, keeper) =
+            keep(store.clone(), config.timing, registry.clone(), &id, shared).await?;
+        let stopping = CancellationToken::new();
+        let (catalog, instances) = Catalog::start(store.clone(), &id, alone).await?;
+        let (leases, counting) = Leases::start(store.clone(), &id, alone).await?;
+        let messages = BusConfig { holder: id.clone(), ..BusConfig::default() };
+        let bus = Bus::start(store.clone(), messages).await?;
+        let parts = grpc::Parts {
+            core: core.clone(),
+            issuer: grpc::identity::Issuer { ca, life: config.certificate_life },
+            audit: audit.clone(),
+            store: store.clone(),
+            leases,
+            catalog: catalog.clone(),
+            bus: bus.clone(),
+            state_dir: folder.clone(),
+            stopping: stopping.clone(),
+        };
+        let routes = grpc::routes(parts)?.prepare();
+        let http = HttpLayer::new().context("the API's descriptors are damaged")?;
         let (stop, stopped) = watch::channel(false);
         let until = |mut stopped: watch::Receiver<bool>| async move {
             // The sender is gone: stop as well.
@@ -90,30 +172,69 @@ impl Running {
         };
         let (to_tls, from_tls) = mpsc::channel(ACCEPTED_MAX);
         let (to_unix, from_unix) = mpsc::channel(ACCEPTED_MAX);
-        tokio::spawn(grpc::listen::accept_tls(tcp, tls, to_tls));
+        tokio::spawn(grpc::listen::accept_tls(tcp, tls, audit.clone(), to_tls));
         tokio::spawn(grpc::listen::accept_unix(unix, to_unix));
         let mut servers = JoinSet::new();
-        servers.spawn(grpc::server().serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http.clone(), &registry, &audit).serve_with_incoming_shutdown(
             routes.clone(),
             ReceiverStream::new(from_tls),
             until(stopped.clone()),
         ));
-        servers.spawn(grpc::server().serve_with_incoming_shutdown(
+        servers.spawn(grpc::server(http, &registry, &audit).serve_with_incoming_shutdown(
             routes,
             ReceiverStream::new(from_unix),
             until(stopped),
         ));
-        Ok(Self { address, core, bus, stop, servers, actor, socket, lock })
+        helpers.spawn(registry::sweep(registry));
+        helpers.spawn(catalog.follow_agents(core.clone()));
+        Ok(Self {
+            address,
+            core,
+            bus,
+            stop,
+            servers,
+            keeper,
+            store,
+            stopping,
+            counting,
+            instances,
+            _helpers: helpers,
+            socket,
+            lock,
+        })
     }
 
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
-        let Self { core, bus, stop, mut servers, actor, socket, lock, .. } = self;
+        let Self {
+            core,
+            bus,
+            stop,
+            mut servers,
+            keeper,
+            store,
+            stopping,
+            counting,
+            instances,
+            socket,
+            lock,
+            ..
+        } = self;
+        stopping.cancel();
+        counting.abort();
+        instances.abort();
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
         bus.stop();
         core.shut_down().await;
         drop(core);
+        let kept = match keeper {
+            Keeper::Alone(task) => task.await.context("the core's task failed"),
+            Keeper::Cluster(cluster) => cluster.stop().await,
+        };
+        if let Err(error) = kept {
+            tracing::error!("{error:#}");
+        }
         let drained = tokio::time::timeout(DRAIN_TIMEOUT, async {
             while let Some(ended) = servers.join_next().await {
                 if let Ok(Err(error)) = ended {
@@ -125,18 +246,30 @@ impl Running {
             tracing::warn!("some calls did not end in time");
             servers.shutdown().await;
         }
-        if let Err(error) = actor.await {
-            tracing::error!(%error, "the core's task failed");
-        }
+        store.close().await;
         drop((socket, lock));
     }
 
     /// Waits for a failure that no restart inside can repair.
     pub async fn failed(&mut self) -> anyhow::Error {
+        let keeper = async {
+            match &mut self.keeper {
+                Keeper::Alone(task) => match task.await {
+                    Ok(()) => anyhow::anyhow!("the core's task has ended"),
+                    Err(error) => anyhow::Error::new(error).context("the core's task has failed"),
+                },
+                Keeper::Cluster(cluster) => cluster.ended().await,
+            }
+        };
         tokio::select! {
-            ended = &mut self.actor => match ended {
-                Ok(()) => anyhow::anyhow!("the core's task has ended"),
-                Err(error) => anyhow::Error::new(error).context("the core's task has failed"),
+            error = keeper => error,
+            ended = &mut self.counting => match ended {
+                Ok(()) => anyhow::anyhow!("the task that ends leases has ended"),
+                Err(error) => anyhow::Error::new(error).context("the task that ends leases failed"),
+            },
+            ended = &mut self.instances => match ended {
+                Ok(()) => anyhow::anyhow!("the task of the catalogue has ended"),
+                Err(error) => anyhow::Error::new(error).context("the task of the catalogue failed"),
             },
             Some(ended) = self.servers.join_next() => match ended {
                 Ok(Err(error)) => anyhow::Error::new(error).context("a server has failed"),
@@ -147,8 +280,48 @@ impl Running {
     }
 }
 
+/// Starts what owns resources and agents: here, or in whichever core leads.
+async fn keep(
+    store: Store,
+    timing: Timing,
+    registry: Arc<Registry>,
+    id: &str,
+    shared: Option<Shared>,
+) -> anyhow::Result<(Core, Keeper)> {
+    let Some(Shared { database, advertise, takeover }) = shared else {
+        let (core, task) = Core::start(store, timing, registry).await?;
+        return Ok((core, Keeper::Alone(task)));
+    };
+    let me = Member { id: id.to_owned(), address: advertise };
+    let (seats, core) = Seats::new(registry);
+    let cluster = Cluster::start(store, &database, me, seats, timing, takeover);
+    Ok((core, Keeper::Cluster(cluster)))
+}
+
+/// Puts a backup in place of the state of a core that does not run, and returns its revision. A state that is there is only
+/// replaced if `force` says so.
+pub async fn restore(folder: &Path, from: &Path, force: bool) -> anyhow::Result<Revision> {
+    make_folder(folder)?;
+    let _lock = lock(&folder.join("lock"))?;
+    let store = StoreConfig::sqlite(folder.join("state.db"));
+    match store::restore(&store, from, force).await {
+        Err(error @ StoreError::NotEmpty { .. }) => {
+            Err(anyhow::Error::new(error).context("nothing was restored: --force replaces it"))
+        }
+        restored => Ok(restored?),
+    }
+}
+
+fn make_folder(folder: &Path) -> anyhow::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(folder)
+        .with_context(|| format!("cannot make the state folder {}", folder.display()))
+}
+
 /// Two cores on one state folder would overwrite each other.
-fn lock(path: &std::path::Path) -> anyhow::Result<File> {
+fn lock(path: &Path) -> anyhow::Result<File> {
     let file = File::options()
         .create(true)
         .truncate(false)

@@ -4,6 +4,7 @@
 //! [`State::commit`] change the memory: what was not committed was never seen.
 
 mod check;
+mod enrol;
 mod node;
 mod overlay;
 mod record;
@@ -28,15 +29,18 @@ use cnsmo_proto::{
 };
 use uuid::Uuid;
 
-pub use node::{
-    Announcement, Enrolment, Membership, NODES_MAX, Node, TOKEN_TTL_MAX, TOKEN_USES_MAX,
-    TOKENS_MAX, TokenRecord,
+pub use enrol::{
+    Admission, Enrolment, IDENTITIES_MAX, TOKEN_TTL_MAX, TOKEN_USES_MAX, TOKENS_MAX, TokenGrant,
+    TokenRecord,
 };
+pub use node::{Announcement, Membership, NODES_MAX, Node};
 pub use overlay::MEMBERS_MAX;
+pub use record::FOLDERS;
 pub use request::{Body, Wanted, parse_apply};
 
 use crate::{
     error::Error,
+    identity::Enrolled,
     store::{Entry, Op, Revision, Txn},
 };
 
@@ -79,6 +83,8 @@ enum Write {
     Delete(Kind, String),
     Token(String, TokenRecord),
     DeleteToken(String),
+    Identity(String, Box<Enrolled>),
+    DeleteIdentity(String),
 }
 
 /// What a request will change, all of it or nothing.
@@ -93,6 +99,15 @@ impl Plan {
     /// Whether there is nothing to commit.
     pub fn is_empty(&self) -> bool {
         self.writes.is_empty()
+    }
+
+    /// Identities that it changes, and what becomes of them; none: deleted.
+    pub fn identities(&self) -> impl Iterator<Item = (&str, Option<&Enrolled>)> {
+        self.writes.iter().filter_map(|write| match write {
+            Write::Identity(identity, enrolled) => Some((identity.as_str(), Some(&**enrolled))),
+            Write::DeleteIdentity(identity) => Some((identity.as_str(), None)),
+            _ => None,
+        })
     }
 
     /// The same for the store.
@@ -130,6 +145,8 @@ pub struct State {
     balancers: BTreeMap<String, StoredBalancer>,
     nodes: BTreeMap<String, Node>,
     tokens: BTreeMap<String, TokenRecord>,
+    /// By `<kind>/<name>`.
+    identities: BTreeMap<String, Enrolled>,
     /// By network.
     rosters: BTreeMap<String, Roster>,
     /// Nodes by the overlay addresses they have. Networks do not overlap.
@@ -172,6 +189,11 @@ impl State {
     /// By name.
     pub fn nodes(&self) -> &BTreeMap<String, Node> {
         &self.nodes
+    }
+
+    /// By `<kind>/<name>`.
+    pub fn identities(&self) -> &BTreeMap<String, Enrolled> {
+        &self.identities
     }
 
     /// Nodes of a network; none if it has no node.
@@ -243,10 +265,13 @@ impl State {
         if self.metadata(kind, name).is_none() {
             return Err(Error::NotFound(format!("{} {name}: does not exist", word(kind))));
         }
-        let name = name.to_owned();
+        let mut writes = vec![Write::Delete(kind, name.to_owned())];
+        if kind == Kind::Node {
+            writes.extend(self.plan_forgetting(name));
+        }
         let outcome = Outcome::Deleted.into();
-        let change = Change { kind: kind.into(), name: name.clone(), outcome };
-        self.finish(Plan { changes: vec![change], writes: vec![Write::Delete(kind, name)] })
+        let change = Change { kind: kind.into(), name: name.to_owned(), outcome };
+        self.finish(Plan { changes: vec![change], writes })
     }
 
     /// Checks a plan against the rules between resources, and adds which nodes join and leave networks by it.
@@ -298,6 +323,14 @@ impl State {
             }
             Write::DeleteToken(id) => {
                 self.tokens.remove(&id);
+                None
+            }
+            Write::Identity(identity, enrolled) => {
+                self.identities.insert(identity, *enrolled);
+                None
+            }
+            Write::DeleteIdentity(identity) => {
+                self.identities.remove(&identity);
                 None
             }
         }

@@ -38,7 +38,7 @@ async fn what_proves_nothing_is_refused_with_the_reason() {
         (token.as_str(), "web-1", &second, Code::AlreadyExists, "cnsmo delete node web-1"),
         (wrong_secret.as_str(), "web-2", &second, Code::PermissionDenied, "does not know"),
         ("cnsmo1.x", "web-2", &second, Code::InvalidArgument, "token"),
-        (token.as_str(), "Web_2", &second, Code::InvalidArgument, "node"),
+        (token.as_str(), "Web_2", &second, Code::InvalidArgument, "name"),
     ];
     for (token, node, key, code, text) in cases {
         let error = core.enrol(token, node, key).await.unwrap_err();

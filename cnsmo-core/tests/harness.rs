@@ -6,6 +6,7 @@ use std::{
 
 use cnsmo_core::{
     fleet::{PROTOCOL_VERSION, SET_TYPE, Timing},
+    identity::CERTIFICATE_LIFE,
     server::{Config, Running},
 };
 use cnsmo_proto::{
@@ -62,12 +63,21 @@ impl TestCore {
     }
 
     pub(crate) async fn start_in(folder: TempDir, timing: Timing) -> Self {
+        Self::start_as(folder, timing, CERTIFICATE_LIFE).await
+    }
+
+    pub(crate) async fn start_as(
+        folder: TempDir,
+        timing: Timing,
+        certificate_life: Duration,
+    ) -> Self {
         let socket = folder.path().join("core.sock");
         let config = Config {
             state_dir: folder.path().join("state"),
             listen: "127.0.0.1:0".parse().unwrap(),
             socket: socket.clone(),
             timing,
+            certificate_life,
         };
         let running = Running::start(config).await.unwrap();
         let admin = Admin::connect(&socket).await;
@@ -90,6 +100,13 @@ impl TestCore {
 
     /// Over TLS, with or without a certificate and its key.
     pub(crate) async fn tls(&self, identity: Option<(&str, &str)>) -> Channel {
+        self.try_tls(identity).await.unwrap()
+    }
+
+    async fn try_tls(
+        &self,
+        identity: Option<(&str, &str)>,
+    ) -> Result<Channel, tonic::transport::Error> {
         let mut tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(self.ca_pem()))
             .domain_name("core.cnsmo");
@@ -97,18 +114,18 @@ impl TestCore {
             tls = tls.identity(Identity::from_pem(certificate, key));
         }
         let url = format!("https://{}", self.running.address);
-        Endpoint::from_shared(url).unwrap().tls_config(tls).unwrap().connect().await.unwrap()
+        Endpoint::from_shared(url).unwrap().tls_config(tls).unwrap().connect().await
     }
 
     pub(crate) async fn enrol(
         &self,
         token: &str,
-        node: &str,
+        name: &str,
         key: &KeyPair,
     ) -> Result<EnrollResponse, Status> {
-        let csr = CertificateParams::default().serialize_request(key).unwrap().der().to_vec();
+        let csr = csr(key);
         let request =
-            EnrollRequest { token: token.into(), csr, node: node.into(), labels: BTreeMap::new() };
+            EnrollRequest { token: token.into(), csr, name: name.into(), labels: BTreeMap::new() };
         let mut client = EnrollmentServiceClient::new(self.tls(None).await);
         Ok(client.enroll(request).await?.into_inner())
     }
@@ -141,6 +158,20 @@ impl TestCore {
     }
 }
 
+impl TestCore {
+    /// An agent on a connection that is used for more.
+    pub(crate) async fn agent_on(&self, channel: Channel) -> Result<Agent, Status> {
+        Agent::connect(channel, None, None).await
+    }
+
+    /// A list over a new connection, which may not come about.
+    pub(crate) async fn try_list(&self, joined: &Joined, list: ListRequest) -> Result<(), Status> {
+        let channel = self.try_tls(Some((&joined.certificate, &joined.key))).await;
+        let channel = channel.map_err(|error| Status::unavailable(error.to_string()))?;
+        ResourceServiceClient::new(channel).list(list).await.map(drop)
+    }
+}
+
 pub(crate) struct Joined {
     pub(crate) certificate: String,
     pub(crate) key: String,
@@ -164,7 +195,8 @@ impl Admin {
 
     pub(crate) async fn token(&mut self, max_uses: u32, labels: &str) -> String {
         let labels = labels.parse::<Labels>().unwrap().as_map().clone();
-        let request = CreateJoinTokenRequest { ttl: None, max_uses, labels };
+        let request =
+            CreateJoinTokenRequest { max_uses, labels, ..CreateJoinTokenRequest::default() };
         self.tokens.create_join_token(request).await.unwrap().into_inner().token
     }
 
@@ -229,6 +261,11 @@ impl Admin {
         };
         tokio::time::timeout(PATIENCE, wait).await.expect("the node never got there")
     }
+}
+
+/// A signing request.
+pub(crate) fn csr(key: &KeyPair) -> Vec<u8> {
+    CertificateParams::default().serialize_request(key).unwrap().der().to_vec()
 }
 
 pub(crate) async fn unix(socket: &Path) -> Result<Channel, tonic::transport::Error> {
@@ -300,7 +337,7 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
-    async fn connect(
+    pub(crate) async fn connect(
         channel: Channel,
         have: Option<TypeState>,
         announcement: Option<Announcement>,
@@ -327,6 +364,11 @@ impl Agent {
         let next = tokio::time::timeout(PATIENCE, self.down.message()).await;
         let next = next.expect("the core sends nothing")?;
         Ok(next.expect("the stream ended without a status").message.unwrap())
+    }
+
+    /// Whatever comes next.
+    pub(crate) async fn message(&mut self) -> Result<(), Status> {
+        self.next().await.map(drop)
     }
 
     /// The status with which the core ends the stream.

@@ -8,7 +8,17 @@
 mod agents;
 mod api;
 mod bus;
+mod cluster;
 mod enrolment;
 mod harness;
+mod hostile;
+mod http;
+mod identity;
 mod overlay;
+mod pause;
+mod postgres;
 mod program;
+#[path = "../../tests/harness/postgres.rs"]
+#[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
+mod server;
+mod state;

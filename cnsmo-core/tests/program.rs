@@ -2,6 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader},
+    net::SocketAddr,
     path::Path,
     process::{Child, Command, Stdio},
     sync::{
@@ -12,15 +13,20 @@ use std::{
 };
 
 use cnsmo_proto::pb::resource::Kind;
+use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
 use crate::harness::{Admin, PATIENCE, policy};
 
 /// Killed when dropped, so that a failed test leaves nothing behind.
-struct Program(Child);
+pub(crate) struct Program {
+    child: Child,
+    /// Where TLS is served.
+    address: SocketAddr,
+}
 
 impl Program {
-    fn command(folder: &Path) -> Command {
+    pub(crate) fn command(folder: &Path) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cnsmo-core"));
         command
             .args(["--listen", "127.0.0.1:0", "--state-dir"])
@@ -33,24 +39,48 @@ impl Program {
     }
 
     /// Returns when it says that it is ready.
-    fn start(folder: &Path) -> Self {
-        let mut child = Self::command(folder).spawn().unwrap();
+    pub(crate) fn start(folder: &Path) -> Self {
+        Self::start_with(&mut Self::command(folder))
+    }
+
+    /// As [`Self::start`], with more arguments.
+    pub(crate) fn start_with(command: &mut Command) -> Self {
+        let mut child = command.spawn().unwrap();
         let log = child.stderr.take().unwrap();
-        let program = Self(child);
+        let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
+        let mut program = Self { child, address: unspecified };
         let mut lines = BufReader::new(log).lines();
         let ready = lines.by_ref().map_while(Result::ok).find(|line| line.contains("ready"));
-        ready.expect("it ended before it was ready");
+        let ready = ready.expect("it ended before it was ready");
+        let address = ready.split_once("listen=").unwrap().1.split_whitespace().next();
+        program.address = address.unwrap().parse().unwrap();
         // A full pipe would stop it.
         std::thread::spawn(move || lines.for_each(drop));
         program
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub(crate) fn pid(&self) -> nix::unistd::Pid {
+        nix::unistd::Pid::from_raw(self.child.id().try_into().unwrap())
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        nix::sys::signal::kill(self.pid(), signal).unwrap();
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 }
 
 impl Drop for Program {
     fn drop(&mut self) {
         // It may have ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -148,11 +178,10 @@ async fn a_signal_ends_it_cleanly() {
     let mut program = Program::start(folder.path());
     let socket = folder.path().join("core.sock");
     Admin::connect(&socket).await.apply(vec![policy("p", "", 1)]).await.unwrap();
-    let pid = nix::unistd::Pid::from_raw(program.0.id().try_into().unwrap());
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    program.signal(Signal::SIGTERM);
     let wait = async {
         loop {
-            if let Some(status) = program.0.try_wait().unwrap() {
+            if let Some(status) = program.child.try_wait().unwrap() {
                 return status;
             }
             tokio::time::sleep(Duration::from_millis(10)).await;

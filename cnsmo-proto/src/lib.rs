@@ -12,7 +12,7 @@ pub mod digest;
 pub mod manifest;
 pub mod model;
 
-/// Descriptors of all services, for gRPC reflection.
+/// Descriptors of all services, with the comments of the `.proto` files.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
 /// Generated from `proto/` by `cargo xtask codegen`.

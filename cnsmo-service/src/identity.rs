@@ -4,12 +4,16 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use cnsmo_proto::{
     model::Name,
-    pb::identity::{EnrollRequest, enrollment_service_client::EnrollmentServiceClient},
+    pb::identity::{
+        EnrollRequest, RenewRequest, enrollment_service_client::EnrollmentServiceClient,
+        identity_service_client::IdentityServiceClient,
+    },
 };
 use rcgen::{CertificateParams, DnType, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData as _};
 use ring::digest::{SHA256, digest};
@@ -23,8 +27,9 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject as _},
     server::WebPkiClientVerifier,
 };
-use tonic::transport::ClientTlsConfig;
-use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
+use tonic::transport::{Channel, ClientTlsConfig};
+use x509_parser::prelude::{ASN1Time, FromDer as _, GeneralName, X509Certificate};
+use zeroize::Zeroizing;
 
 use crate::{
     channel::{self, CORE_DNS_NAME, ConnectError, CoreAddress},
@@ -32,21 +37,33 @@ use crate::{
     token::Token,
 };
 
+/// Certificates start this much before they are issued, for clocks that lag behind.
+pub const CLOCK_SKEW: Duration = Duration::from_secs(5 * 60);
+
 const KEY_FILE: &str = "identity.key";
 const CERTIFICATE_FILE: &str = "identity.crt";
 const CA_FILE: &str = "ca.crt";
-/// URI SAN of an agent's certificate, before its name.
-const AGENT_ID_PREFIX: &str = "spiffe://cnsmo/agent/";
+/// URI SAN of each certificate, before its kind and name.
+const ID_PREFIX: &str = "spiffe://cnsmo/";
 /// Certificates in a chain that is read: leaf, intermediates, root. More is not ours.
 const CHAIN_MAX: usize = 8;
 
 /// Key, certificate and CA of this service, checked against each other.
 #[derive(Clone)]
 pub struct Identity {
-    name: Name,
-    key_pem: String,
+    facts: Facts,
+    key_pem: Zeroizing<String>,
     chain_pem: String,
     trust_pem: String,
+}
+
+/// What a certificate says.
+#[derive(Clone, Debug)]
+struct Facts {
+    kind: String,
+    name: Name,
+    not_after: SystemTime,
+    life: Duration,
 }
 
 impl Identity {
@@ -62,18 +79,41 @@ impl Identity {
             reason: "missing, although there is a certificate".to_owned(),
         };
         let (key, ca) = (dir.join(KEY_FILE), dir.join(CA_FILE));
-        let key_pem = read(&key)?.ok_or_else(|| missing(key))?;
+        let key_pem = Zeroizing::new(read(&key)?.ok_or_else(|| missing(key))?);
         let trust_pem = read(&ca)?.ok_or_else(|| missing(ca))?;
         let unusable =
             |reason| IdentityError::Unusable { path: dir.join(CERTIFICATE_FILE), reason };
         let key = KeyPair::from_pem(&key_pem).map_err(|e| unusable(e.to_string()))?;
-        let name = check_certificate(&chain_pem, &trust_pem, &key).map_err(unusable)?;
-        Ok(Some(Self { name, key_pem, chain_pem, trust_pem }))
+        let facts = check_certificate(&chain_pem, &trust_pem, &key).map_err(unusable)?;
+        Ok(Some(Self { facts, key_pem, chain_pem, trust_pem }))
     }
 
     /// The name in the certificate.
     pub fn name(&self) -> &Name {
-        &self.name
+        &self.facts.name
+    }
+
+    /// What the name is one of: `agent`, `service`, `operator` or `core`.
+    pub fn kind(&self) -> &str {
+        &self.facts.kind
+    }
+
+    /// End of the certificate.
+    pub fn not_after(&self) -> SystemTime {
+        self.facts.not_after
+    }
+
+    /// From the issue of the certificate to its end.
+    pub fn life(&self) -> Duration {
+        self.facts.life
+    }
+
+    /// How long until the certificate should be renewed: its half-life, give or take 20 %, so that a fleet that began
+    /// together does not renew together. Zero: now.
+    pub fn renew_in(&self, now: SystemTime) -> Duration {
+        let life = self.facts.life;
+        let left = self.not_after().duration_since(now).unwrap_or_default();
+        left.saturating_sub(life - life.mul_f64(renewal_point(&self.chain_pem)))
     }
 
     /// Certificates of the CA, PEM.
@@ -82,13 +122,13 @@ impl Identity {
     }
 
     pub(crate) fn to_tls(&self) -> tonic::transport::Identity {
-        tonic::transport::Identity::from_pem(&self.chain_pem, &self.key_pem)
+        tonic::transport::Identity::from_pem(&self.chain_pem, self.key_pem.as_bytes())
     }
 }
 
 impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Identity({})", self.name)
+        write!(f, "Identity({}/{})", self.kind(), self.name())
     }
 }
 
@@ -116,7 +156,7 @@ pub async fn enroll(
     let request = EnrollRequest {
         token: token.to_string(),
         csr: certificate_request(&key, name)?,
-        node: name.to_string(),
+        name: name.to_string(),
         labels: labels.clone(),
     };
     let answer = EnrollmentServiceClient::new(channel).enroll(request).await;
@@ -125,19 +165,60 @@ pub async fn enroll(
 
     let bad = EnrollError::BadAnswer;
     let certified = check_certificate(&chain, &trust, &key).map_err(bad)?;
-    if certified != *name {
+    if certified.name != *name {
+        let certified = certified.name;
         return Err(bad(format!("the certificate is for `{certified}`, not `{name}`")));
     }
     let bundle = certificates(&trust).map_err(bad)?;
     if !bundle.iter().any(|ca| pin.is(ca)) {
         return Err(bad("the trust bundle lacks the CA that the token pins".to_owned()));
     }
-    for (file, content) in [(CA_FILE, &trust), (CERTIFICATE_FILE, &chain)] {
-        let path = dir.join(file);
-        durable::write(&path, content.as_bytes(), 0o644)
-            .map_err(|source| IdentityError::File { path, source })?;
-    }
+    keep(dir, &chain, &trust)?;
     Identity::load(dir)?.ok_or_else(|| bad("the certificate was not kept".to_owned()))
+}
+
+/// An identity that is renewed in place: who clones it sees the newest certificate. One per directory.
+#[derive(Clone, Debug)]
+pub struct Credentials {
+    dir: PathBuf,
+    current: Arc<Mutex<Identity>>,
+}
+
+impl Credentials {
+    /// Those in `dir`, of which `identity` was loaded.
+    pub fn new(dir: &Path, identity: Identity) -> Self {
+        Self { dir: dir.to_owned(), current: Arc::new(Mutex::new(identity)) }
+    }
+
+    /// With the newest certificate.
+    pub fn identity(&self) -> Identity {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Gets a new certificate for the same key over `channel`, which [`channel::connect`] made with these, and keeps it on
+    /// disk. Streams on the channel are not touched. A certificate that has expired can still be renewed for 30 days.
+    ///
+    /// # Errors
+    /// See [`EnrollError`].
+    pub async fn renew(&self, channel: Channel) -> Result<(), EnrollError> {
+        let old = self.identity();
+        let key = KeyPair::from_pem(&old.key_pem)?;
+        let request = RenewRequest { csr: certificate_request(&key, old.name())? };
+        let answer = IdentityServiceClient::new(channel).renew(request).await;
+        let answer = answer.map_err(refusal)?.into_inner();
+        let bad = EnrollError::BadAnswer;
+        // Only who the old bundle trusts may name a new one.
+        let facts =
+            check_certificate(&answer.certificate_chain, &old.trust_pem, &key).map_err(bad)?;
+        if (facts.kind.as_str(), &facts.name) != (old.kind(), old.name()) {
+            return Err(bad("the certificate is for another identity".to_owned()));
+        }
+        keep(&self.dir, &answer.certificate_chain, &answer.trust_bundle)?;
+        let new = Identity::load(&self.dir)?;
+        let new = new.ok_or_else(|| bad("the certificate was not kept".to_owned()))?;
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = new;
+        Ok(())
+    }
 }
 
 /// A file of an identity is at fault.
@@ -185,7 +266,7 @@ pub enum EnrollError {
 impl EnrollError {
     /// Whether the same attempt may succeed later.
     pub fn is_temporary(&self) -> bool {
-        matches!(self, Self::Connect(ConnectError::Unreachable(_)))
+        matches!(self, Self::Connect(ConnectError::Unreachable(_) | ConnectError::Follower(_)))
     }
 }
 
@@ -201,6 +282,24 @@ fn refusal(status: tonic::Status) -> EnrollError {
         | Code::Unimplemented => EnrollError::Refused(status.message().to_owned()),
         _ => ConnectError::of_call(status).into(),
     }
+}
+
+/// The certificate last: without it there is no identity.
+fn keep(dir: &Path, chain: &str, trust: &str) -> Result<(), IdentityError> {
+    for (file, content) in [(CA_FILE, trust), (CERTIFICATE_FILE, chain)] {
+        let path = dir.join(file);
+        durable::write(&path, content.as_bytes(), 0o644)
+            .map_err(|source| IdentityError::File { path, source })?;
+    }
+    Ok(())
+}
+
+/// The part of its life after which a certificate is renewed, 0.4 to 0.6: random between certificates, and the same for
+/// one however often it is asked.
+fn renewal_point(chain_pem: &str) -> f64 {
+    let hash = digest(&SHA256, chain_pem.as_bytes());
+    let byte = hash.as_ref().first().copied().unwrap_or_default();
+    0.4 + 0.2 * f64::from(byte) / f64::from(u8::MAX)
 }
 
 fn read(path: &Path) -> Result<Option<String>, IdentityError> {
@@ -232,9 +331,9 @@ fn certificate_request(key: &KeyPair, name: &Name) -> Result<Vec<u8>, rcgen::Err
     Ok(params.serialize_request(key)?.der().to_vec())
 }
 
-/// Checks that the chain's leaf is for `key` and an agent, and that it leads to the bundle; returns the agent's name.
+/// Checks that the chain's leaf is for `key` and one identity, and that it leads to the bundle; returns what it says.
 /// An expired certificate passes: the core says so when it is used, and only then is the clock in question.
-fn check_certificate(chain: &str, trust: &str, key: &KeyPair) -> Result<Name, String> {
+fn check_certificate(chain: &str, trust: &str, key: &KeyPair) -> Result<Facts, String> {
     let chain = certificates(chain)?;
     let (leaf, rest) = chain.split_first().ok_or("no certificate in the chain")?;
     let (_, parsed) = X509Certificate::from_der(leaf).map_err(|e| e.to_string())?;
@@ -248,13 +347,18 @@ fn check_certificate(chain: &str, trust: &str, key: &KeyPair) -> Result<Name, St
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
         .build()
         .map_err(|e| format!("the trust bundle: {e}"))?;
-    let valid_from = u64::try_from(parsed.validity().not_before.timestamp()).unwrap_or(0);
-    let when = UnixTime::since_unix_epoch(std::time::Duration::from_secs(valid_from));
+    let seconds =
+        |time: ASN1Time| Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default());
+    let (begin, end) =
+        (seconds(parsed.validity().not_before), seconds(parsed.validity().not_after));
+    let when = UnixTime::since_unix_epoch(begin);
     verifier.verify_client_cert(leaf, rest, when).map_err(|e| e.to_string())?;
-    agent_name(&parsed)
+    let (kind, name) = kind_and_name(&parsed)?;
+    let not_after = UNIX_EPOCH.checked_add(end).ok_or("its end is no time")?;
+    Ok(Facts { kind, name, not_after, life: end.saturating_sub(begin + CLOCK_SKEW) })
 }
 
-fn agent_name(certificate: &X509Certificate<'_>) -> Result<Name, String> {
+fn kind_and_name(certificate: &X509Certificate<'_>) -> Result<(String, Name), String> {
     let names = certificate.subject_alternative_name().map_err(|e| e.to_string())?;
     let uris =
         names.iter().flat_map(|san| &san.value.general_names).filter_map(|name| match name {
@@ -264,10 +368,11 @@ fn agent_name(certificate: &X509Certificate<'_>) -> Result<Name, String> {
     // A certificate of two identities is none (SPIFFE X.509-SVID, section 2).
     let uris: Vec<_> = uris.collect();
     let [uri] = uris.as_slice() else { return Err(format!("{} URI names, not one", uris.len())) };
-    let name = uri
-        .strip_prefix(AGENT_ID_PREFIX)
-        .ok_or_else(|| format!("`{uri}` does not start with {AGENT_ID_PREFIX}"))?;
-    Name::new(name).map_err(|e| e.to_string())
+    let (kind, name) = uri
+        .strip_prefix(ID_PREFIX)
+        .and_then(|id| id.split_once('/'))
+        .ok_or_else(|| format!("`{uri}` is not of the form {ID_PREFIX}KIND/NAME"))?;
+    Ok((kind.to_owned(), Name::new(name).map_err(|e| e.to_string())?))
 }
 
 fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, String> {

@@ -79,7 +79,7 @@ impl EnrollmentService for Core {
             CertificateSigningRequestParams::from_der(&request.csr.as_slice().into()).unwrap();
         let uri =
             |name: &str| SanType::URI(format!("spiffe://cnsmo/agent/{name}").try_into().unwrap());
-        csr.params.subject_alt_names = vec![uri(&request.node)];
+        csr.params.subject_alt_names = vec![uri(&request.name)];
         self.seen.lock().unwrap().push(request);
         let mut bundle = self.ca.pem();
         let mut leaf = None;
@@ -138,7 +138,7 @@ async fn a_vm_enrols_and_connects_with_what_it_kept() {
     assert!(Identity::load(dir.path()).unwrap().is_none());
     join(&core, dir.path()).await.unwrap();
     let request = core.seen.lock().unwrap()[0].clone();
-    assert_eq!((request.node.as_str(), request.labels["role"].as_str()), ("web-1", "web"));
+    assert_eq!((request.name.as_str(), request.labels["role"].as_str()), ("web-1", "web"));
     assert_eq!(request.token, core.token.to_string());
 
     let identity = Identity::load(dir.path()).unwrap().unwrap();

@@ -2,7 +2,9 @@
 
 pub mod frame;
 pub mod netns;
+pub mod postgres;
 pub mod process;
 
 pub use netns::{Netns, PinDir, RunDir, sweep, unique};
+pub use postgres::Postgres;
 pub use process::{Process, pause};

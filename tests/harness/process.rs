@@ -40,6 +40,11 @@ impl Process {
         Ok(Self { name: name.to_owned(), child, log: log.to_owned(), log_from })
     }
 
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> anyhow::Result<bool> {
         Ok(self.child.try_wait()?.is_none())

@@ -1,8 +1,9 @@
 //! `cargo xtask bench`: ours beside the peers, in interleaved rounds of one run.
 
-mod driver;
+pub(crate) mod driver;
 mod fw;
 mod lb;
+mod state;
 mod vpn;
 
 use anyhow::ensure;
@@ -28,6 +29,8 @@ enum Section {
     Fw,
     /// The load balancer on a gateway, beside a proxy and the kernel's address translation
     Lb,
+    /// The core, beside etcd
+    State,
     /// The tunnel, beside other WireGuard programs in user space
     Vpn,
 }
@@ -45,6 +48,9 @@ struct Row {
     better: Better,
     rounds: u32,
 }
+
+/// What stands beside a measurement that has no peer: the most, or the least, that it may be.
+const LIMIT: &str = "limit";
 
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -90,6 +96,7 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
         rows.extend(match section {
             Section::Fw => fw::measure()?,
             Section::Lb => lb::measure()?,
+            Section::State => state::measure()?,
             Section::Vpn => vpn::measure()?,
         });
     }
@@ -102,7 +109,7 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
 }
 
 /// The upper one of two in the middle.
-fn median(samples: &[f64]) -> f64 {
+pub(crate) fn median(samples: &[f64]) -> f64 {
     let mut samples = samples.to_vec();
     samples.sort_by(f64::total_cmp);
     samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)

@@ -15,6 +15,13 @@ mod interrupt;
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod netns;
 mod parallel;
+#[path = "../../tests/harness/postgres.rs"]
+#[expect(
+    unreachable_pub,
+    dead_code,
+    reason = "shared with the library of the tests, where it is public"
+)]
+mod postgres;
 #[path = "../../tests/harness/process.rs"]
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod process;
@@ -23,6 +30,7 @@ mod run;
 mod scenarios;
 mod setup;
 mod shell;
+mod swarm;
 mod test;
 mod tidy;
 mod traffic;
@@ -49,6 +57,8 @@ enum Task {
     Vm(vm::Options),
     /// Measure ours beside the peers
     Bench(bench::Options),
+    /// Have thousands of agents on one core, and show what that costs
+    Swarm(swarm::Options),
     /// Install what is missing to build, run and test
     Setup,
     /// Say what is missing to build, run and test, and change nothing
@@ -84,6 +94,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::main(&options),
         Task::Vm(options) => vm::main(&options),
         Task::Bench(options) => bench::main(&options),
+        Task::Swarm(options) => swarm::main(&options),
         Task::Setup => setup::setup(setup::Scope::All),
         Task::Doctor => setup::doctor(),
         Task::Tidy { bless } => tidy::main(bless),

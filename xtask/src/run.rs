@@ -145,6 +145,8 @@ fn prove(fleet: &mut Fleet, report: &mut Report, take_apart: bool) -> anyhow::Re
     scenarios::policy::refusals(fleet, report)?;
     scenarios::deploy::too_many(fleet, report)?;
     scenarios::deploy::absent(fleet, report)?;
+    progress::heading("Who may do what");
+    scenarios::identity::operators(fleet, report)?;
     progress::heading("SIGKILL to the core and all agents under traffic");
     scenarios::outage::control(fleet, report)?;
     progress::heading("SIGKILL to the gateway's tunnel process under traffic");

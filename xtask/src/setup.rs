@@ -26,6 +26,12 @@ const KERNEL_MIN: (u32, u32) = (6, 1);
 const BPF_LINKER: &str = "0.13.0";
 /// bpf-linker's LLVM must not be older than the compiler's.
 const LLVM: &str = "/usr/lib/llvm-22";
+/// What the example in Python is made of.
+const PYTHON_REQUIREMENTS: &str = "examples/python/requirements.txt";
+/// Debian puts it beside other versions, not on the PATH.
+const POSTGRES: &str = "/usr/lib/postgresql/15/bin/postgres";
+/// Read by the package's scripts: tests start servers of their own, and the machine needs none.
+const POSTGRES_CLUSTERS: &str = "/etc/postgresql-common/createcluster.d";
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// How much of the project is wanted.
@@ -65,9 +71,11 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Run, "python3", "python3", "HTTP server of the checks"),
     tool(Scope::Run, "tcpdump", "tcpdump", "witness of the checks"),
     tool(Scope::Test, "nft", "nftables", "peer of the benchmarks"),
+    tool(Scope::Test, "etcd", "etcd-server", "peer of the benchmarks"),
     tool(Scope::Test, "haproxy", "haproxy", "peer of the benchmarks"),
     tool(Scope::Test, "iperf3", "iperf3", "load of the tests"),
     tool(Scope::Test, "nc", "netcat-openbsd", "client of the tests"),
+    tool(Scope::Test, POSTGRES, "postgresql-15", "second engine of the core's state"),
     tool(Scope::Test, "wireguard-go", "wireguard-go", "peer of the tests and benchmarks"),
     tool(Scope::All, "qemu-system-x86_64", "qemu-system-x86", "other kernels"),
     tool(Scope::All, "dpkg-deb", "dpkg", "unpacking kernels"),
@@ -95,7 +103,7 @@ pub(crate) fn setup(scope: Scope) -> anyhow::Result<()> {
     let missing = missing(scope);
     let linker = bpf_linker_missing();
     if missing.is_empty() && !linker && bpffs_mounted()? {
-        return Ok(());
+        return python(scope);
     }
     progress::heading("Setting up this machine");
     for missing in &missing {
@@ -112,12 +120,16 @@ pub(crate) fn setup(scope: Scope) -> anyhow::Result<()> {
     }
     let packages: Vec<_> = missing.iter().flat_map(|missing| missing.packages.clone()).collect();
     if !packages.is_empty() {
+        if packages.contains(&"postgresql-15") {
+            keep_postgres_from_starting()?;
+        }
         apt_install(&packages)?;
     }
     if linker {
         install_bpf_linker()?;
     }
-    mount_bpffs()
+    mount_bpffs()?;
+    python(scope)
 }
 
 /// The program of a crate that nothing packages, built once below the target folder.
@@ -300,10 +312,45 @@ fn apt_install(packages: &[&str]) -> anyhow::Result<()> {
         .context("installing packages: is the network there, and `apt-get update` content?")
 }
 
+/// Debian's package makes a server's folder and starts it, unless it is told otherwise before.
+fn keep_postgres_from_starting() -> anyhow::Result<()> {
+    let folder = Path::new(POSTGRES_CLUSTERS);
+    let write = || {
+        fs::create_dir_all(folder)?;
+        fs::write(folder.join("cnsmo.conf"), "create_main_cluster = false\n")
+    };
+    write().with_context(|| format!("writing to {POSTGRES_CLUSTERS}"))
+}
+
 fn update() -> anyhow::Result<()> {
     progress::step("apt-get update", || shell::read(Command::new("apt-get").arg("update")))
         .map(drop)
         .context("refreshing the package lists: is the network there?")
+}
+
+/// The Python of the example with its packages, made once below the target folder, and again when other ones are asked for.
+fn python(scope: Scope) -> anyhow::Result<()> {
+    if scope < Scope::Test {
+        return Ok(());
+    }
+    let folder = cargo::metadata()?.target_directory.join("python");
+    let requirements = shell::root().join(PYTHON_REQUIREMENTS);
+    let wanted = shell::text(&requirements)?;
+    let made_of = folder.join("requirements.txt");
+    if fs::read_to_string(&made_of).is_ok_and(|made_of| made_of == wanted) {
+        return Ok(());
+    }
+    let mut can_make = Command::new("python3");
+    if shell::read(can_make.args(["-c", "import ensurepip"])).is_err() {
+        apt_install(&["python3-venv"])?;
+    }
+    progress::step("Python packages of the example", || {
+        shell::read(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder))?;
+        let mut pip = Command::new(folder.join("bin/pip"));
+        shell::read(pip.args(["install", "--quiet", "--requirement"]).arg(&requirements))
+    })
+    .context("installing Python packages: is the network there?")?;
+    shell::write(&made_of, wanted)
 }
 
 fn has_bpf_compiler() -> bool {

@@ -24,7 +24,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cnsmo-service", &["cnsmo-proto"]),
     ("cnsmo-agent", &["cnsmo-common", "cnsmo-ebpf", "cnsmo-proto", "cnsmo-service"]),
     ("cnsmo-core", &["cnsmo-proto", "cnsmo-service"]),
-    ("cnsmo-cli", &["cnsmo-proto"]),
+    ("cnsmo-cli", &["cnsmo-proto", "cnsmo-service"]),
     (
         "cnsmo-tests",
         &[
@@ -66,10 +66,11 @@ const BANNED: &[(&str, &str)] = &[
 const ABI_SOURCES: &str = "cnsmo-common/src";
 const ABI_LOCK: &str = "cnsmo-common/abi.lock";
 
-/// Checks all rules; with `bless`, accepts the kernel/user layouts of now first.
+/// Checks all rules; with `bless`, accepts the kernel/user layouts and the API of now first.
 pub(crate) fn main(bless: bool) -> anyhow::Result<()> {
     if bless {
         bless_abi(&root().join(ABI_LOCK), &Abi::of_sources()?)?;
+        bless_api()?;
     }
     let mut broken = sources()?;
     broken.extend(abi(&root().join(ABI_LOCK), &Abi::of_sources()?));
@@ -233,6 +234,13 @@ fn abi(lock: &Path, now: &Abi) -> Vec<String> {
         )],
         Ok(_) => vec![format!("ABI_VERSION is {}: run `cargo xtask tidy --bless`", now.version)],
     }
+}
+
+/// The test that compares the API with its lock file writes it when asked so.
+fn bless_api() -> anyhow::Result<()> {
+    let mut test = cargo();
+    test.args(["test", "--quiet", "--package", "cnsmo-proto", "--test", "api_lock"]);
+    shell::run(test.env("CNSMO_BLESS", "1"))
 }
 
 fn bless_abi(lock: &Path, now: &Abi) -> anyhow::Result<()> {

@@ -1,4 +1,10 @@
-use std::{future::Future, net::SocketAddr, pin::Pin, time::Duration};
+use std::{
+    convert::Infallible,
+    future::Future,
+    net::SocketAddr,
+    pin::Pin,
+    time::{Duration, SystemTime},
+};
 
 use cnsmo_proto::{
     model::Labels,
@@ -10,7 +16,7 @@ use cnsmo_proto::{
 use cnsmo_service::{
     backoff::Backoff,
     channel::{ConnectError, CoreAddress, connect},
-    identity::Identity,
+    identity::{Credentials, EnrollError},
     lifecycle::{Lifecycle, Phase},
     supervise::{Chain, Stop},
 };
@@ -32,6 +38,11 @@ use crate::{
 /// First and longest wait before the next attempt to reach the core.
 const RETRY_FIRST: Duration = Duration::from_millis(250);
 const RETRY_LONGEST: Duration = Duration::from_secs(15);
+/// First and longest wait before the next attempt to renew the certificate. Half of its life is left for them.
+const RENEWAL_RETRY_FIRST: Duration = Duration::from_secs(1);
+const RENEWAL_RETRY_LONGEST: Duration = Duration::from_secs(60);
+/// Longest wait while cores answer of which none leads: the next one takes over within seconds.
+const RETRY_FOLLOWER: Duration = Duration::from_secs(1);
 /// Longest wait for the welcome.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the state of the VM is reported.
@@ -53,13 +64,15 @@ pub struct Connection {
     /// Finds the core.
     pub locator: Locator,
     /// Who we are.
-    pub identity: Identity,
+    pub credentials: Credentials,
     /// Labels of this VM.
     pub labels: Labels,
     /// Who carries updates out.
     pub enforcer: EnforcerHandle,
     /// Shows whether the core is there.
     pub life: Lifecycle,
+    /// The core refused the certificate that we have: it may be one that it has forgotten, as after a restore.
+    pub renew_first: bool,
 }
 
 /// Why a conversation ended. Only [`Gone`] is ours: the others are tried again for ever.
@@ -69,6 +82,8 @@ enum Ended {
     NoAddress,
     #[error(transparent)]
     Connect(#[from] ConnectError),
+    #[error("the certificate has expired and was not renewed")]
+    Expired(#[source] EnrollError),
     #[error("the core does not keep to the protocol")]
     Protocol(#[from] ProtocolError),
     #[error("the core says nothing")]
@@ -95,7 +110,11 @@ pub async fn run(mut connection: Connection, mut stop: Stop) -> Result<(), Gone>
         if let Ended::Enforcer(gone) = ended {
             return Err(gone);
         }
-        let delay = backoff.after_failure();
+        connection.renew_first = matches!(ended, Ended::Connect(ConnectError::NotEnrolled(_)));
+        let mut delay = backoff.after_failure();
+        if matches!(ended, Ended::Connect(ConnectError::Follower(_))) {
+            delay = delay.min(RETRY_FOLLOWER);
+        }
         tracing::warn!(reason = %Chain(&ended), retry_in = ?delay, "no connection to the core");
         connection.lost(&ended);
         tokio::select! {
@@ -113,8 +132,40 @@ impl Connection {
         }
     }
 
-    async fn converse(&mut self, backoff: &mut Backoff) -> Result<std::convert::Infallible, Ended> {
-        let (channel, core) = self.reach().await?;
+    /// With the first core that welcomes us.
+    async fn converse(&mut self, backoff: &mut Backoff) -> Result<Infallible, Ended> {
+        let mut refused = Ended::NoAddress;
+        for core in self.locator.locate().await? {
+            match self.open(core).await {
+                Ok((stream, welcomed, renewals)) => {
+                    backoff.reset();
+                    self.found(&welcomed);
+                    return tokio::select! {
+                        ended = stream.run(welcomed.heartbeat_interval) => ended,
+                        never = renewals.run() => match never {},
+                    };
+                }
+                // A core that answers says more than one that does not.
+                Err(_) if matches!(refused, Ended::Connect(ConnectError::Follower(_))) => {}
+                Err(ended) => refused = ended,
+            }
+        }
+        Err(refused)
+    }
+
+    /// A conversation up to the welcome.
+    async fn open(&self, core: SocketAddr) -> Result<(Stream<'_>, Welcomed, Renewals), Ended> {
+        let channel = connect(&CoreAddress::from(core), &self.credentials.identity()).await?;
+        // What has expired opens nothing else.
+        let expired = self.credentials.identity().not_after() <= SystemTime::now();
+        if expired || self.renew_first {
+            match self.credentials.renew(channel.clone()).await {
+                Err(error) if expired => return Err(Ended::Expired(error)),
+                // The stream will tell why.
+                Ok(_) | Err(_) => {}
+            }
+        }
+        let renewals = Renewals::new(self.credentials.clone(), channel.clone());
         let mut session = Session::default();
         let in_force = self.enforcer.in_force();
         let (have, key) = {
@@ -137,24 +188,9 @@ impl Connection {
         let Event::Welcomed(welcomed) = session.receive(first)? else {
             return Err(ProtocolError::NoWelcome.into());
         };
-        backoff.reset();
-        self.found(&welcomed);
         let enforcer = &self.enforcer;
-        Stream { session, outgoing, incoming, in_force, enforcer, core, announced }
-            .run(welcomed.heartbeat_interval)
-            .await
-    }
-
-    /// A connection to the first address that answers.
-    async fn reach(&mut self) -> Result<(Channel, SocketAddr), Ended> {
-        let mut last = Ended::NoAddress;
-        for address in self.locator.locate().await? {
-            match connect(&CoreAddress::from(address), &self.identity).await {
-                Ok(channel) => return Ok((channel, address)),
-                Err(error) => last = error.into(),
-            }
-        }
-        Err(last)
+        let stream = Stream { session, outgoing, incoming, in_force, enforcer, core, announced };
+        Ok((stream, welcomed, renewals))
     }
 
     fn found(&self, welcomed: &Welcomed) {
@@ -173,6 +209,39 @@ impl Connection {
     }
 }
 
+/// Renews the certificate beside the live stream.
+struct Renewals {
+    credentials: Credentials,
+    channel: Channel,
+}
+
+impl Renewals {
+    fn new(credentials: Credentials, channel: Channel) -> Self {
+        Self { credentials, channel }
+    }
+
+    async fn run(self) -> Infallible {
+        let mut backoff = Backoff::new(RENEWAL_RETRY_FIRST, RENEWAL_RETRY_LONGEST);
+        let mut pause = Duration::ZERO;
+        loop {
+            let due = self.credentials.identity().renew_in(SystemTime::now());
+            tokio::time::sleep(due.max(pause)).await;
+            match self.credentials.renew(self.channel.clone()).await {
+                Ok(()) => {
+                    tracing::info!("certificate renewed");
+                    backoff.reset();
+                    // A clock that is wrong makes a new certificate seem old.
+                    pause = self.credentials.identity().life().div_f64(10.0);
+                }
+                Err(error) => {
+                    pause = backoff.after_failure();
+                    tracing::warn!(reason = %Chain(&error), retry_in = ?pause, "certificate not renewed");
+                }
+            }
+        }
+    }
+}
+
 /// A live stream.
 struct Stream<'a> {
     session: Session,
@@ -188,7 +257,7 @@ type Answer<T> = Option<Pin<Box<dyn Future<Output = Result<T, Gone>> + Send>>>;
 
 impl Stream<'_> {
     /// Heartbeats and reports go on while an update is being carried out; the next update waits in the network.
-    async fn run(mut self, heartbeat: Duration) -> Result<std::convert::Infallible, Ended> {
+    async fn run(mut self, heartbeat: Duration) -> Result<Infallible, Ended> {
         let mut heartbeats = interval_at(Instant::now() + heartbeat, heartbeat);
         let mut statuses = interval(STATUS_INTERVAL);
         let mut announcements = interval(ANNOUNCE_INTERVAL);
@@ -233,7 +302,8 @@ impl Stream<'_> {
 
     async fn announce(&mut self) -> Result<(), Ended> {
         let key = self.in_force.borrow().public_key;
-        let now = announcement(key, &node::addresses(Some(self.core)));
+        // Without a tunnel there is nothing to look for.
+        let now = key.and_then(|key| announcement(Some(key), &node::addresses(Some(self.core))));
         if now == self.announced {
             return Ok(());
         }

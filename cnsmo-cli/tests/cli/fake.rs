@@ -8,7 +8,14 @@ use std::{
 };
 
 use cnsmo_proto::pb::{
+    admin::admin_service_server::AdminServiceServer,
     balancer::LoadBalancerStatus,
+    catalog::{
+        AnnounceRequest, AnnounceResponse, GetInstanceRequest, GetInstanceResponse, Instance,
+        ListInstancesRequest, ListInstancesResponse, WatchInstancesRequest, WatchInstancesResponse,
+        WithdrawRequest, WithdrawResponse,
+        catalog_service_server::{CatalogService, CatalogServiceServer},
+    },
     identity::{
         CreateJoinTokenRequest, CreateJoinTokenResponse,
         join_token_service_server::{JoinTokenService, JoinTokenServiceServer},
@@ -23,11 +30,14 @@ use cnsmo_proto::pb::{
         resource::Resource as Inner,
         resource_service_server::{ResourceService, ResourceServiceServer},
     },
+    state::state_service_server::StateServiceServer,
 };
 use tempfile::TempDir;
 use tokio::{net::UnixListener, runtime::Runtime};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
+
+use crate::store::Keys;
 
 #[derive(Default)]
 pub(crate) struct State {
@@ -37,9 +47,13 @@ pub(crate) struct State {
     pub(crate) wait: Vec<WaitAppliedResponse>,
     /// What a watch sends before it stays silent.
     pub(crate) watch: Vec<WatchResponse>,
+    pub(crate) instances: Vec<Instance>,
+    /// What a watch of instances sends before it ends.
+    pub(crate) instance_events: Vec<WatchInstancesResponse>,
     pub(crate) refuse: Option<Status>,
     pub(crate) waited: Option<WaitAppliedRequest>,
     pub(crate) token: Option<CreateJoinTokenRequest>,
+    pub(crate) keys: Keys,
 }
 
 type Shared = Arc<Mutex<State>>;
@@ -66,7 +80,10 @@ impl Fake {
         };
         let server = Server::builder()
             .add_service(ResourceServiceServer::new(Core(state.clone())))
+            .add_service(CatalogServiceServer::new(Core(state.clone())))
             .add_service(JoinTokenServiceServer::new(Core(state.clone())))
+            .add_service(StateServiceServer::new(Core(state.clone())))
+            .add_service(AdminServiceServer::new(Core(state.clone())))
             .serve_with_incoming(UnixListenerStream::new(listener));
         runtime.spawn(async { server.await.unwrap() });
         Self { folder, state, _runtime: runtime }
@@ -135,7 +152,13 @@ impl Ran {
     }
 }
 
-struct Core(Shared);
+pub(crate) struct Core(Shared);
+
+impl Core {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+}
 
 fn key(resource: &Resource) -> (i32, String) {
     let (kind, metadata) = match resource.resource.as_ref().unwrap() {
@@ -277,5 +300,56 @@ impl JoinTokenService for Core {
             token: "cnsmo1.id.secret.pin".to_owned(),
             expire_time: Some(prost_types::Timestamp { seconds: 1_900_000_000, nanos: 0 }),
         }))
+    }
+}
+
+#[tonic::async_trait]
+impl CatalogService for Core {
+    async fn announce(
+        &self,
+        _: Request<AnnounceRequest>,
+    ) -> Result<Response<AnnounceResponse>, Status> {
+        Err(Status::unimplemented("operators do not announce"))
+    }
+
+    async fn withdraw(
+        &self,
+        _: Request<WithdrawRequest>,
+    ) -> Result<Response<WithdrawResponse>, Status> {
+        Err(Status::unimplemented("operators do not withdraw"))
+    }
+
+    async fn get_instance(
+        &self,
+        _: Request<GetInstanceRequest>,
+    ) -> Result<Response<GetInstanceResponse>, Status> {
+        Err(Status::unimplemented("lists have it"))
+    }
+
+    async fn list_instances(
+        &self,
+        request: Request<ListInstancesRequest>,
+    ) -> Result<Response<ListInstancesResponse>, Status> {
+        let ListInstancesRequest { service, node, attributes } = request.into_inner();
+        let state = self.0.lock().unwrap();
+        let meant = |instance: &&Instance| {
+            (service.is_empty() || instance.service == service)
+                && (node.is_empty() || instance.node == node)
+                && attributes.iter().all(|(k, v)| instance.attributes.get(k) == Some(v))
+        };
+        let instances = state.instances.iter().filter(meant).cloned().collect();
+        Ok(Response::new(ListInstancesResponse { instances, revision: state.revision }))
+    }
+
+    type WatchInstancesStream =
+        tokio_stream::Iter<std::vec::IntoIter<Result<WatchInstancesResponse, Status>>>;
+
+    async fn watch_instances(
+        &self,
+        _: Request<WatchInstancesRequest>,
+    ) -> Result<Response<Self::WatchInstancesStream>, Status> {
+        let events: Vec<_> =
+            self.0.lock().unwrap().instance_events.iter().cloned().map(Ok).collect();
+        Ok(Response::new(tokio_stream::iter(events)))
     }
 }

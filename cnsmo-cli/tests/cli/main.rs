@@ -3,6 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, helpers included")]
 
 mod fake;
+mod services;
+mod store;
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},

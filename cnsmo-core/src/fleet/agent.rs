@@ -293,13 +293,13 @@ impl Agent {
         let (mut upserts, mut removals) = (Vec::new(), Vec::new());
         for (key, version) in self.desired.differences(&base) {
             match version
-                .and_then(|version| Some((key.clone(), version, catalog.get(key)?.clone())))
+                .and_then(|version| Some((key.clone(), version, catalog.get(key)?.wire.clone())))
             {
                 Some(upsert) => upserts.push(upsert),
                 None => removals.push(key.clone()),
             }
         }
-        let bytes: usize = upserts.iter().map(|(_, _, spec)| spec.encoded_len()).sum();
+        let bytes: usize = upserts.iter().map(|(_, _, wire)| wire.len()).sum();
         if bytes > UPDATE_BYTES_MAX {
             let why = format!(
                 "the resources for this VM take {bytes} bytes; one update takes {UPDATE_BYTES_MAX}"

@@ -180,7 +180,7 @@ impl Fleet {
 
     fn publish_derived(&mut self, network: &str, key: &str, spec: Spec) {
         // What did not change keeps its version.
-        if self.catalog.get(key) != Some(&spec) {
+        if self.catalog.get(key).map(|entry| &entry.spec) != Some(&spec) {
             let version = version_of(&spec.encode_to_vec());
             self.publish(network, key, version, spec);
         }
@@ -189,7 +189,7 @@ impl Fleet {
     fn publish(&mut self, network: &str, key: &str, version: Revision, spec: Spec) {
         let set = self.shared.entry(network.to_owned()).or_default();
         if set.put(key, Some(version)) {
-            self.catalog.insert(Key::from(key), spec);
+            self.catalog.insert(Key::from(key), spec.into());
             self.set_changed(network);
         }
     }

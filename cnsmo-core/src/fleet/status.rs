@@ -100,7 +100,7 @@ impl Fleet {
         let name = &network.metadata.name;
         let members = || state.roster(name).into_iter().flat_map(|roster| &roster.members);
         let judgement = judge(&Topic::network(name), &self.agents_of(members()));
-        let record = |node: &String| match self.catalog.get(&*format!("{MEMBER}{name}/{node}")) {
+        let record = |node: &String| match self.spec(&format!("{MEMBER}{name}/{node}")) {
             Some(Spec::Member(member)) => Some((**member).clone()),
             _ => None,
         };
@@ -141,7 +141,7 @@ impl Fleet {
                 backends: within(&mut room, agent.backends.get(name)),
             })
             .collect();
-        let record = |node: &String| match self.catalog.get(&*backend_key(name, node)) {
+        let record = |node: &String| match self.spec(&backend_key(name, node)) {
             Some(Spec::Backend(backend)) => Some((**backend).clone()),
             _ => None,
         };
@@ -150,6 +150,10 @@ impl Fleet {
         let condition = self.condition(Kind::LoadBalancer, &balancer.metadata, judgement);
         let status = LoadBalancerStatus { backends, nodes, conditions: vec![condition] };
         LoadBalancer { status: Some(status), ..balancer.into() }
+    }
+
+    pub(super) fn spec(&self, key: &str) -> Option<&Spec> {
+        Some(&self.catalog.get(key)?.spec)
     }
 
     fn agents_of<'a>(
@@ -181,6 +185,21 @@ impl Fleet {
         }
     }
 
+    /// The first of the selected nodes, at or after `from` by name, that does not enforce `revision`.
+    pub fn first_pending(
+        &self,
+        state: &State,
+        revision: Revision,
+        selector: &Labels,
+        from: &str,
+    ) -> Option<String> {
+        let pending = |(name, _): &(&String, &Node)| {
+            let agent = self.agents.get(*name);
+            agent.is_some_and(|agent| agent.applied_revision(state.revision()) < revision)
+        };
+        self.selected(state, selector, from).find(pending).map(|(name, _)| name.clone())
+    }
+
     /// Which of the selected nodes enforce `revision`.
     pub fn progress(
         &self,
@@ -190,8 +209,7 @@ impl Fleet {
     ) -> WaitAppliedResponse {
         let mut progress = WaitAppliedResponse { revision, ..WaitAppliedResponse::default() };
         let mut all = true;
-        for (name, node) in state.nodes().iter().filter(|(_, node)| selector.selects(&node.labels))
-        {
+        for (name, node) in self.selected(state, selector, "") {
             let Some(agent) = self.agents.get(name) else { continue };
             if agent.applied_revision(state.revision()) >= revision {
                 progress.nodes_applied += 1;

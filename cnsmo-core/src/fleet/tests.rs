@@ -13,7 +13,10 @@ use cnsmo_proto::pb::{
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::{Enrolment, Plan, TokenRecord, parse_apply};
+use crate::{
+    identity::Issued,
+    state::{Enrolment, Plan, TokenGrant, TokenRecord, parse_apply},
+};
 
 /// State, fleet and a clock, without tasks and sockets.
 struct World {
@@ -34,9 +37,11 @@ impl World {
         };
         let token = TokenRecord {
             secret_sha256: [1; 32],
+            create_time: wall_clock(),
             expire_time: wall_clock() + LEASE,
             uses_max: 10,
             used_by: Vec::new(),
+            grant: TokenGrant::default(),
             labels: Labels::default(),
         };
         let plan = world.state.plan_token("t".into(), token, wall_clock()).unwrap();
@@ -45,11 +50,12 @@ impl World {
             let enrolment = Enrolment {
                 token_id: "t".into(),
                 secret_sha256: [1; 32],
-                node: node.parse().unwrap(),
+                name: node.parse().unwrap(),
                 labels: format!("n={node}").parse().unwrap(),
                 spki_sha256: [n; 32],
             };
-            let plan = world.state.plan_enrolment(&enrolment, wall_clock()).unwrap();
+            let plan =
+                world.state.plan_enrolment(&enrolment, Issued::sample(), wall_clock()).unwrap();
             world.commit(plan);
         }
         world
@@ -217,8 +223,7 @@ impl TestAgent {
     fn receive(&mut self) {
         let Some(down) = &mut self.down else { return };
         while let Ok(Ok(message)) = down.try_recv() {
-            let Down::Update(push) = message else { continue };
-            let update = Update::from(push);
+            let Some(update) = as_received(message) else { continue };
             for resource in &update.upserts {
                 let key = (resource.name.clone(), resource.version);
                 *self.sent.entry(key).or_default() += 1;
@@ -360,7 +365,7 @@ fn one_vm_that_joins_a_network_costs_each_other_member_one_record() {
     world.announce("b", 7);
     let [a, ..] = received(&mut world);
     assert_eq!(a, (vec!["member/m/b".into()], Vec::new()));
-    let Some(Spec::Member(member)) = world.fleet.catalog.get("member/m/b") else { panic!() };
+    let Some(Spec::Member(member)) = world.fleet.spec("member/m/b") else { panic!() };
     assert_eq!(
         (&member.public_key, &member.endpoints[..]),
         (&vec![7; 32], &["192.0.2.7:51820".to_owned()][..])
@@ -379,7 +384,7 @@ fn who_is_selected_and_not_in_a_network_is_told_why() {
     let fixed = StaticAddresses { ipv4: "10.1.0.2".into(), ..StaticAddresses::default() };
     inner.spec.as_mut().unwrap().addresses.insert("c".into(), fixed);
     world.apply_all([office, network("lab", "10.2.0.0/24", "n=b", 0)]);
-    let Some(Spec::Network(spec)) = world.fleet.catalog.get("network/office") else { panic!() };
+    let Some(Spec::Network(spec)) = world.fleet.spec("network/office") else { panic!() };
     assert!(spec.addresses.is_empty(), "the members' records have them");
     let refused = |world: &mut World| {
         let office = world.fleet.resource(Kind::Network, "office", &world.state).unwrap();
@@ -673,5 +678,15 @@ proptest! {
         while agent.answer(&mut world) {}
         let again = agent.sent.iter().filter(|((name, _), times)| name == "firewall-policy/p" && **times > 1);
         prop_assert_eq!(again.count(), 0);
+    }
+}
+
+/// As it comes out of the network.
+fn as_received(down: Down) -> Option<Update> {
+    let mut wire = Vec::new();
+    down.encode(&mut wire);
+    match ConnectResponse::decode(&wire[..]).unwrap().message {
+        Some(connect_response::Message::Update(update)) => Some(update),
+        _ => None,
     }
 }

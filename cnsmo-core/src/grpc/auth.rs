@@ -1,68 +1,58 @@
-//! Who may call what: one table, and nothing outside it.
+//! Who may call what: each request gets its [`Caller`], and passes if the table of rules lets its role call the RPC.
 
-use std::task::{Context, Poll};
+mod guard;
+pub mod rules;
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::SystemTime,
+};
 
 use futures::future::{Either, Ready, ready};
+use tokio_util::sync::CancellationToken;
 use tonic::{
-    Status,
+    Code, Status,
     body::Body,
     codegen::http::{Request, Response},
-    transport::server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo},
+    transport::server::UdsConnectInfo,
 };
 use tower::{Layer, Service};
 
-use crate::identity::AgentIdentity;
+use self::rules::Rule;
+use super::listen::TlsInfo;
+use crate::{
+    audit::{Audit, Note},
+    identity::{
+        Peer,
+        caller::Caller,
+        registry::{Refusal, Registry},
+    },
+};
 
-/// What a caller is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Came over the unix socket as root or as the core's own user.
-    Admin,
-    /// Has the certificate of an agent.
-    Agent,
-    /// Came over TLS without a certificate.
-    Anonymous,
+/// The one RPC that a certificate which has expired opens.
+const RENEW: &str = "/cnsmo.identity.v1.IdentityService/Renew";
+
+/// Lets through what the rules allow.
+#[derive(Clone, Debug)]
+pub struct AuthLayer {
+    registry: Arc<Registry>,
+    audit: Audit,
 }
 
-use Role::{Admin, Agent, Anonymous};
-
-/// Every RPC, and who may call it.
-pub const RULES: &[(&str, &[Role])] = &[
-    ("/cnsmo.agent.v1.AgentService/Connect", &[Agent]),
-    ("/cnsmo.bus.v1.BusService/DeleteGroup", &[Admin]),
-    ("/cnsmo.bus.v1.BusService/ListMessages", &[Admin]),
-    ("/cnsmo.bus.v1.BusService/ListStreams", &[Admin]),
-    ("/cnsmo.bus.v1.BusService/Publish", &[Admin]),
-    ("/cnsmo.bus.v1.BusService/Replay", &[Admin]),
-    ("/cnsmo.bus.v1.BusService/Request", &[Admin]),
-    ("/cnsmo.bus.v1.BusService/Subscribe", &[Admin]),
-    ("/cnsmo.identity.v1.EnrollmentService/Enroll", &[Anonymous]),
-    ("/cnsmo.identity.v1.JoinTokenService/CreateJoinToken", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/Apply", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/Delete", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/Get", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/List", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/WaitApplied", &[Admin]),
-    ("/cnsmo.resource.v1.ResourceService/Watch", &[Admin]),
-    ("/grpc.health.v1.Health/Check", &[Admin, Agent, Anonymous]),
-    ("/grpc.health.v1.Health/Watch", &[Admin, Agent, Anonymous]),
-    ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", &[Admin]),
-];
-
-/// Whether `role` may call the RPC at `path`.
-pub fn allows(role: Role, path: &str) -> bool {
-    RULES.iter().any(|(rpc, roles)| *rpc == path && roles.contains(&role))
+impl AuthLayer {
+    /// Roles are looked up in `registry`; what matters is told to `audit`.
+    pub fn new(registry: Arc<Registry>, audit: Audit) -> Self {
+        Self { registry, audit }
+    }
 }
-
-/// Lets through what the table allows.
-#[derive(Clone, Copy, Debug)]
-pub struct AuthLayer;
 
 impl<S> Layer<S> for AuthLayer {
     type Service = Auth<S>;
 
     fn layer(&self, inner: S) -> Auth<S> {
-        Auth { inner }
+        Auth { inner, registry: self.registry.clone(), audit: self.audit.clone() }
     }
 }
 
@@ -70,100 +60,116 @@ impl<S> Layer<S> for AuthLayer {
 #[derive(Clone, Debug)]
 pub struct Auth<S> {
     inner: S,
+    registry: Arc<Registry>,
+    audit: Audit,
 }
+
+type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
 
 impl<S> Service<Request<Body>> for Auth<S>
 where
     S: Service<Request<Body>, Response = Response<Body>>,
+    S::Future: Send + 'static,
 {
     type Response = S::Response;
     type Error = S::Error;
-    type Future = Either<S::Future, Ready<Result<S::Response, S::Error>>>;
+    type Future = Either<
+        Either<S::Future, Ready<Result<S::Response, S::Error>>>,
+        Boxed<S::Response, S::Error>,
+    >;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(context)
     }
 
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
-        let refusal = match identify(&mut request) {
-            None => Status::unauthenticated("the way of this connection proves no identity"),
-            Some(role) if allows(role, request.uri().path()) => {
-                return Either::Left(self.inner.call(request));
+        let (caller, cut, audited) = match authorize(&self.registry, &request) {
+            Ok(authorized) => authorized,
+            Err((caller, refusal)) => {
+                self.audit.refused_call(caller.as_ref(), request.uri().path(), &refusal);
+                return Either::Left(Either::Right(ready(Ok(refusal.into_http()))));
             }
-            Some(role) => Status::permission_denied(format!(
-                "{} is not allowed to the role {}",
-                request.uri().path(),
-                match role {
-                    Admin => "admin",
-                    Agent => "agent",
-                    Anonymous => "anonymous",
-                }
-            )),
         };
-        tracing::debug!(path = request.uri().path(), %refusal, "refused");
-        Either::Right(ready(Ok(refusal.into_http())))
-    }
-}
-
-/// The role of the caller; an agent's identity is left in the request's extensions.
-fn identify(request: &mut Request<Body>) -> Option<Role> {
-    if let Some(unix) = request.extensions().get::<UdsConnectInfo>() {
-        let uid = unix.peer_cred.as_ref()?.uid();
-        let own = nix::unistd::geteuid().as_raw();
-        return (uid == 0 || uid == own).then_some(Admin);
-    }
-    let tls = request.extensions().get::<TlsConnectInfo<TcpConnectInfo>>()?;
-    let Some(certificates) = tls.peer_certs() else { return Some(Anonymous) };
-    let identity = AgentIdentity::from_certificate(certificates.first()?)?;
-    request.extensions_mut().insert(identity);
-    Some(Agent)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeSet;
-
-    use prost::Message as _;
-    use prost_types::FileDescriptorSet;
-
-    use super::*;
-
-    /// Fails when an RPC is added without a rule, or a rule outlives its RPC.
-    #[test]
-    fn every_rpc_has_exactly_one_rule() {
-        let sets = [
-            cnsmo_proto::DESCRIPTORS,
-            tonic_health::pb::FILE_DESCRIPTOR_SET,
-            tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
-        ];
-        let mut rpcs = BTreeSet::new();
-        for set in sets {
-            for file in FileDescriptorSet::decode(set).unwrap().file {
-                for service in &file.service {
-                    for method in &service.method {
-                        rpcs.insert(format!(
-                            "/{}.{}/{}",
-                            file.package(),
-                            service.name(),
-                            method.name()
-                        ));
-                    }
-                }
+        let audited = audited.map(|rule| (self.audit.clone(), caller.clone(), rule.rpc));
+        request.extensions_mut().insert(caller);
+        if cut.is_none() && audited.is_none() {
+            return Either::Left(Either::Left(self.inner.call(request)));
+        }
+        if let Some(cut) = cut.clone() {
+            request = request.map(|body| guard::request(body, cut));
+        }
+        let answer = self.inner.call(request);
+        Either::Right(Box::pin(async move {
+            let mut answer = answer.await?;
+            if let Some((audit, caller, rpc)) = audited {
+                let code = Status::from_header_map(answer.headers());
+                let code = code.map_or(Code::Ok, |status| status.code());
+                let note = answer.extensions_mut().remove::<Note>().unwrap_or_default();
+                audit.call(&caller, rpc, code, note).await;
             }
-        }
-        let rules: Vec<_> = RULES.iter().map(|(rpc, _)| (*rpc).to_owned()).collect();
-        assert_eq!(rules.len(), rules.iter().collect::<BTreeSet<_>>().len(), "one rule per RPC");
-        assert_eq!(rules.into_iter().collect::<BTreeSet<_>>(), rpcs);
+            Ok(match cut {
+                Some(cut) => answer.map(|body| guard::response(body, cut)),
+                None => answer,
+            })
+        }))
     }
+}
 
-    #[test]
-    fn what_is_not_in_the_table_is_refused() {
-        for role in [Admin, Agent, Anonymous] {
-            assert!(!allows(role, "/cnsmo.resource.v1.ResourceService/Unknown"));
-            assert!(!allows(role, ""));
-        }
-        for (role, rpcs) in [(Agent, 3), (Anonymous, 3)] {
-            assert_eq!(RULES.iter().filter(|(_, roles)| roles.contains(&role)).count(), rpcs);
-        }
+/// The caller as far as it is known, and why it is refused.
+type Refused = (Option<Caller>, Status);
+/// The caller, and what ends it.
+type Identified = Result<(Caller, Option<CancellationToken>), Refused>;
+
+/// The rule is given for calls that the audit shall have.
+fn authorize(
+    registry: &Registry,
+    request: &Request<Body>,
+) -> Result<(Caller, Option<CancellationToken>, Option<&'static Rule>), Refused> {
+    let path = request.uri().path();
+    let (caller, cut) = identify(registry, request, path)?;
+    let rule = rules::rule_of(path).filter(|rule| rule.roles.contains(&caller.role));
+    if let Some(rule) = rule {
+        return Ok((caller, cut, rule.audited.then_some(rule)));
     }
+    let role = caller.role.as_str();
+    let refusal = Status::permission_denied(format!("{path} is not allowed to the role {role}"));
+    Err((Some(caller), refusal))
+}
+
+fn identify(registry: &Registry, request: &Request<Body>, path: &str) -> Identified {
+    let unproven = || Status::unauthenticated("the way of this connection proves no identity");
+    if let Some(unix) = request.extensions().get::<UdsConnectInfo>() {
+        let uid = unix.peer_cred.as_ref().map(tokio::net::unix::UCred::uid);
+        let uid = uid.ok_or_else(|| (None, unproven()))?;
+        if uid == 0 || uid == nix::unistd::geteuid().as_raw() {
+            return Ok((Caller::local(uid), None));
+        }
+        return Err((None, unproven()));
+    }
+    let tls = request.extensions().get::<TlsInfo>().ok_or_else(|| (None, unproven()))?;
+    match &tls.peer {
+        None => Ok((Caller::anonymous(), None)),
+        Some(peer) => certified(registry, peer, path),
+    }
+}
+
+fn certified(registry: &Registry, peer: &Arc<Peer>, path: &str) -> Identified {
+    let now = SystemTime::now();
+    let refused = |refusal: Refusal| {
+        let text = format!("{}: {refusal}", peer.identity);
+        let status = match refusal {
+            Refusal::Expired | Refusal::Outlived => Status::unauthenticated(text),
+            Refusal::Unknown | Refusal::OtherKey | Refusal::Revoked => {
+                Status::permission_denied(text)
+            }
+        };
+        (Some(Caller::unproven(peer.clone())), status)
+    };
+    if path == RENEW {
+        let role = registry.renewable(peer, now).map_err(refused)?;
+        return Ok((Caller::certified(peer.clone(), role, Arc::default()), None));
+    }
+    let standing = registry.standing(peer, now).map_err(refused)?;
+    let caller = Caller::certified(peer.clone(), standing.role, standing.grants);
+    Ok((caller, Some(standing.cut)))
 }

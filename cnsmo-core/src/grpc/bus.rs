@@ -17,6 +17,7 @@ use crate::{
         timestamp,
     },
     error::Error,
+    identity::caller::Caller,
     subject::{InvalidSubject, Pattern, Subject},
 };
 
@@ -68,7 +69,7 @@ impl bus_service_server::BusService for Service {
         &self,
         request: Request<PublishRequest>,
     ) -> Result<Response<PublishResponse>, Status> {
-        let who = Who::of(&request);
+        let who = Who::of(&request)?;
         let PublishRequest { message, durable } = request.into_inner();
         let message = checked(message, durable)?;
         let subject = subject_of(&message)?;
@@ -87,7 +88,7 @@ impl bus_service_server::BusService for Service {
         &self,
         request: Request<Streaming<SubscribeRequest>>,
     ) -> Result<Response<Self::SubscribeStream>, Status> {
-        let who = Who::of(&request);
+        let who = Who::of(&request)?;
         let outbox = Arc::<Outbox>::default();
         // The answer begins before the subscription has come: a client may wait for it first.
         tokio::spawn(serve(self.bus.clone(), who, request.into_inner(), outbox.clone()));
@@ -98,7 +99,7 @@ impl bus_service_server::BusService for Service {
         &self,
         request: Request<RequestRequest>,
     ) -> Result<Response<RequestResponse>, Status> {
-        let who = Who::of(&request);
+        let who = Who::of(&request)?;
         let RequestRequest { message, timeout, idempotent } = request.into_inner();
         let message = checked(message, false)?;
         who.may_publish(subject_of(&message)?)?;
@@ -178,23 +179,37 @@ impl bus_service_server::BusService for Service {
 }
 
 /// Who calls, and what that one may do.
-struct Who {
-    identity: String,
-}
+struct Who(Caller);
 
 impl Who {
-    fn of<T>(_: &Request<T>) -> Self {
-        Self { identity: "local".to_owned() }
+    fn of<T>(request: &Request<T>) -> Result<Self, Status> {
+        Ok(Self(Caller::of(request)?.clone()))
     }
 
     fn may_publish(&self, subject: Subject<'_>) -> Result<(), Status> {
         if subject.is_dead_letter() {
             return Err(invalid("message.subject: only the bus publishes to dead".to_owned()));
         }
+        if !self.0.may_publish(subject.as_str()) {
+            let text = format!(
+                "message.subject: {} is not allowed to {}",
+                subject.as_str(),
+                self.0.identity
+            );
+            return Err(Status::permission_denied(text));
+        }
         Ok(())
     }
 
-    fn may_subscribe(&self, _: &Pattern) -> Result<(), Status> {
+    fn may_subscribe(&self, pattern: &Pattern) -> Result<(), Status> {
+        if !self.0.may_subscribe(pattern.as_str()) {
+            let text = format!(
+                "subscription.subject: {} is not allowed to {}",
+                pattern.as_str(),
+                self.0.identity
+            );
+            return Err(Status::permission_denied(text));
+        }
         Ok(())
     }
 }
@@ -249,9 +264,9 @@ async fn subscribe(
     else {
         return Err(invalid("subscription: must be the first message".to_owned()));
     };
-    let subscription = subscription(wanted, &who.identity)?;
+    let subscription = subscription(wanted, &who.0.identity)?;
     who.may_subscribe(&subscription.pattern)?;
-    Ok(bus.subscribe(&who.identity, subscription, outbox.clone()).await?)
+    Ok(bus.subscribe(&who.0.identity, subscription, outbox.clone()).await?)
 }
 
 async fn hear(member: &Member, said: SubscribeRequest) -> Result<(), Status> {

@@ -7,8 +7,8 @@ use cnsmo_proto::{
     pb::resource::{
         ApplyRequest, ApplyResponse, DeleteRequest, DeleteResponse, GetRequest, GetResponse, Kind,
         ListRequest, ListResponse, Resource, WaitAppliedRequest, WaitAppliedResponse, WatchRequest,
-        WatchResponse, apply_request::Mode, resource, resource_service_server::ResourceService,
-        watch_response::Event,
+        WatchResponse, apply_request::Mode, change::Outcome, resource,
+        resource_service_server::ResourceService, watch_response::Event,
     },
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
@@ -17,7 +17,9 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     actor::{Core, Wait},
+    audit::Note,
     error::Error,
+    identity::{Role, caller::Caller},
     state::{parse_apply, word},
 };
 
@@ -55,7 +57,13 @@ impl ResourceService for Service {
         let wanted = tokio::task::spawn_blocking(move || parse_apply(request.resources))
             .await
             .map_err(|_| Error::Internal)??;
-        Ok(Response::new(self.core.apply(wanted, mode, request.dry_run).await?))
+        let about = format!("{} resources", wanted.len());
+        let answer = self.core.apply(wanted, mode, request.dry_run).await?;
+        let changed = answer.changes.iter().any(|change| change.outcome() != Outcome::Unchanged);
+        let revision = if changed && !request.dry_run { answer.revision } else { 0 };
+        let mut response = Response::new(answer);
+        response.extensions_mut().insert(Note { revision, detail: about });
+        Ok(response)
     }
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
@@ -79,9 +87,18 @@ impl ResourceService for Service {
         &self,
         request: Request<DeleteRequest>,
     ) -> Result<Response<DeleteResponse>, Status> {
+        let role = Caller::of(&request)?.role;
         let DeleteRequest { kind, name } = request.into_inner();
-        let revision = self.core.delete(kind_of(kind)?, name).await?;
-        Ok(Response::new(DeleteResponse { revision }))
+        let kind = kind_of(kind)?;
+        if kind == Kind::Node && role != Role::Admin {
+            let why = format!("Node {name}: only the role admin takes VMs out");
+            return Err(Error::Denied(why).into());
+        }
+        let about = format!("{} {name}", word(kind));
+        let revision = self.core.delete(kind, name).await?;
+        let mut response = Response::new(DeleteResponse { revision });
+        response.extensions_mut().insert(Note { revision, detail: about });
+        Ok(response)
     }
 
     async fn watch(

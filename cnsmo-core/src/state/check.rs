@@ -44,7 +44,12 @@ impl<'a> Next<'a> {
                 Write::Delete(Kind::LoadBalancer, name) => {
                     next.balancers.remove(name.as_str());
                 }
-                Write::Delete(..) | Write::Node(_) | Write::Token(..) | Write::DeleteToken(_) => {}
+                Write::Delete(..)
+                | Write::Node(_)
+                | Write::Token(..)
+                | Write::DeleteToken(_)
+                | Write::Identity(..)
+                | Write::DeleteIdentity(_) => {}
             }
         }
         next
@@ -210,7 +215,12 @@ impl Write {
         match self {
             Self::Network(_) | Self::Balancer(_) => true,
             Self::Delete(kind, _) => kinds.contains(kind),
-            Self::Policy(_) | Self::Node(_) | Self::Token(..) | Self::DeleteToken(_) => false,
+            Self::Policy(_)
+            | Self::Node(_)
+            | Self::Token(..)
+            | Self::DeleteToken(_)
+            | Self::Identity(..)
+            | Self::DeleteIdentity(_) => false,
         }
     }
 }

@@ -1,9 +1,6 @@
 //! Nodes: how they join, what their agents say of them, what operators say of them.
 
-use std::{
-    net::IpAddr,
-    time::{Duration, SystemTime},
-};
+use std::{net::IpAddr, time::SystemTime};
 
 use cnsmo_proto::{
     model::{Addresses, ENDPOINTS_MAX, Invalid, Labels, Name, PublicKey},
@@ -15,18 +12,11 @@ use cnsmo_proto::{
     },
 };
 
-use super::{Plan, State, Write, created};
+use super::{Plan, State, Write};
 use crate::error::Error;
 
 /// Nodes: what one core is measured with, twice.
 pub const NODES_MAX: usize = 20_000;
-/// Join tokens that have not expired.
-pub const TOKENS_MAX: usize = 10_000;
-/// Nodes that one join token may admit.
-pub const TOKEN_USES_MAX: u32 = 10_000;
-/// Longest life of a join token.
-pub const TOKEN_TTL_MAX: Duration = Duration::from_secs(30 * 24 * 3_600);
-
 /// What is durable about a node.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
@@ -66,36 +56,6 @@ pub struct Membership {
     pub network: String,
     /// One for each family of the network. None: the network is full, the node waits for a place.
     pub addresses: Option<Addresses>,
-}
-
-/// What is kept of a join token. Its secret is not.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenRecord {
-    /// SHA-256 of the secret.
-    pub secret_sha256: [u8; 32],
-    /// End of its life.
-    pub expire_time: SystemTime,
-    /// Nodes that it may admit.
-    pub uses_max: u32,
-    /// SHA-256 of the public key info of each node that it has admitted.
-    pub used_by: Vec<[u8; 32]>,
-    /// Labels for each node that joins with it.
-    pub labels: Labels,
-}
-
-/// A request to join.
-#[derive(Clone, Debug)]
-pub struct Enrolment {
-    /// Public part of the token.
-    pub token_id: String,
-    /// SHA-256 of the presented secret.
-    pub secret_sha256: [u8; 32],
-    /// Name of the node.
-    pub node: Name,
-    /// The agent's own labels.
-    pub labels: Labels,
-    /// SHA-256 of the public key info in the signing request.
-    pub spki_sha256: [u8; 32],
 }
 
 impl TryFrom<agent::Announcement> for Announcement {
@@ -160,83 +120,6 @@ impl State {
         Ok((Outcome::Updated, Some(Write::Node(Box::new(node)))))
     }
 
-    /// A new join token. Tokens that have expired are removed with it.
-    pub fn plan_token(
-        &self,
-        id: String,
-        token: TokenRecord,
-        now: SystemTime,
-    ) -> Result<Plan, Error> {
-        let expired = |(_, token): &(&String, &TokenRecord)| token.expire_time <= now;
-        let mut writes: Vec<Write> = self
-            .tokens
-            .iter()
-            .filter(expired)
-            .map(|(id, _)| Write::DeleteToken(id.clone()))
-            .collect();
-        if self.tokens.len() - writes.len() >= TOKENS_MAX {
-            return Err(Error::Exhausted(format!("{TOKENS_MAX} join tokens are alive already")));
-        }
-        writes.push(Write::Token(id, token));
-        Ok(Plan { changes: Vec::new(), writes })
-    }
-
-    /// Admits a node. The same key may come again while the token lives: a lost answer locks nobody out.
-    pub fn plan_enrolment(&self, enrolment: &Enrolment, now: SystemTime) -> Result<Plan, Error> {
-        let Enrolment { token_id, secret_sha256, node: name, labels, spki_sha256 } = enrolment;
-        let known =
-            self.tokens.get(token_id).filter(|token| equal(&token.secret_sha256, secret_sha256));
-        let Some(token) = known else {
-            return Err(Error::Denied("this core does not know the join token".into()));
-        };
-        if token.expire_time <= now {
-            return Err(Error::Denied(
-                "the join token has expired: create another with `cnsmo token create`".into(),
-            ));
-        }
-        let old = self.nodes.get(name.as_str());
-        if old.is_some_and(|old| old.spki_sha256 != *spki_sha256) {
-            return Err(Error::Exists(format!(
-                "Node {name}: has joined with another key: if this VM takes its place, run `cnsmo delete node {name}` first"
-            )));
-        }
-        // A node that was deleted is not let in again by a used token.
-        if old.is_some() && token.used_by.contains(spki_sha256) {
-            return Ok(Plan::default());
-        }
-        if token.used_by.len() >= token.uses_max as usize {
-            return Err(Error::Denied(format!(
-                "the join token is used up ({} of {} uses): create another with `cnsmo token create`",
-                token.used_by.len(),
-                token.uses_max
-            )));
-        }
-        if old.is_none() && self.nodes.len() >= NODES_MAX {
-            return Err(Error::Exhausted(format!("{NODES_MAX} nodes have joined already")));
-        }
-        let mut used = token.clone();
-        used.used_by.push(*spki_sha256);
-        let both = joined(labels, &token.labels)?;
-        let fresh = || Node {
-            metadata: created(name.as_str(), now),
-            labels: Labels::default(),
-            token_labels: Labels::default(),
-            labels_by_operator: false,
-            spki_sha256: *spki_sha256,
-            connected: false,
-            draining: false,
-            announcement: Announcement::default(),
-            membership: None,
-        };
-        let old = old.cloned().unwrap_or_else(fresh);
-        let labels = if old.labels_by_operator { old.labels.clone() } else { both };
-        let draining = old.draining;
-        let node = rewritten(&old, labels, draining, now);
-        let node = Box::new(Node { token_labels: token.labels.clone(), ..node });
-        let writes = vec![Write::Token(token_id.clone(), used), Write::Node(node)];
-        self.finish(Plan { changes: Vec::new(), writes })
-    }
-
     /// What the first stream of a node, or one with other labels or another announcement, changes in its record.
     pub fn plan_connect(
         &self,
@@ -285,7 +168,7 @@ impl State {
 }
 
 /// Labels and spec are what can be written of a node, so a change of either is one of its revision.
-fn rewritten(old: &Node, labels: Labels, draining: bool, now: SystemTime) -> Node {
+pub(super) fn rewritten(old: &Node, labels: Labels, draining: bool, now: SystemTime) -> Node {
     let mut node = old.clone();
     if old.metadata.revision != 0 && (old.labels != labels || old.draining != draining) {
         node.metadata.generation += 1;
@@ -298,14 +181,8 @@ fn rewritten(old: &Node, labels: Labels, draining: bool, now: SystemTime) -> Nod
     node
 }
 
-fn joined(agent: &Labels, token: &Labels) -> Result<Labels, Error> {
+pub(super) fn joined(agent: &Labels, token: &Labels) -> Result<Labels, Error> {
     let both = agent.clone().overridden_by(token);
     Labels::new(both.as_map().clone())
         .map_err(|e| Error::Invalid(format!("labels of the agent and of the token together: {e}")))
-}
-
-/// Compares hashes of secrets without telling by time where they differ.
-fn equal(stored: &[u8; 32], presented: &[u8; 32]) -> bool {
-    let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, b"cnsmo join token");
-    ring::hmac::verify(&key, presented, ring::hmac::sign(&key, stored).as_ref()).is_ok()
 }

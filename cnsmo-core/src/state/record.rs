@@ -1,26 +1,29 @@
 //! How resources are kept in the store.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::sync::Arc;
 
 use cnsmo_proto::{
-    model::{Addresses, Invalid, Labels, LoadBalancer, Network},
-    pb::{agent, balancer, meta::Metadata, network, policy::FirewallPolicy, resource::Kind},
+    model::{Addresses, Invalid, Labels, LoadBalancer, Name, Network},
+    pb::{
+        agent, balancer, identity, meta::Metadata, network, policy::FirewallPolicy, resource::Kind,
+    },
 };
 use prost::Message;
 
 use super::{
     Announcement, Entry, Membership, Node, Op, Stored, StoredBalancer, StoredNetwork, StoredPolicy,
-    TokenRecord, Write,
+    TokenGrant, TokenRecord, Write,
 };
+use crate::identity::{Enrolled, Grants, Role, from_ms, registry::IDENTITIES, to_ms};
 
-const POLICIES: &str = "firewall-policies/";
-const NETWORKS: &str = "networks/";
-const BALANCERS: &str = "load-balancers/";
-const NODES: &str = "nodes/";
-const TOKENS: &str = "tokens/";
+const POLICIES: &str = "cnsmo/firewall-policies/";
+const NETWORKS: &str = "cnsmo/networks/";
+const BALANCERS: &str = "cnsmo/load-balancers/";
+const NODES: &str = "cnsmo/nodes/";
+const TOKENS: &str = "cnsmo/tokens/";
+
+/// How the keys begin that make up the state; other keys are not its own.
+pub const FOLDERS: [&str; 6] = [POLICIES, NETWORKS, BALANCERS, NODES, TOKENS, IDENTITIES];
 
 /// Revision 0 in the metadata: that of this put.
 #[derive(Clone, PartialEq, Message)]
@@ -66,6 +69,16 @@ struct JoinTokenRecord {
     used_by: Vec<Vec<u8>>,
     #[prost(btree_map = "string, string", tag = "5")]
     labels: std::collections::BTreeMap<String, String>,
+    #[prost(uint64, tag = "6")]
+    create_ms: u64,
+    #[prost(enumeration = "identity::Role", tag = "7")]
+    role: i32,
+    #[prost(string, tag = "8")]
+    name: String,
+    #[prost(string, repeated, tag = "9")]
+    state_prefixes: Vec<String>,
+    #[prost(string, repeated, tag = "10")]
+    subjects: Vec<String>,
 }
 
 pub(super) fn op(write: &Write) -> Op {
@@ -85,6 +98,8 @@ pub(super) fn op(write: &Write) -> Op {
         Write::Token(id, token) => put(TOKENS, id, token_record(token).encode_to_vec()),
         Write::Delete(kind, name) => Op::Delete { key: format!("{}{name}", folder(*kind)) },
         Write::DeleteToken(id) => Op::Delete { key: format!("{TOKENS}{id}") },
+        Write::Identity(identity, enrolled) => put(IDENTITIES, identity, enrolled.encode()),
+        Write::DeleteIdentity(identity) => Op::Delete { key: format!("{IDENTITIES}{identity}") },
     }
 }
 
@@ -114,6 +129,9 @@ pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
     }
     if let Some(id) = entry.key.strip_prefix(TOKENS) {
         return Ok(Write::Token(id.to_owned(), token(decode(value)?)?));
+    }
+    if let Some(identity) = entry.key.strip_prefix(IDENTITIES) {
+        return Ok(Write::Identity(identity.to_owned(), Box::new(Enrolled::decode(value)?)));
     }
     Err(Invalid::new("no resource of this kind is known: was it written by a newer version?"))
 }
@@ -200,25 +218,33 @@ fn address<T: std::str::FromStr>(text: &str) -> Result<Option<T>, Invalid> {
 }
 
 fn token_record(token: &TokenRecord) -> JoinTokenRecord {
-    let since = token.expire_time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let TokenGrant { role, name, grants } = &token.grant;
     JoinTokenRecord {
         secret_sha256: token.secret_sha256.to_vec(),
-        expire_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX),
+        expire_ms: to_ms(token.expire_time),
         uses_max: token.uses_max,
         used_by: token.used_by.iter().map(|hash| hash.to_vec()).collect(),
         labels: token.labels.as_map().clone(),
+        create_ms: to_ms(token.create_time),
+        role: identity::Role::from(*role).into(),
+        name: name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        state_prefixes: grants.state_prefixes.clone(),
+        subjects: grants.subjects.clone(),
     }
 }
 
 fn token(record: JoinTokenRecord) -> Result<TokenRecord, Invalid> {
-    let expire_time: Option<SystemTime> =
-        UNIX_EPOCH.checked_add(Duration::from_millis(record.expire_ms));
+    let role = Role::try_from(record.role()).map_err(|e| e.at("role"))?;
+    let name = (!record.name.is_empty()).then(|| Name::new(record.name)).transpose();
+    let grants = Grants { state_prefixes: record.state_prefixes, subjects: record.subjects };
     Ok(TokenRecord {
         secret_sha256: hash(&record.secret_sha256)?,
-        expire_time: expire_time.ok_or_else(|| Invalid::new("expires too late"))?,
+        create_time: from_ms(record.create_ms)?,
+        expire_time: from_ms(record.expire_ms)?,
         uses_max: record.uses_max,
         used_by: record.used_by.iter().map(|one| hash(one)).collect::<Result<_, _>>()?,
         labels: Labels::new(record.labels)?,
+        grant: TokenGrant { role, name: name.map_err(|e| e.at("name"))?, grants },
     })
 }
 

@@ -7,6 +7,8 @@ use cnsmo_proto::pb::{
 
 use std::time::Duration;
 
+use crate::identity::Issued;
+
 use super::*;
 
 fn rule(port: u32) -> FirewallRule {
@@ -56,7 +58,7 @@ fn enrolment(node: &str, key: u8) -> Enrolment {
     Enrolment {
         token_id: "t".into(),
         secret_sha256: [7; 32],
-        node: Name::new(node).unwrap(),
+        name: Name::new(node).unwrap(),
         labels: "role=agent,zone=a".parse().unwrap(),
         spki_sha256: [key; 32],
     }
@@ -66,9 +68,11 @@ fn with_token(uses_max: u32) -> State {
     let mut state = State::default();
     let token = TokenRecord {
         secret_sha256: [7; 32],
+        create_time: SystemTime::now(),
         expire_time: SystemTime::now() + Duration::from_secs(60),
         uses_max,
         used_by: Vec::new(),
+        grant: TokenGrant::default(),
         labels: "role=token".parse().unwrap(),
     };
     let plan = state.plan_token("t".into(), token, SystemTime::now()).unwrap();
@@ -77,7 +81,7 @@ fn with_token(uses_max: u32) -> State {
 }
 
 fn enrol(state: &mut State, enrolment: &Enrolment) -> Result<(), Error> {
-    let plan = state.plan_enrolment(enrolment, SystemTime::now())?;
+    let plan = state.plan_enrolment(enrolment, Issued::sample(), SystemTime::now())?;
     if !plan.is_empty() {
         state.commit(plan, state.revision() + 1);
     }
@@ -172,7 +176,7 @@ fn a_token_admits_its_number_of_nodes_and_a_retry_for_free() {
     state.commit(plan, revision + 1);
     denied(enrol(&mut state, &enrolment("a", 1)), "used up");
     let late = SystemTime::now() + Duration::from_secs(61);
-    let error = state.plan_enrolment(&enrolment("a", 1), late).unwrap_err();
+    let error = state.plan_enrolment(&enrolment("a", 1), Issued::sample(), late).unwrap_err();
     assert!(error.to_string().contains("expired"), "{error}");
 }
 
@@ -211,7 +215,7 @@ fn the_store_gives_back_what_was_committed() {
         state.commit(plan, mod_rev);
     };
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
-    let plan = state.plan_enrolment(&enrolment("a", 1), now).unwrap();
+    let plan = state.plan_enrolment(&enrolment("a", 1), Issued::sample(), now).unwrap();
     keep(&mut state, plan);
     for port in [80, 81] {
         let wanted = parse_apply(vec![policy("web", port)]).unwrap();
@@ -227,11 +231,11 @@ fn the_store_gives_back_what_was_committed() {
     assert_eq!(loaded.nodes["a"].metadata.revision, 2, "connecting is no change of the node");
 
     let broken = Entry {
-        key: "nodes/x".into(),
+        key: "cnsmo/nodes/x".into(),
         value: vec![0xff].into(),
         mod_revision: 1,
         ..Entry::default()
     };
     let error = State::load(1, vec![broken]).unwrap_err();
-    assert_eq!(error.field(), "nodes/x");
+    assert_eq!(error.field(), "cnsmo/nodes/x");
 }

@@ -123,7 +123,6 @@ pub(super) struct Rows {
 
 /// Why a database did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
-#[expect(dead_code, reason = "a file is never out of reach; the engine of several cores is")]
 pub(super) enum EngineError {
     /// No space. Nothing was committed.
     #[error("no space is left")]
@@ -218,7 +217,8 @@ pub(super) trait Engine: Send + Sync + 'static {
     async fn wake(&self) -> Revision;
 }
 
-/// Text of a statement: the same on all engines. Only constants and repetitions of constants become one.
+/// Text of a statement: the same on all engines. Only constants and repetitions of constants become one. Parameters
+/// appear in their order: to SQLite `$2` is a name, and names are numbered as they appear.
 #[derive(Clone, Debug)]
 pub(super) enum Sql {
     /// A constant.
@@ -229,11 +229,24 @@ pub(super) enum Sql {
 
 impl Sql {
     pub(super) fn as_str(&self) -> &str {
-        match self {
+        let text = match self {
             Self::Fixed(text) => text,
-            Self::Made(text) => text,
-        }
+            Self::Made(text) => text.as_ref(),
+        };
+        debug_assert!(is_in_order(text), "{text}");
+        text
     }
+}
+
+fn is_in_order(text: &str) -> bool {
+    let mut seen = 0;
+    text.split('$').skip(1).all(|rest| {
+        let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+        let number = rest[..digits].parse().unwrap_or(usize::MAX);
+        let expected = number <= seen + 1;
+        seen = seen.max(number);
+        expected
+    })
 }
 
 /// A statement that repeats a list of parameters: `(..), (..)` for `VALUES`, or `.., ..` for `IN`. It is made in sizes of

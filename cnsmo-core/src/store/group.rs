@@ -67,7 +67,7 @@ static PUT_LEASES: Repeated = Repeated::new(
 static DELETE_LEASES: Repeated = Repeated::new("DELETE FROM lease WHERE lease_id IN (", 0, ")");
 
 /// What a caller asks of the writer. Each kind has its part in [`Group::load`], [`Group::settle`] and [`Group::write`].
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Work {
     Commit(Txn),
     Grant { owner: String, ttl: Duration, holder: String },

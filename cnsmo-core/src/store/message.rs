@@ -123,7 +123,7 @@ pub enum Published {
 }
 
 /// What is asked of the writer about messages.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Ask {
     Publish(NewMessage),
     OpenGroup(NewGroup),

@@ -34,19 +34,20 @@ const RANGE_OF_KEYS: Sql = Sql::Fixed(
     "SELECT key, NULL, content_type, create_rev, mod_rev, version, lease_id
      FROM kv WHERE key >= $1 AND key < $2 ORDER BY key LIMIT $3",
 );
+// SQLite numbers `$N` by first appearance: `$3` must come before `$4`.
 const RANGE_AT: Sql = Sql::Fixed(
     "SELECT key, value, content_type, create_rev, rev, version, lease_id
-     FROM log WHERE key >= $1 AND key < $2 AND rev <= $4 AND op = 1 AND NOT EXISTS (
+     FROM log WHERE key >= $1 AND key < $2 AND rev <= $3 AND op = 1 AND NOT EXISTS (
        SELECT 1 FROM log AS newer WHERE newer.key = log.key
-       AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $4
-     ) ORDER BY key LIMIT $3",
+       AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $3
+     ) ORDER BY key LIMIT $4",
 );
 const RANGE_OF_KEYS_AT: Sql = Sql::Fixed(
     "SELECT key, NULL, content_type, create_rev, rev, version, lease_id
-     FROM log WHERE key >= $1 AND key < $2 AND rev <= $4 AND op = 1 AND NOT EXISTS (
+     FROM log WHERE key >= $1 AND key < $2 AND rev <= $3 AND op = 1 AND NOT EXISTS (
        SELECT 1 FROM log AS newer WHERE newer.key = log.key
-       AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $4
-     ) ORDER BY key LIMIT $3",
+       AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $3
+     ) ORDER BY key LIMIT $4",
 );
 const VALUE_AT: Sql = Sql::Fixed(
     "SELECT op, key, value, content_type, create_rev, rev, version, lease_id
@@ -105,7 +106,7 @@ impl Store {
         let start = query.after.map_or(query.prefix.clone(), |after| after + "\u{1}");
         let limit = i64::try_from(query.rows).unwrap_or(i64::MAX).saturating_add(1);
         let end = prefix_end(&query.prefix);
-        let mut args = vec![start.max(query.prefix).into(), end.into(), limit.into()];
+        let mut args = vec![start.max(query.prefix).into(), end.into()];
         let sql = match (at == newest, query.keys_only) {
             (true, false) => RANGE,
             (true, true) => RANGE_OF_KEYS,
@@ -115,6 +116,7 @@ impl Store {
         if at != newest {
             args.push(at.into());
         }
+        args.push(limit.into());
         let found = reader.fetch(&sql, args, query.bytes).await?;
         reader.commit(None).await?;
         reader.give_back();

@@ -85,7 +85,6 @@ async fn prepare_tables(
 }
 
 /// The same tables in PostgreSQL's dialect. There are no string literals or quoted names in the text.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the engine of several cores"))]
 pub(super) fn postgres() -> String {
     let uncommented = SQLITE.lines().map(|line| line.split("--").next().unwrap_or_default());
     uncommented

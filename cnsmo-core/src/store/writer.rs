@@ -156,7 +156,12 @@ impl Writer {
         if group.is_empty() {
             return;
         }
-        let error = match self.try_commit(&group).await {
+        let mut result = self.try_commit(&group).await;
+        if let Err(EngineError::Lost(error)) = &result {
+            tracing::warn!(%error, "the database was lost: once more on another connection");
+            result = self.try_commit(&group).await;
+        }
+        let error = match result {
             Ok(results) => return answer_all(answers, results),
             Err(error) => error,
         };

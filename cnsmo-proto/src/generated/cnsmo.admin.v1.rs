@@ -33,6 +33,7 @@ pub struct GetStatusResponse {
     pub wal_bytes: i64,
     #[prost(int64, tag = "9")]
     pub keys: i64,
+    /// That this core counts down.
     #[prost(int64, tag = "10")]
     pub leases: i64,
     #[prost(int64, tag = "11")]
@@ -51,10 +52,13 @@ pub struct GetStatusResponse {
     pub leader_address: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "17")]
     pub uptime: ::core::option::Option<::prost_types::Duration>,
+    /// Leases whose time is over, and that are kept because so many run out at once; above 0 it is an alarm.
+    #[prost(int64, tag = "18")]
+    pub leases_held_back: i64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CompactRequest {
-    /// At most the current one.
+    /// 1 up to the current one; OUT_OF_RANGE otherwise.
     #[prost(int64, tag = "1")]
     pub revision: i64,
 }
@@ -142,7 +146,8 @@ pub mod admin_service_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// A consistent copy of the whole state, taken while the core works: an SQLite file, in pieces.
+        /// A consistent copy of the whole state, taken while the core works: an SQLite file, in pieces. RESOURCE_EXHAUSTED while
+        /// another one is made.
         pub async fn backup(
             &mut self,
             request: impl tonic::IntoRequest<super::BackupRequest>,
@@ -208,7 +213,8 @@ pub mod admin_service_server {
                 Item = std::result::Result<super::BackupResponse, tonic::Status>,
             > + std::marker::Send
             + 'static;
-        /// A consistent copy of the whole state, taken while the core works: an SQLite file, in pieces.
+        /// A consistent copy of the whole state, taken while the core works: an SQLite file, in pieces. RESOURCE_EXHAUSTED while
+        /// another one is made.
         async fn backup(
             &self,
             request: tonic::Request<super::BackupRequest>,

@@ -3,12 +3,13 @@
 pub struct EnrollRequest {
     #[prost(string, tag = "1")]
     pub token: ::prost::alloc::string::String,
-    /// PKCS#10, DER. The private key never leaves the VM.
+    /// PKCS#10, DER. The private key never leaves its machine.
     #[prost(bytes = "vec", tag = "2")]
     pub csr: ::prost::alloc::vec::Vec<u8>,
-    /// Name of the node; a DNS label.
+    /// Of the VM, service or operator; a DNS label.
     #[prost(string, tag = "3")]
-    pub node: ::prost::alloc::string::String,
+    pub name: ::prost::alloc::string::String,
+    /// Of a VM.
     #[prost(btree_map = "string, string", tag = "4")]
     pub labels: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
@@ -38,6 +39,20 @@ pub struct CreateJoinTokenRequest {
         ::prost::alloc::string::String,
         ::prost::alloc::string::String,
     >,
+    /// 0: AGENT. CORE is refused.
+    #[prost(enumeration = "Role", tag = "4")]
+    pub role: i32,
+    /// The only name that may join with it. Empty: any.
+    #[prost(string, tag = "5")]
+    pub name: ::prost::alloc::string::String,
+    /// Of a service or an editor: how keys begin that it may read and write; at most 16. Empty: `<name>/` for a service, all
+    /// for an editor.
+    #[prost(string, repeated, tag = "6")]
+    pub state_prefixes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of a service or an editor: patterns of subjects that it may use; at most 16. Empty: `<name>.>` and `svc.<name>.>` for a
+    /// service, all for an editor.
+    #[prost(string, repeated, tag = "7")]
+    pub subjects: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateJoinTokenResponse {
@@ -47,6 +62,192 @@ pub struct CreateJoinTokenResponse {
     pub token: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "2")]
     pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenewRequest {
+    /// PKCS#10, DER, with the key of the caller's certificate.
+    #[prost(bytes = "vec", tag = "1")]
+    pub csr: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RenewResponse {
+    /// PEM, leaf first.
+    #[prost(string, tag = "1")]
+    pub certificate_chain: ::prost::alloc::string::String,
+    /// PEM.
+    #[prost(string, tag = "2")]
+    pub trust_bundle: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Identity {
+    /// <kind>/<name>, for example agent/web-1 or operator/alice.
+    #[prost(string, tag = "1")]
+    pub identity: ::prost::alloc::string::String,
+    #[prost(enumeration = "Role", tag = "2")]
+    pub role: i32,
+    /// SHA-256 of the public key info.
+    #[prost(bytes = "vec", tag = "3")]
+    pub spki_sha256: ::prost::alloc::vec::Vec<u8>,
+    /// End of its newest certificate.
+    #[prost(message, optional, tag = "4")]
+    pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(enumeration = "Revocation", tag = "5")]
+    pub revocation: i32,
+    #[prost(string, repeated, tag = "6")]
+    pub state_prefixes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "7")]
+    pub subjects: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListIdentitiesRequest {
+    /// 0: all.
+    #[prost(enumeration = "Role", tag = "1")]
+    pub role: i32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListIdentitiesResponse {
+    /// By identity.
+    #[prost(message, repeated, tag = "1")]
+    pub identities: ::prost::alloc::vec::Vec<Identity>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RevokeIdentityRequest {
+    /// <kind>/<name>.
+    #[prost(string, tag = "1")]
+    pub identity: ::prost::alloc::string::String,
+    /// 0: EVICT. After a ban, EVICT lifts it.
+    #[prost(enumeration = "Revocation", tag = "2")]
+    pub revocation: i32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RevokeIdentityResponse {
+    #[prost(int64, tag = "1")]
+    pub revision: i64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListAuditRequest {
+    /// Records after this number.
+    #[prost(int64, tag = "1")]
+    pub after: i64,
+    /// 0: 1,000. At most 1,000.
+    #[prost(int32, tag = "2")]
+    pub page_size: i32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListAuditResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub records: ::prost::alloc::vec::Vec<AuditRecord>,
+    /// More follow after the last one.
+    #[prost(bool, tag = "2")]
+    pub more: bool,
+}
+/// Each record's hash covers the one before it: none can be changed or taken out without all later ones being changed.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AuditRecord {
+    /// From 1, without gaps.
+    #[prost(int64, tag = "1")]
+    pub sequence: i64,
+    #[prost(message, optional, tag = "2")]
+    pub time: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(string, tag = "3")]
+    pub identity: ::prost::alloc::string::String,
+    #[prost(string, tag = "4")]
+    pub role: ::prost::alloc::string::String,
+    /// /\<package.Service>/<Method>, or tls for a refused handshake.
+    #[prost(string, tag = "5")]
+    pub rpc: ::prost::alloc::string::String,
+    /// allowed or refused.
+    #[prost(string, tag = "6")]
+    pub decision: ::prost::alloc::string::String,
+    /// gRPC's name of the answer's status, for example OK or PERMISSION_DENIED.
+    #[prost(string, tag = "7")]
+    pub status: ::prost::alloc::string::String,
+    /// Of the change; 0: none.
+    #[prost(int64, tag = "8")]
+    pub revision: i64,
+    #[prost(string, tag = "9")]
+    pub detail: ::prost::alloc::string::String,
+    /// SHA-256.
+    #[prost(bytes = "vec", tag = "10")]
+    pub hash: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Role {
+    Unspecified = 0,
+    /// The agent of a VM.
+    Agent = 1,
+    /// A program that uses state, bus and catalogue.
+    Service = 2,
+    /// A person or tool that reads everything but secrets.
+    Viewer = 3,
+    /// ... and writes resources, keys and messages.
+    Editor = 4,
+    /// ... and decides who else may.
+    Admin = 5,
+    /// Another core.
+    Core = 6,
+}
+impl Role {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "ROLE_UNSPECIFIED",
+            Self::Agent => "ROLE_AGENT",
+            Self::Service => "ROLE_SERVICE",
+            Self::Viewer => "ROLE_VIEWER",
+            Self::Editor => "ROLE_EDITOR",
+            Self::Admin => "ROLE_ADMIN",
+            Self::Core => "ROLE_CORE",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "ROLE_UNSPECIFIED" => Some(Self::Unspecified),
+            "ROLE_AGENT" => Some(Self::Agent),
+            "ROLE_SERVICE" => Some(Self::Service),
+            "ROLE_VIEWER" => Some(Self::Viewer),
+            "ROLE_EDITOR" => Some(Self::Editor),
+            "ROLE_ADMIN" => Some(Self::Admin),
+            "ROLE_CORE" => Some(Self::Core),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Revocation {
+    Unspecified = 0,
+    /// The name may join again, with a token made after this.
+    Evict = 1,
+    /// The name may not join again.
+    Ban = 2,
+}
+impl Revocation {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "REVOCATION_UNSPECIFIED",
+            Self::Evict => "REVOCATION_EVICT",
+            Self::Ban => "REVOCATION_BAN",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "REVOCATION_UNSPECIFIED" => Some(Self::Unspecified),
+            "REVOCATION_EVICT" => Some(Self::Evict),
+            "REVOCATION_BAN" => Some(Self::Ban),
+            _ => None,
+        }
+    }
 }
 /// Generated client implementations.
 pub mod enrollment_service_client {
@@ -128,8 +329,8 @@ pub mod enrollment_service_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// The same token with the same public key gives a certificate again while the token lives: a lost answer locks
-        /// nobody out.
+        /// The same token with the same public key gives the same certificate again while both live: a lost answer locks nobody
+        /// out.
         pub async fn enroll(
             &mut self,
             request: impl tonic::IntoRequest<super::EnrollRequest>,
@@ -160,8 +361,8 @@ pub mod enrollment_service_server {
     /// Generated trait containing gRPC methods that should be implemented for use with EnrollmentServiceServer.
     #[async_trait]
     pub trait EnrollmentService: std::marker::Send + std::marker::Sync + 'static {
-        /// The same token with the same public key gives a certificate again while the token lives: a lost answer locks
-        /// nobody out.
+        /// The same token with the same public key gives the same certificate again while both live: a lost answer locks nobody
+        /// out.
         async fn enroll(
             &self,
             request: tonic::Request<super::EnrollRequest>,
@@ -570,6 +771,455 @@ pub mod join_token_service_server {
     /// Generated gRPC service name
     pub const SERVICE_NAME: &str = "cnsmo.identity.v1.JoinTokenService";
     impl<T> tonic::server::NamedService for JoinTokenServiceServer<T> {
+        const NAME: &'static str = SERVICE_NAME;
+    }
+}
+/// Generated client implementations.
+pub mod identity_service_client {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value
+    )]
+    use tonic::codegen::http::Uri;
+    use tonic::codegen::*;
+    #[derive(Debug, Clone)]
+    pub struct IdentityServiceClient<T> {
+        inner: tonic::client::Grpc<T>,
+    }
+    impl<T> IdentityServiceClient<T>
+    where
+        T: tonic::client::GrpcService<tonic::body::Body>,
+        T::Error: Into<StdError>,
+        T::ResponseBody: Body<Data = Bytes> + std::marker::Send + 'static,
+        <T::ResponseBody as Body>::Error: Into<StdError> + std::marker::Send,
+    {
+        pub fn new(inner: T) -> Self {
+            let inner = tonic::client::Grpc::new(inner);
+            Self { inner }
+        }
+        pub fn with_origin(inner: T, origin: Uri) -> Self {
+            let inner = tonic::client::Grpc::with_origin(inner, origin);
+            Self { inner }
+        }
+        pub fn with_interceptor<F>(
+            inner: T,
+            interceptor: F,
+        ) -> IdentityServiceClient<InterceptedService<T, F>>
+        where
+            F: tonic::service::Interceptor,
+            T::ResponseBody: Default,
+            T: tonic::codegen::Service<
+                    http::Request<tonic::body::Body>,
+                    Response = http::Response<
+                        <T as tonic::client::GrpcService<tonic::body::Body>>::ResponseBody,
+                    >,
+                >,
+            <T as tonic::codegen::Service<http::Request<tonic::body::Body>>>::Error:
+                Into<StdError> + std::marker::Send + std::marker::Sync,
+        {
+            IdentityServiceClient::new(InterceptedService::new(inner, interceptor))
+        }
+        /// Compress requests with the given encoding.
+        ///
+        /// This requires the server to support it otherwise it might respond with an
+        /// error.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.send_compressed(encoding);
+            self
+        }
+        /// Enable decompressing responses.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.inner = self.inner.accept_compressed(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_decoding_message_size(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.inner = self.inner.max_encoding_message_size(limit);
+            self
+        }
+        /// A new certificate for the caller's name and key. The one call that a certificate which has expired still opens, for 30
+        /// days. Streams that live are not touched by it.
+        pub async fn renew(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RenewRequest>,
+        ) -> std::result::Result<tonic::Response<super::RenewResponse>, tonic::Status> {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.identity.v1.IdentityService/Renew");
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cnsmo.identity.v1.IdentityService", "Renew"));
+            self.inner.unary(req, path, codec).await
+        }
+        pub async fn list_identities(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListIdentitiesRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListIdentitiesResponse>, tonic::Status>
+        {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/cnsmo.identity.v1.IdentityService/ListIdentities",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cnsmo.identity.v1.IdentityService", "ListIdentities"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Its certificates open nothing from now on, and its streams are cut. A node leaves its network in the same revision.
+        pub async fn revoke_identity(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RevokeIdentityRequest>,
+        ) -> std::result::Result<tonic::Response<super::RevokeIdentityResponse>, tonic::Status>
+        {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/cnsmo.identity.v1.IdentityService/RevokeIdentity",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cnsmo.identity.v1.IdentityService", "RevokeIdentity"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// What was done and refused, oldest first.
+        pub async fn list_audit(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListAuditRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListAuditResponse>, tonic::Status> {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/cnsmo.identity.v1.IdentityService/ListAudit",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cnsmo.identity.v1.IdentityService", "ListAudit"));
+            self.inner.unary(req, path, codec).await
+        }
+    }
+}
+/// Generated server implementations.
+pub mod identity_service_server {
+    #![allow(
+        unused_variables,
+        dead_code,
+        missing_docs,
+        clippy::wildcard_imports,
+        clippy::let_unit_value
+    )]
+    use tonic::codegen::*;
+    /// Generated trait containing gRPC methods that should be implemented for use with IdentityServiceServer.
+    #[async_trait]
+    pub trait IdentityService: std::marker::Send + std::marker::Sync + 'static {
+        /// A new certificate for the caller's name and key. The one call that a certificate which has expired still opens, for 30
+        /// days. Streams that live are not touched by it.
+        async fn renew(
+            &self,
+            request: tonic::Request<super::RenewRequest>,
+        ) -> std::result::Result<tonic::Response<super::RenewResponse>, tonic::Status>;
+        async fn list_identities(
+            &self,
+            request: tonic::Request<super::ListIdentitiesRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListIdentitiesResponse>, tonic::Status>;
+        /// Its certificates open nothing from now on, and its streams are cut. A node leaves its network in the same revision.
+        async fn revoke_identity(
+            &self,
+            request: tonic::Request<super::RevokeIdentityRequest>,
+        ) -> std::result::Result<tonic::Response<super::RevokeIdentityResponse>, tonic::Status>;
+        /// What was done and refused, oldest first.
+        async fn list_audit(
+            &self,
+            request: tonic::Request<super::ListAuditRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListAuditResponse>, tonic::Status>;
+    }
+    #[derive(Debug)]
+    pub struct IdentityServiceServer<T> {
+        inner: Arc<T>,
+        accept_compression_encodings: EnabledCompressionEncodings,
+        send_compression_encodings: EnabledCompressionEncodings,
+        max_decoding_message_size: Option<usize>,
+        max_encoding_message_size: Option<usize>,
+    }
+    impl<T> IdentityServiceServer<T> {
+        pub fn new(inner: T) -> Self {
+            Self::from_arc(Arc::new(inner))
+        }
+        pub fn from_arc(inner: Arc<T>) -> Self {
+            Self {
+                inner,
+                accept_compression_encodings: Default::default(),
+                send_compression_encodings: Default::default(),
+                max_decoding_message_size: None,
+                max_encoding_message_size: None,
+            }
+        }
+        pub fn with_interceptor<F>(inner: T, interceptor: F) -> InterceptedService<Self, F>
+        where
+            F: tonic::service::Interceptor,
+        {
+            InterceptedService::new(Self::new(inner), interceptor)
+        }
+        /// Enable decompressing requests with the given encoding.
+        #[must_use]
+        pub fn accept_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.accept_compression_encodings.enable(encoding);
+            self
+        }
+        /// Compress responses with the given encoding, if the client supports it.
+        #[must_use]
+        pub fn send_compressed(mut self, encoding: CompressionEncoding) -> Self {
+            self.send_compression_encodings.enable(encoding);
+            self
+        }
+        /// Limits the maximum size of a decoded message.
+        ///
+        /// Default: `4MB`
+        #[must_use]
+        pub fn max_decoding_message_size(mut self, limit: usize) -> Self {
+            self.max_decoding_message_size = Some(limit);
+            self
+        }
+        /// Limits the maximum size of an encoded message.
+        ///
+        /// Default: `usize::MAX`
+        #[must_use]
+        pub fn max_encoding_message_size(mut self, limit: usize) -> Self {
+            self.max_encoding_message_size = Some(limit);
+            self
+        }
+    }
+    impl<T, B> tonic::codegen::Service<http::Request<B>> for IdentityServiceServer<T>
+    where
+        T: IdentityService,
+        B: Body + std::marker::Send + 'static,
+        B::Error: Into<StdError> + std::marker::Send + 'static,
+    {
+        type Response = http::Response<tonic::body::Body>;
+        type Error = std::convert::Infallible;
+        type Future = BoxFuture<Self::Response, Self::Error>;
+        fn poll_ready(
+            &mut self,
+            _cx: &mut Context<'_>,
+        ) -> Poll<std::result::Result<(), Self::Error>> {
+            Poll::Ready(Ok(()))
+        }
+        fn call(&mut self, req: http::Request<B>) -> Self::Future {
+            match req.uri().path() {
+                "/cnsmo.identity.v1.IdentityService/Renew" => {
+                    #[allow(non_camel_case_types)]
+                    struct RenewSvc<T: IdentityService>(pub Arc<T>);
+                    impl<T: IdentityService> tonic::server::UnaryService<super::RenewRequest> for RenewSvc<T> {
+                        type Response = super::RenewResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RenewRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut =
+                                async move { <T as IdentityService>::renew(&inner, request).await };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RenewSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.identity.v1.IdentityService/ListIdentities" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListIdentitiesSvc<T: IdentityService>(pub Arc<T>);
+                    impl<T: IdentityService>
+                        tonic::server::UnaryService<super::ListIdentitiesRequest>
+                        for ListIdentitiesSvc<T>
+                    {
+                        type Response = super::ListIdentitiesResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListIdentitiesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as IdentityService>::list_identities(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListIdentitiesSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.identity.v1.IdentityService/RevokeIdentity" => {
+                    #[allow(non_camel_case_types)]
+                    struct RevokeIdentitySvc<T: IdentityService>(pub Arc<T>);
+                    impl<T: IdentityService>
+                        tonic::server::UnaryService<super::RevokeIdentityRequest>
+                        for RevokeIdentitySvc<T>
+                    {
+                        type Response = super::RevokeIdentityResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RevokeIdentityRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as IdentityService>::revoke_identity(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RevokeIdentitySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.identity.v1.IdentityService/ListAudit" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListAuditSvc<T: IdentityService>(pub Arc<T>);
+                    impl<T: IdentityService> tonic::server::UnaryService<super::ListAuditRequest> for ListAuditSvc<T> {
+                        type Response = super::ListAuditResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListAuditRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as IdentityService>::list_audit(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListAuditSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                _ => Box::pin(async move {
+                    let mut response = http::Response::new(tonic::body::Body::default());
+                    let headers = response.headers_mut();
+                    headers.insert(
+                        tonic::Status::GRPC_STATUS,
+                        (tonic::Code::Unimplemented as i32).into(),
+                    );
+                    headers.insert(http::header::CONTENT_TYPE, tonic::metadata::GRPC_CONTENT_TYPE);
+                    Ok(response)
+                }),
+            }
+        }
+    }
+    impl<T> Clone for IdentityServiceServer<T> {
+        fn clone(&self) -> Self {
+            let inner = self.inner.clone();
+            Self {
+                inner,
+                accept_compression_encodings: self.accept_compression_encodings,
+                send_compression_encodings: self.send_compression_encodings,
+                max_decoding_message_size: self.max_decoding_message_size,
+                max_encoding_message_size: self.max_encoding_message_size,
+            }
+        }
+    }
+    /// Generated gRPC service name
+    pub const SERVICE_NAME: &str = "cnsmo.identity.v1.IdentityService";
+    impl<T> tonic::server::NamedService for IdentityServiceServer<T> {
         const NAME: &'static str = SERVICE_NAME;
     }
 }

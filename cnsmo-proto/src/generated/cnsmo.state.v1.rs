@@ -40,13 +40,13 @@ pub struct GetResponse {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ListRequest {
-    /// Empty: all keys that the caller may read.
+    /// Empty: all keys.
     #[prost(string, tag = "1")]
     pub prefix: ::prost::alloc::string::String,
-    /// 0: 1,000. At most 10,000, and at most 4 MiB of values.
+    /// 0: 1,000. At most 10,000. A page ends earlier rather than take more than 3 MiB.
     #[prost(int32, tag = "2")]
     pub page_size: i32,
-    /// Of the page before. All pages of a list are of the revision of the first one.
+    /// Of the page before, with the same prefix. All pages of a list are of the revision of the first one.
     #[prost(string, tag = "3")]
     pub page_token: ::prost::alloc::string::String,
     #[prost(int64, tag = "4")]
@@ -119,7 +119,7 @@ pub struct Put {
     pub value: ::prost::bytes::Bytes,
     #[prost(string, tag = "3")]
     pub content_type: ::prost::alloc::string::String,
-    /// 0: none.
+    /// 0: none. NOT_FOUND if there is no such lease.
     #[prost(int64, tag = "4")]
     pub lease_id: i64,
 }
@@ -131,8 +131,8 @@ pub struct Fence {
     #[prost(uint64, tag = "2")]
     pub fencing_token: u64,
 }
-/// If all comparisons hold `success` runs, else `failure`. At most 128 comparisons and 128 operations in each list, and at
-/// most 2 MiB.
+/// If all comparisons hold `success` runs, else `failure`. At most 128 comparisons and 128 operations in each list, 32 of them
+/// gets, and at most 2 MiB of keys and values.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct TxnRequest {
     #[prost(message, repeated, tag = "1")]
@@ -141,8 +141,8 @@ pub struct TxnRequest {
     pub success: ::prost::alloc::vec::Vec<Op>,
     #[prost(message, repeated, tag = "3")]
     pub failure: ::prost::alloc::vec::Vec<Op>,
-    /// Chosen by the client, at most 64 bytes: a repeated request with the same id is answered with the first one's answer, for
-    /// 10 minutes (AIP-155).
+    /// Chosen by the client, at most 64 bytes: a repeated request of the same caller with the same id is answered with the first
+    /// one's answer, for 10 minutes (AIP-155).
     #[prost(string, tag = "4")]
     pub request_id: ::prost::alloc::string::String,
     /// FAILED_PRECONDITION and no change if it does not hold.
@@ -163,16 +163,16 @@ pub struct TxnResponse {
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WatchRequest {
-    /// Empty: all keys that the caller may read.
+    /// Empty: all keys.
     #[prost(string, tag = "1")]
     pub prefix: ::prost::alloc::string::String,
     /// 0: first the keys as they are. Else: all changes after this revision, which is one that the client has seen.
     #[prost(int64, tag = "2")]
     pub start_revision: i64,
-    /// Events carry the value before, as far as the history has it.
+    /// Events carry the value before, as far as the history has it, and up to 2 MiB of such values in a message.
     #[prost(bool, tag = "3")]
     pub prev_kv: bool,
-    /// After this time without a message a bookmark is sent. 0: 10 s; at least 100 ms.
+    /// After this time without a message a bookmark is sent. 0: 10 s; at least 100 ms, at most 1 h.
     #[prost(message, optional, tag = "4")]
     pub bookmark_interval: ::core::option::Option<::prost_types::Duration>,
 }
@@ -180,7 +180,7 @@ pub struct WatchRequest {
 pub struct WatchResponse {
     #[prost(enumeration = "watch_response::Kind", tag = "1")]
     pub kind: i32,
-    /// Everything up to it has been sent: a watch can be resumed from here.
+    /// Everything up to it has been sent: a watch can be resumed from here. 0 in COMPACTED and SNAPSHOT.
     #[prost(int64, tag = "2")]
     pub revision: i64,
     #[prost(message, repeated, tag = "3")]
@@ -198,7 +198,7 @@ pub mod watch_response {
         Synced = 2,
         /// The changes of one or more revisions, each as a whole, in order.
         Events = 3,
-        /// Nothing has changed up to `revision`.
+        /// Nothing that is watched has changed up to `revision`.
         Bookmark = 4,
         /// The history between what was sent and now is gone; a snapshot follows, and what is not in it was deleted.
         Compacted = 5,
@@ -331,7 +331,9 @@ pub mod state_service_client {
     use tonic::codegen::http::Uri;
     use tonic::codegen::*;
     /// A key is 1 to 512 bytes of UTF-8 without control characters; a value takes at most 1 MiB. Keys below "cnsmo/" are the
-    /// core's own: they can be read, secrets excepted, and not be written here.
+    /// core's own: they can be read and not be written here. Its secrets among them are left out of lists and watches; otherwise
+    /// a list or watch of what the caller may not read is PERMISSION_DENIED. A revision that is not there, too new or compacted,
+    /// is OUT_OF_RANGE.
     #[derive(Debug, Clone)]
     pub struct StateServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -474,8 +476,7 @@ pub mod state_service_client {
                 .insert(GrpcMethod::new("cnsmo.state.v1.StateService", "GrantLease"));
             self.inner.unary(req, path, codec).await
         }
-        /// Each message renews one lease; its answer says how much time that gives. NOT_FOUND in the answer's `gone` for a lease
-        /// that has ended.
+        /// Each message renews one lease; its answer says how much time that gives, or that the lease is gone.
         pub async fn keep_alive_lease(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::KeepAliveLeaseRequest>,
@@ -559,8 +560,7 @@ pub mod state_service_server {
                 Item = std::result::Result<super::KeepAliveLeaseResponse, tonic::Status>,
             > + std::marker::Send
             + 'static;
-        /// Each message renews one lease; its answer says how much time that gives. NOT_FOUND in the answer's `gone` for a lease
-        /// that has ended.
+        /// Each message renews one lease; its answer says how much time that gives, or that the lease is gone.
         async fn keep_alive_lease(
             &self,
             request: tonic::Request<tonic::Streaming<super::KeepAliveLeaseRequest>>,
@@ -572,7 +572,9 @@ pub mod state_service_server {
         ) -> std::result::Result<tonic::Response<super::RevokeLeaseResponse>, tonic::Status>;
     }
     /// A key is 1 to 512 bytes of UTF-8 without control characters; a value takes at most 1 MiB. Keys below "cnsmo/" are the
-    /// core's own: they can be read, secrets excepted, and not be written here.
+    /// core's own: they can be read and not be written here. Its secrets among them are left out of lists and watches; otherwise
+    /// a list or watch of what the caller may not read is PERMISSION_DENIED. A revision that is not there, too new or compacted,
+    /// is OUT_OF_RANGE.
     #[derive(Debug)]
     pub struct StateServiceServer<T> {
         inner: Arc<T>,

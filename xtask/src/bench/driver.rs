@@ -21,7 +21,7 @@ const STOP_MAX: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(20);
 
 /// Builds one of them.
-pub(super) fn build(program: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn build(program: &str) -> anyhow::Result<PathBuf> {
     progress::heading(&format!("Building {program}, optimised"));
     let mut build = cargo();
     build.args(["build", "--release", "--package", "cnsmo-agent", "--bin", program]);
@@ -44,14 +44,14 @@ pub(super) fn rows(program: &str, arguments: &[&str]) -> anyhow::Result<Vec<Row>
 }
 
 /// One that runs, and talks in lines. It removes what it made when its input is closed, which dropping this does.
-pub(super) struct Driver {
+pub(crate) struct Driver {
     child: Child,
     input: Option<ChildStdin>,
     output: BufReader<ChildStdout>,
 }
 
 impl Driver {
-    pub(super) fn start(command: &mut Command) -> anyhow::Result<Self> {
+    pub(crate) fn start(command: &mut Command) -> anyhow::Result<Self> {
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command
             .spawn()
@@ -61,16 +61,27 @@ impl Driver {
         Ok(Self { child, input, output })
     }
 
-    pub(super) fn tell(&mut self, line: &str) -> anyhow::Result<()> {
+    pub(crate) fn tell(&mut self, line: &str) -> anyhow::Result<()> {
         let input = self.input.as_mut().context("a program without input")?;
         writeln!(input, "{line}").with_context(|| format!("telling `{line}`"))
     }
 
-    pub(super) fn hear(&mut self) -> anyhow::Result<String> {
+    pub(crate) fn hear(&mut self) -> anyhow::Result<String> {
         let mut line = String::new();
         let length = self.output.read_line(&mut line)?;
         ensure!(length > 0, "the program has ended");
         Ok(line.trim_end().to_owned())
+    }
+
+    /// Has a command carried out and returns the answer.
+    pub(crate) fn ask<T: serde::de::DeserializeOwned>(
+        &mut self,
+        command: &str,
+    ) -> anyhow::Result<T> {
+        self.tell(command)?;
+        let answer = self.hear().with_context(|| format!("`{command}`"))?;
+        serde_json::from_str(&answer)
+            .with_context(|| format!("the answer to `{command}`: {answer}"))
     }
 
     pub(super) fn wait_until_ready(&mut self) -> anyhow::Result<()> {

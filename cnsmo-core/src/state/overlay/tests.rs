@@ -16,7 +16,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     error::Error,
-    state::{Announcement, Enrolment, Plan, TokenRecord, parse_apply},
+    identity::Issued,
+    state::{Announcement, Enrolment, Plan, TokenGrant, TokenRecord, parse_apply},
     store::{Entry, Op},
 };
 
@@ -31,9 +32,11 @@ impl World {
         let mut world = Self { state: State::default(), entries: BTreeMap::new() };
         let token = TokenRecord {
             secret_sha256: [7; 32],
+            create_time: SystemTime::now(),
             expire_time: SystemTime::now() + std::time::Duration::from_secs(600),
             uses_max: 1_000,
             used_by: Vec::new(),
+            grant: TokenGrant::default(),
             labels: Labels::default(),
         };
         let plan = world.state.plan_token("t".into(), token, SystemTime::now());
@@ -72,11 +75,11 @@ impl World {
         let enrolment = Enrolment {
             token_id: "t".into(),
             secret_sha256: [7; 32],
-            node: node.parse().unwrap(),
+            name: node.parse().unwrap(),
             labels: labels.parse().unwrap(),
             spki_sha256: key,
         };
-        let plan = self.state.plan_enrolment(&enrolment, SystemTime::now());
+        let plan = self.state.plan_enrolment(&enrolment, Issued::sample(), SystemTime::now());
         self.commit(plan).unwrap();
     }
 

@@ -1,0 +1,128 @@
+//! Agents in the catalogue: each node that has connected is an instance of [`AGENT`], as the fleet sees it.
+
+use std::{sync::Arc, time::Duration};
+
+use cnsmo_proto::pb::{
+    catalog::{Instance, Phase},
+    node::{Node, node_status},
+    resource::{Kind, Resource, resource::Resource as Inner, watch_response},
+};
+use tokio::sync::broadcast::error::RecvError;
+
+use super::{
+    Catalog, Filter,
+    record::{self, AGENT},
+};
+use crate::{
+    actor::{self, Core},
+    error::Error,
+};
+
+/// After an error of the store, and while another core has the agents.
+const RETRY: Duration = Duration::from_secs(1);
+
+impl Catalog {
+    /// Keeps the agents' instances as the fleet has its nodes, while this core has them. Runs until it is dropped.
+    pub async fn follow_agents(self, core: Core) {
+        loop {
+            match self.agents(&core).await {
+                Ok(()) => {}
+                // Another core has the agents now, or none.
+                Err(Error::Stopped | Error::NotLeader(_)) => tokio::time::sleep(RETRY).await,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot keep the agents in the catalogue");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    /// Ends when changes were missed.
+    async fn agents(&self, core: &Core) -> Result<(), Error> {
+        let mut view = core.watch(Kind::Node, None).await?;
+        let nodes: Vec<_> = view.resources.into_iter().filter_map(node).collect();
+        let agents = Filter { service: AGENT.into(), ..Filter::default() };
+        for gone in self.list(&agents).0 {
+            if !nodes.iter().any(|node| name(node) == gone.name) {
+                self.remove(&gone.name).await?;
+            }
+        }
+        for node in nodes {
+            self.see(&node).await?;
+        }
+        loop {
+            let change = match view.changes.recv().await {
+                Ok(change) => change,
+                Err(RecvError::Lagged(_)) => return Ok(()),
+                Err(RecvError::Closed) => return Err(Error::Stopped),
+            };
+            self.follow_change(&change).await?;
+        }
+    }
+
+    async fn follow_change(&self, change: &Arc<actor::Change>) -> Result<(), Error> {
+        let Some(node) = change.message.resource.clone().and_then(node) else { return Ok(()) };
+        if change.message.event() == watch_response::Event::Delete {
+            return self.remove(name(&node)).await;
+        }
+        self.see(&node).await
+    }
+
+    async fn remove(&self, node: &str) -> Result<(), Error> {
+        match self.withdraw(AGENT, node, None).await {
+            // It never connected.
+            Ok(_) | Err(Error::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn see(&self, node: &Node) -> Result<(), Error> {
+        let Some(instance) = instance(node) else { return Ok(()) };
+        let known = self.inner.known(&record::key(AGENT, &instance.name));
+        let is_lost = known.is_some_and(|known| known.phase() == Phase::Lost);
+        if is_lost && instance.phase() == Phase::Unreachable {
+            return Ok(());
+        }
+        self.inner.keep(record::of_agent(instance, &self.inner.core)).await?;
+        Ok(())
+    }
+}
+
+fn node(resource: Resource) -> Option<Node> {
+    match resource.resource? {
+        Inner::Node(node) => Some(node),
+        Inner::FirewallPolicy(_) | Inner::LoadBalancer(_) | Inner::Network(_) => None,
+    }
+}
+
+fn name(node: &Node) -> &str {
+    node.metadata.as_ref().map_or("", |metadata| &metadata.name)
+}
+
+/// None: its agent has never connected.
+fn instance(node: &Node) -> Option<Instance> {
+    let status = node.status.as_ref()?;
+    let phase = match status.phase() {
+        node_status::Phase::Unspecified | node_status::Phase::Joining => return None,
+        node_status::Phase::Ready => Phase::Ready,
+        node_status::Phase::Degraded => Phase::Degraded,
+        node_status::Phase::Unreachable => Phase::Unreachable,
+    };
+    let mut attributes = std::collections::BTreeMap::new();
+    for (key, value) in [("kernel", &status.kernel), ("version", &status.agent_version)] {
+        // An attribute is a label: what it cannot be is left out, as it is for people only.
+        let fits = value.bytes().all(|b| b.is_ascii_graphic() && b != b'=' && b != b',');
+        if !value.is_empty() && fits {
+            attributes.insert(key.to_owned(), value.clone());
+        }
+    }
+    Some(Instance {
+        name: name(node).to_owned(),
+        node: name(node).to_owned(),
+        phase: phase.into(),
+        reason: status.reason.clone(),
+        message: status.message.clone(),
+        attributes,
+        ..Instance::default()
+    })
+}

@@ -1,0 +1,1 @@
+//! Power and space run out.

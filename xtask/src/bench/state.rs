@@ -1,0 +1,12 @@
+//! `cargo xtask bench state`: the core beside etcd, and on PostgreSQL; all on this machine's disk and loopback.
+
+mod fleet;
+mod postgres;
+
+use super::Row;
+
+pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
+    let mut rows = fleet::measure()?;
+    rows.extend(postgres::measure()?);
+    Ok(rows)
+}
