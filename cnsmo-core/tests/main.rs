@@ -7,6 +7,7 @@
 
 mod agents;
 mod api;
+mod bus;
 mod cluster;
 mod crash;
 mod enrolment;

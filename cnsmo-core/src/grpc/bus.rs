@@ -300,9 +300,10 @@ async fn hear(member: &Member, said: SubscribeRequest) -> Result<(), Status> {
 fn subscription(wanted: pb::Subscription, identity: &str) -> Result<Subscription, Status> {
     let pattern = Pattern::parse(&wanted.subject).map_err(|e| at("subscription.subject", e))?;
     let group = wanted.queue_group;
-    let name = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
+    let name = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
     if group.len() > GROUP_BYTES_MAX || !group.bytes().all(name) {
-        let text = "subscription.queueGroup: is not a name of up to 64 letters, digits, _ and -";
+        let text =
+            "subscription.queueGroup: is not a name of up to 64 letters, digits, _, - and dots";
         return Err(invalid(text.to_owned()));
     }
     if wanted.weight > WEIGHT_MAX {

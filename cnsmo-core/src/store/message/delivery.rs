@@ -1,12 +1,15 @@
 //! Giving messages to a group's members, and what they say of them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use super::{
     Ask, Batch, Bytes, Connection, EngineError, Repeated, Row, Sequence, Sql, Store, StoreError,
-    StreamLimits, Told, Value, group::DeadLetter, insert, now_ms, select_in,
+    StreamLimits, Told, Value, group::DeadLetter, insert, now_ms,
 };
-use crate::subject::{Pattern, Subject};
+use crate::{
+    store::engine::select_within,
+    subject::{Pattern, Subject},
+};
 
 /// `visible_ms` of a message that waits for the one with its key before it. Below: given to nobody before that time.
 pub(super) const BLOCKED_MS: i64 = i64::MAX;
@@ -23,7 +26,7 @@ const GROUP: Sql = Sql::Fixed(
     "SELECT subject, next_seq, ack_wait_ms, attempts_max FROM queue_group WHERE stream = $1 AND name = $2",
 );
 const ADVANCE: Sql =
-    Sql::Fixed("UPDATE queue_group SET next_seq = $3 WHERE stream = $1 AND name = $2");
+    Sql::Fixed("UPDATE queue_group SET next_seq = $1 WHERE stream = $2 AND name = $3");
 const DUE: Sql = Sql::Fixed(
     "SELECT delivery.seq, delivery.ordering_key, delivery.attempt, message.publish_ms, message.body
      FROM delivery JOIN message ON message.stream = delivery.stream AND message.seq = delivery.seq
@@ -39,9 +42,9 @@ const NEW: Sql = Sql::Fixed(
     "SELECT seq, grp, subject, ordering_key, publish_ms, body FROM message
      WHERE stream = $1 AND seq >= $2 ORDER BY seq LIMIT $3",
 );
-static KEYS: Repeated = Repeated::new(
-    "SELECT DISTINCT ordering_key FROM delivery WHERE ordering_key <> '' AND (stream, grp, ordering_key) IN (VALUES ",
-    3,
+static KEYS: Repeated = Repeated::within(
+    2,
+    "SELECT DISTINCT ordering_key FROM delivery WHERE stream = $1 AND grp = $2 AND ordering_key <> '' AND ordering_key IN (",
     ")",
 );
 static PUT: Repeated = Repeated::new(
@@ -50,19 +53,20 @@ static PUT: Repeated = Repeated::new(
     " ON CONFLICT (stream, grp, seq) DO UPDATE SET holder = excluded.holder, attempt = excluded.attempt, visible_ms = excluded.visible_ms",
 );
 /// The attempt tells this delivery from a later one of the same message.
-static HELD: Repeated = Repeated::new(
-    "SELECT seq, ordering_key, attempt FROM delivery WHERE (stream, grp, seq) IN (VALUES ",
-    3,
+static HELD: Repeated = Repeated::within(
+    2,
+    "SELECT seq, ordering_key, attempt FROM delivery WHERE stream = $1 AND grp = $2 AND seq IN (",
     ")",
 );
 static ACK: Repeated =
-    Repeated::new("DELETE FROM delivery WHERE (stream, grp, seq) IN (VALUES ", 3, ")");
-static UNBLOCK: Repeated = Repeated::new(
-    "UPDATE delivery SET visible_ms = 0 WHERE visible_ms = 9223372036854775807 AND (stream, grp, seq) IN (
-       SELECT stream, grp, min(seq) FROM delivery
-       WHERE ordering_key <> '' AND (stream, grp, ordering_key) IN (VALUES ",
-    3,
-    ") GROUP BY stream, grp, ordering_key)",
+    Repeated::within(2, "DELETE FROM delivery WHERE stream = $1 AND grp = $2 AND seq IN (", ")");
+static UNBLOCK: Repeated = Repeated::within(
+    2,
+    "UPDATE delivery SET visible_ms = 0
+     WHERE stream = $1 AND grp = $2 AND visible_ms = 9223372036854775807 AND seq IN (
+       SELECT min(seq) FROM delivery
+       WHERE stream = $1 AND grp = $2 AND ordering_key <> '' AND ordering_key IN (",
+    ") GROUP BY ordering_key)",
 );
 const BODY: Sql = Sql::Fixed("SELECT body FROM message WHERE stream = $1 AND seq = $2");
 
@@ -208,6 +212,7 @@ impl Batch {
             changed: Vec::new(),
             done: Vec::new(),
             freed: BTreeSet::new(),
+            moved: false,
         };
         serving.settle(self).await?;
         if let Some(claim) = serve.claim {
@@ -235,6 +240,8 @@ struct Serving<'a> {
     done: Vec<Sequence>,
     /// Keys whose next message may go.
     freed: BTreeSet<String>,
+    /// The group's place was written.
+    moved: bool,
 }
 
 impl Serving<'_> {
@@ -242,22 +249,18 @@ impl Serving<'_> {
         vec![self.serve.stream.as_str().into(), self.serve.group.as_str().into()]
     }
 
-    fn rows<T: Into<Value>>(&self, last: impl Iterator<Item = T>) -> Vec<Value> {
-        last.flat_map(|last| self.key().into_iter().chain([last.into()])).collect()
-    }
-
     async fn settle(&mut self, batch: &mut Batch) -> Result<(), EngineError> {
         if self.serve.settled.is_empty() {
             return Ok(());
         }
-        let places = self.rows(self.serve.settled.iter().map(|settle| settle.sequence));
-        let mut held = select_in(self.connection, &HELD, &places).await?.into_iter().map(delivery);
-        let held = held.by_ref().collect::<Result<Vec<_>, _>>()?;
-        for delivery in held {
-            let said = self.serve.settled.iter().find(|settle| {
-                settle.sequence == delivery.sequence && settle.attempt == delivery.attempt
-            });
-            let Some(said) = said else { continue };
+        let settled: HashMap<Sequence, &Settle> =
+            self.serve.settled.iter().map(|settle| (settle.sequence, settle)).collect();
+        let places: Vec<Value> = settled.keys().copied().map(Value::Int).collect();
+        let key = self.key();
+        for row in select_within(self.connection, &HELD, &key, &places).await? {
+            let delivery = delivery(row)?;
+            let said = settled.get(&delivery.sequence);
+            let Some(said) = said.filter(|said| said.attempt == delivery.attempt) else { continue };
             let holder = self.serve.holder.clone();
             match &said.settlement {
                 Settlement::Ack => self.finish(delivery),
@@ -380,9 +383,10 @@ impl Serving<'_> {
             self.claim(delivery, publish_ms, body);
         }
         if self.group.next != before {
-            let mut args = self.key();
-            args.push(self.group.next.into());
+            let mut args = vec![self.group.next.into()];
+            args.extend(self.key());
             self.connection.execute(&ADVANCE, args).await?;
+            self.moved = true;
         }
         Ok(())
     }
@@ -398,8 +402,9 @@ impl Serving<'_> {
     async fn busy(&mut self, new: &[New]) -> Result<BTreeSet<String>, EngineError> {
         let keys: BTreeSet<&str> =
             new.iter().map(|m| m.ordering_key.as_str()).filter(|key| !key.is_empty()).collect();
-        let keys = self.rows(keys.into_iter());
-        let rows = select_in(self.connection, &KEYS, &keys).await?;
+        let keys: Vec<Value> = keys.into_iter().map(Value::from).collect();
+        let key = self.key();
+        let rows = select_within(self.connection, &KEYS, &key, &keys).await?;
         rows.into_iter().map(|mut row| row.text()).collect()
     }
 
@@ -413,7 +418,7 @@ impl Serving<'_> {
     }
 
     async fn write(&mut self, batch: &mut Batch) -> Result<(), EngineError> {
-        batch.written |= !self.changed.is_empty() || !self.done.is_empty();
+        batch.written |= self.moved || !self.changed.is_empty() || !self.done.is_empty();
         let mut rows = Vec::with_capacity(self.changed.len() * 7);
         for delivery in std::mem::take(&mut self.changed) {
             let Delivery { sequence, ordering_key, holder, attempt, visible_ms } = delivery;
@@ -422,12 +427,12 @@ impl Serving<'_> {
             rows.extend([attempt.into(), visible_ms.into()]);
         }
         insert(self.connection, &PUT, rows).await?;
-        let done = std::mem::take(&mut self.done);
-        let done = self.rows(done.into_iter());
-        select_in(self.connection, &ACK, &done).await?;
+        let key = self.key();
+        let done: Vec<Value> = self.done.drain(..).map(Value::Int).collect();
+        select_within(self.connection, &ACK, &key, &done).await?;
         let freed = std::mem::take(&mut self.freed);
-        let freed = self.rows(freed.into_iter());
-        select_in(self.connection, &UNBLOCK, &freed).await.map(drop)
+        let freed: Vec<Value> = freed.into_iter().map(Value::Text).collect();
+        select_within(self.connection, &UNBLOCK, &key, &freed).await.map(drop)
     }
 
     async fn next_due(&mut self) -> Result<(), EngineError> {
