@@ -619,7 +619,7 @@ fn is_lost(error: &sqlx::Error) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::{
         OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -634,7 +634,8 @@ mod tests {
         SERVER.get_or_init(|| Server::start(Sync::None).unwrap())
     }
 
-    fn database() -> (String, PostgresConfig) {
+    /// Name of a new database, and the way to it.
+    pub(in crate::store) fn database() -> (String, PostgresConfig) {
         let url = server().create_database().unwrap();
         let name = url.split(['/', '?']).nth(3).unwrap().to_owned();
         (name, PostgresConfig::new(&url, None).unwrap())

@@ -20,6 +20,12 @@ impl Place {
         Self { config, folder }
     }
 
+    fn postgres() -> Self {
+        let (_, database) = crate::store::postgres::tests::database();
+        let folder = tempfile::tempdir().unwrap();
+        Self { config: StoreConfig::postgres(database), folder }
+    }
+
     async fn open(&self) -> Store {
         Store::open(&self.config).await.unwrap()
     }
@@ -32,6 +38,13 @@ macro_rules! on_each_engine {
             $(#[tokio::test(flavor = "multi_thread")]
             async fn $name() {
                 super::$name(&super::Place::sqlite()).await;
+            })*
+        }
+
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $name() {
+                super::$name(&super::Place::postgres()).await;
             })*
         }
     };

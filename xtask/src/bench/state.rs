@@ -2,11 +2,13 @@
 
 mod fleet;
 mod postgres;
+mod store;
 
 use super::Row;
 
 pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
     let mut rows = fleet::measure()?;
+    rows.extend(store::measure()?);
     rows.extend(postgres::measure()?);
     Ok(rows)
 }
