@@ -3,6 +3,7 @@
 mod adoption;
 mod attach;
 mod balancer;
+mod bus;
 mod firewall;
 mod kernel;
 mod lab;

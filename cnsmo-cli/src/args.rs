@@ -9,6 +9,7 @@ use cnsmo_service::channel::CoreAddress;
 
 use crate::{
     audit::AuditArgs,
+    bus::BusCommand,
     identity::{IdentityCommand, LoginArgs, RoleArg},
 };
 
@@ -92,6 +93,9 @@ pub(crate) enum Command {
     /// Keys of your own in the core's state
     #[command(subcommand)]
     Kv(KvCommand),
+    /// Messages between services
+    #[command(subcommand)]
+    Bus(BusCommand),
     /// How the core is: store, leases, who is connected
     Status,
     /// Copy the core's whole state to a file; `cnsmo-core restore` puts it back
@@ -377,7 +381,7 @@ impl From<KindArg> for Kind {
     }
 }
 
-fn wait_time(text: &str) -> Result<Duration, String> {
+pub(crate) fn wait_time(text: &str) -> Result<Duration, String> {
     at_most(text, "1h")
 }
 

@@ -379,6 +379,11 @@ enum Kind {
 }
 
 impl Member {
+    /// Whether it is a member of a durable group.
+    pub fn is_durable(&self) -> bool {
+        matches!(self.kind, Kind::Durable(_))
+    }
+
     /// Permits that many more messages.
     ///
     /// # Errors

@@ -20,6 +20,8 @@ const SAID_MAX: usize = 256;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 /// Longest wait between tries.
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
+/// How long the core may take to end a subscription.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest text that says why a message is rejected or a request failed.
 const REASON_BYTES_MAX: usize = 1_024;
 
@@ -223,6 +225,17 @@ impl Subscriber {
             let delay = self.backoff.after_failure();
             tracing::info!(reason = status.message(), ?delay, "subscription lost, trying again");
             sleep(delay).await;
+        }
+    }
+
+    /// Ends the subscription once the core has heard what was said of durable messages.
+    pub async fn end(self) {
+        let Some(Connection { say, mut incoming, .. }) = self.connection else { return };
+        drop(say);
+        if self.subscription.durable {
+            // The core ends its side after ours. What it sent before is given to others.
+            let end = async { while let Ok(Some(_)) = incoming.message().await {} };
+            let _ = tokio::time::timeout(END_TIMEOUT, end).await;
         }
     }
 

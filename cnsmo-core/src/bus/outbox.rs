@@ -44,7 +44,8 @@ struct State {
     credit: u32,
     skipped: u64,
     was_full: bool,
-    end: Option<Status>,
+    /// How the stream ends; `Ok`: in good order.
+    end: Option<Result<(), Status>>,
     reader: Option<Waker>,
     /// Told when there is room again after there was none.
     room: Option<Arc<Notify>>,
@@ -158,8 +159,17 @@ impl Outbox {
 
     /// Ends the stream once what waits has been sent. The first reason counts.
     pub fn end(&self, reason: Status) {
+        self.end_with(Err(reason));
+    }
+
+    /// As [`Self::end`], in good order.
+    pub fn finish(&self) {
+        self.end_with(Ok(()));
+    }
+
+    fn end_with(&self, end: Result<(), Status>) {
         let mut state = self.lock();
-        state.end.get_or_insert(reason);
+        state.end.get_or_insert(end);
         wake(state);
     }
 
@@ -203,8 +213,8 @@ impl Outbox {
             let skipped = std::mem::take(&mut state.skipped);
             return Poll::Ready(Some(Ok(Item::Lagged { skipped }.into())));
         }
-        if let Some(reason) = state.end.clone() {
-            return Poll::Ready(Some(Err(reason)));
+        if let Some(end) = state.end.clone() {
+            return Poll::Ready(end.err().map(Err));
         }
         if !state.reader.as_ref().is_some_and(|reader| reader.will_wake(context.waker())) {
             state.reader = Some(context.waker().clone());
@@ -259,7 +269,7 @@ impl Stream for Outgoing {
             return Poll::Ready(None);
         }
         let polled = self.outbox.poll(context);
-        self.ended = matches!(polled, Poll::Ready(Some(Err(_))));
+        self.ended = matches!(polled, Poll::Ready(Some(Err(_)) | None));
         polled
     }
 }

@@ -241,7 +241,12 @@ async fn serve(bus: Bus, who: Who, mut incoming: Streaming<SubscribeRequest>, ou
                     break;
                 }
             }
-            // It has nothing more to say, and may listen for long.
+            // It has nothing more to say, and cannot acknowledge what it would get.
+            Ok(None) if member.is_durable() => {
+                outbox.finish();
+                return member.leave().await;
+            }
+            // It may listen for long.
             Ok(None) => break,
             Err(status) => {
                 outbox.end(status);

@@ -66,7 +66,7 @@ pub struct Subscription {
     #[prost(string, tag = "1")]
     pub subject: ::prost::alloc::string::String,
     /// Its members share the messages; those of an ephemeral one have the same subject too. Empty: this subscriber gets each
-    /// message. Letters, digits, _ and -, at most 64 bytes.
+    /// message. Letters, digits, \_, - and dots, at most 64 bytes.
     #[prost(string, tag = "2")]
     pub queue_group: ::prost::alloc::string::String,
     /// Of durable messages; needs a queue group, which the core remembers with its place until it is deleted.
@@ -434,7 +434,8 @@ pub mod bus_service_client {
             req.extensions_mut().insert(GrpcMethod::new("cnsmo.bus.v1.BusService", "Publish"));
             self.inner.unary(req, path, codec).await
         }
-        /// First message: the subscription. Then credits, acknowledgements and replies, in any order.
+        /// First message: the subscription. Then credits, acknowledgements and replies, in any order. Who ends its side of a
+        /// durable subscription leaves the group; an ephemeral one goes on.
         pub async fn subscribe(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::SubscribeRequest>,
@@ -549,7 +550,8 @@ pub mod bus_service_server {
                 Item = std::result::Result<super::SubscribeResponse, tonic::Status>,
             > + std::marker::Send
             + 'static;
-        /// First message: the subscription. Then credits, acknowledgements and replies, in any order.
+        /// First message: the subscription. Then credits, acknowledgements and replies, in any order. Who ends its side of a
+        /// durable subscription leaves the group; an ephemeral one goes on.
         async fn subscribe(
             &self,
             request: tonic::Request<tonic::Streaming<super::SubscribeRequest>>,

@@ -1,5 +1,6 @@
 //! `cargo xtask bench state`: the core beside etcd, and on PostgreSQL; all on this machine's disk and loopback.
 
+mod bus;
 mod fleet;
 mod postgres;
 mod store;
@@ -9,6 +10,7 @@ use super::Row;
 pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
     let mut rows = fleet::measure()?;
     rows.extend(store::measure()?);
+    rows.extend(bus::measure()?);
     rows.extend(postgres::measure()?);
     Ok(rows)
 }
