@@ -270,8 +270,9 @@ async fn the_order_of_each_key_holds_whoever_is_killed() {
         members[victim] = start(100 + round);
     }
     drained(&core, "k").await;
-    let log = log.lock().unwrap();
-    for (key, numbers) in &*log {
+    members.iter().for_each(JoinHandle::abort);
+    let log = log.lock().unwrap().clone();
+    for (key, numbers) in &log {
         // A message may be seen again; the next one never comes before it.
         let mut firsts = numbers.clone();
         firsts.dedup();
@@ -279,8 +280,6 @@ async fn the_order_of_each_key_holds_whoever_is_killed() {
     }
     let all: BTreeSet<_> = log.values().flatten().collect();
     assert_eq!(all.len(), 600);
-    drop(log);
-    members.iter().for_each(JoinHandle::abort);
     core.stop().await;
 }
 

@@ -207,6 +207,6 @@ async fn ready_order(channel: &Channel, order: [usize; 4], stop: &Stop) -> Vec<u
         tokio::task::yield_now().await;
     }
     services.join_all().await;
-    let ready = became_ready.lock().unwrap().clone();
-    ready
+    let became_ready = became_ready.lock().unwrap();
+    became_ready.clone()
 }

@@ -92,7 +92,10 @@ async fn main() -> anyhow::Result<()> {
                 let store = store.clone();
                 move |key, value| {
                     let (store, put) = (store.clone(), Op::put(key, value));
-                    async move { Ok(drop(store.commit(Txn::of(vec![put])).await?)) }
+                    async move {
+                        store.commit(Txn::of(vec![put])).await?;
+                        Ok(())
+                    }
                 }
             })
             .await?;
@@ -108,7 +111,10 @@ async fn main() -> anyhow::Result<()> {
                     let put = Put { key, value, ..Put::default() };
                     let op = cnsmo_proto::pb::state::Op { op: Some(op::Op::Put(put)) };
                     let txn = TxnRequest { success: vec![op], ..TxnRequest::default() };
-                    async move { Ok(drop(client.txn(txn).await?)) }
+                    async move {
+                        client.txn(txn).await?;
+                        Ok(())
+                    }
                 }
             })
             .await
