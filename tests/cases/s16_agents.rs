@@ -60,8 +60,11 @@ async fn s16_an_agent_is_announced_when_it_starts_and_an_impostor_is_not() {
     let state = core.folder().join("vm1");
     let more = [&arguments[..], &[token.as_os_str()]].concat();
     let mut process = agent(&lab, core.address(), &state, &more);
-    let announced = until("the agent, ready, in the catalogue", async || {
-        agents(&core).pop().filter(|one| one["phase"] == "ready")
+    // The agent's first report completes what its session began.
+    let announced = until("the agent, ready and with its kernel, in the catalogue", async || {
+        let is_whole =
+            |one: &Value| one["phase"] == "ready" && !one["attributes"]["kernel"].is_null();
+        agents(&core).pop().filter(is_whole)
     })
     .await;
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
