@@ -23,3 +23,4 @@ mod program;
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod server;
 mod state;
+mod streams;

@@ -49,7 +49,9 @@ const RETRY: Duration = Duration::from_millis(50);
 const PASSWORD_BYTES_MAX: usize = 1_024;
 /// The transaction's id, to ask for it later, and the notification that its commit sends.
 const COMMITTING: &str = "SELECT pg_current_xact_id()::text
-    || CASE WHEN $1 > 0 THEN pg_notify($2, $1::text)::text ELSE '' END";
+    || CASE WHEN $1 >= 0 THEN pg_notify($2, $1::text)::text ELSE '' END";
+/// Instead of a revision: other cores need not know of the commit.
+const NO_NEWS: Revision = -1;
 const MEMBERS: &str = "CREATE TABLE IF NOT EXISTS core
     (id TEXT COLLATE \"C\" PRIMARY KEY, beats BIGINT NOT NULL)";
 /// What the server does for each session. A statement that takes longer than any of ours is stuck. A core that is frozen in
@@ -232,7 +234,7 @@ impl Connection for Session {
     async fn commit(&mut self, newest: Option<Revision>) -> Result<(), EngineError> {
         let connection = self.live().await?;
         let transaction: String = sqlx::query_scalar(COMMITTING)
-            .bind(newest.unwrap_or(0))
+            .bind(newest.unwrap_or(NO_NEWS))
             .bind(CHANNEL)
             .fetch_one(&mut *connection)
             .await?;
@@ -564,6 +566,8 @@ async fn listen(options: PgConnectOptions, newest: watch::Sender<Revision>) {
         }
         polls.tick().await;
         poll(&pool, &newest).await;
+        // Of messages that were published meanwhile no revision tells.
+        newest.send_modify(|_| {});
     }
 }
 
@@ -587,7 +591,8 @@ async fn notified(
         };
         let Some(notification) = notification else { return Err(sqlx::Error::WorkerCrashed) };
         if let Ok(revision) = notification.payload().parse() {
-            seen(newest, revision);
+            // Also at the same revision: messages take none.
+            newest.send_modify(|newest| *newest = (*newest).max(revision));
         }
     }
 }
