@@ -120,7 +120,7 @@ fn s05_every_way_gives_the_same_message_or_the_same_error() {
         let unix = over_unix(&core);
         assert_eq!(by_json(&unix, call), *answer, "{what}: by JSON over the unix socket");
         let tls = over_tls(&core, &identity);
-        assert_eq!(as_local(by_json(&tls, call)), *answer, "{what}: by JSON over TLS");
+        assert_eq!(as_local(&by_json(&tls, call)), *answer, "{what}: by JSON over TLS");
         let mut more = call.request.clone();
         more["fieldOfTomorrow"] = json!({"nested": [1, 2]});
         let more = Call { request: more, ..*call };
@@ -137,7 +137,7 @@ fn s05_every_way_gives_the_same_message_or_the_same_error() {
 }
 
 /// What a refusal says of the caller, who over TLS is another one.
-fn as_local(answer: Value) -> Value {
+fn as_local(answer: &Value) -> Value {
     json(&answer.to_string().replace("operator/alice", "local/uid-0"))
 }
 
