@@ -26,6 +26,10 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
+/// As the core has it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[derive(Parser)]
 struct Arguments {
     #[command(subcommand)]

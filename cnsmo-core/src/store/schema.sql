@@ -28,7 +28,8 @@ CREATE TABLE kv (
 CREATE INDEX kv_lease ON kv (lease_id) WHERE lease_id <> 0;
 
 -- The past. sub: position inside one revision's transaction. op: 1 put, 2 delete, 3 expire. value: NULL on a delete.
--- prev_rev: the key's mod_rev before, 0 if it was absent. identity: who wrote it.
+-- prev_rev: the key's mod_rev before, 0 if it was absent. identity: who wrote it. There is no index by key: it would double
+-- what a put writes. What a key was is found from its next change, by prev_rev.
 CREATE TABLE log (
   rev INTEGER NOT NULL,
   sub INTEGER NOT NULL,
@@ -44,7 +45,6 @@ CREATE TABLE log (
   time_ms INTEGER NOT NULL,
   PRIMARY KEY (rev, sub)
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX log_key ON log (key, rev, sub);
 
 -- Grants and holders; when a lease ends is in its holder's memory. fence: its fencing token. holder: the core that counts it
 -- down; holder_epoch: raised whenever a core takes it.

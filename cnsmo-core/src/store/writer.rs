@@ -25,19 +25,18 @@ const GROUP_MAX: usize = 256;
 const SLICE_ROWS: i64 = 1_000;
 
 const META: Sql = Sql::Fixed("UPDATE meta SET rev = rev WHERE id = 1 RETURNING rev, compact_rev");
-const SET_COMPACTED: Sql =
-    Sql::Fixed("UPDATE meta SET compact_rev = $1 WHERE id = 1 AND compact_rev < $1");
+const SET_COMPACTED: Sql = Sql::Fixed("UPDATE meta SET compact_rev = $1 WHERE id = 1");
 const SLICE_END: Sql = Sql::Fixed(
     "SELECT rev FROM log WHERE rev > $1 AND rev <= $2 ORDER BY rev, sub LIMIT 1 OFFSET $3",
 );
-/// The newest put of each key stays, so that the state at the cut can still be read; a delete goes together with or
-/// after the puts that it hides.
-const COMPACT_SLICE: Sql = Sql::Fixed(
-    "DELETE FROM log WHERE rev > $1 AND rev <= $2 AND (op <> 1 OR EXISTS (
-       SELECT 1 FROM log AS newer
-       WHERE newer.key = log.key AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $3
-     ))",
+/// What the changes of a slice replaced. The newest put of each key stays, so that the state at the cut can still be read.
+const COMPACT_REPLACED: Sql = Sql::Fixed(
+    "DELETE FROM log WHERE (rev, sub) IN (
+       SELECT old.rev, old.sub FROM log AS new JOIN log AS old ON old.rev = new.prev_rev AND old.key = new.key
+       WHERE new.rev > $1 AND new.rev <= $2 AND (old.rev, old.sub) < (new.rev, new.sub)
+     )",
 );
+const COMPACT_DELETES: Sql = Sql::Fixed("DELETE FROM log WHERE rev > $1 AND rev <= $2 AND op <> 1");
 const PRUNE_REQUESTS: Sql = Sql::Fixed(
     "DELETE FROM request WHERE (identity, request_id) IN
      (SELECT identity, request_id FROM request WHERE expire_ms <= $1 ORDER BY expire_ms LIMIT $2)",
@@ -119,7 +118,6 @@ type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
 /// A compaction under way.
 struct Compaction {
     upto: Revision,
-    done: Revision,
     answers: Vec<Answer<Revision>>,
 }
 
@@ -220,7 +218,7 @@ impl Writer {
             answers.extend(running.answers);
             upto = upto.max(running.upto);
         }
-        self.compaction = Some(Compaction { upto, done: 0, answers });
+        self.compaction = Some(Compaction { upto, answers });
     }
 
     async fn compact_some(&mut self) {
@@ -245,22 +243,22 @@ impl Writer {
         }
     }
 
-    /// Whether there is more.
+    /// Whether there is more. Each slice is a whole compaction, up to its own end.
     async fn compact_slice(&mut self, compaction: &mut Compaction) -> Result<bool, EngineError> {
         let connection = self.connection.as_mut();
         connection.begin(Mode::Write).await?;
         let (newest, compacted) = meta(connection).await?;
         let upto = compaction.upto.min(newest).max(compacted);
         compaction.upto = upto;
-        connection.execute(&SET_COMPACTED, vec![upto.into()]).await?;
-        let args = vec![compaction.done.into(), upto.into(), SLICE_ROWS.into()];
+        let args = vec![compacted.into(), upto.into(), SLICE_ROWS.into()];
         let end = connection.fetch(&SLICE_END, args, usize::MAX).await?.rows;
         let more = !end.is_empty();
         let end = end.into_iter().next().map_or(Ok(upto), |mut row| row.int())?;
-        let args = vec![compaction.done.into(), end.into(), upto.into()];
-        connection.execute(&COMPACT_SLICE, args).await?;
+        let slice = vec![compacted.into(), end.into()];
+        connection.execute(&COMPACT_REPLACED, slice.clone()).await?;
+        connection.execute(&COMPACT_DELETES, slice).await?;
+        connection.execute(&SET_COMPACTED, vec![end.into()]).await?;
         connection.commit(None).await?;
-        compaction.done = end;
         Ok(more)
     }
 
