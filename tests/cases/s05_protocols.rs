@@ -112,7 +112,7 @@ fn s05_every_way_gives_the_same_message_or_the_same_error() {
     let answers = by_grpc(&calls, &[core.socket().to_str().unwrap()]);
     let tls = [core.address().to_string(), identity.to_str().unwrap().to_owned()];
     let by_tls = by_grpc(&calls, &tls.each_ref().map(String::as_str));
-    let by_tls = by_tls.into_iter().map(as_local);
+    let by_tls = by_tls.iter().map(as_local);
     for ((call, answer), by_tls) in calls.iter().zip(&answers).zip(by_tls) {
         let what = format!("{} {}", call.method, call.request);
         assert_eq!(answer["code"].as_str().unwrap_or_default(), call.code, "{what}: {answer}");
