@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, OpenOptions, Permissions},
-    io,
+    io::{self, Seek as _, Write as _},
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
@@ -31,6 +31,11 @@ const CACHE_KIB: i64 = -32_768;
 const CHECKPOINT_PAGES: i64 = 8_192;
 /// How much of the write-ahead log's file stays for re-use when it was larger.
 const WAL_BYTES_KEPT: i64 = 64 << 20;
+/// What the write-ahead log needs between two foldings, and a group of commits more. A sync of a file that grows writes its
+/// metadata too, which takes half as long again.
+const WAL_BYTES_RESERVED: u64 = (CHECKPOINT_PAGES as u64 + 1_024) * (4_096 + 24);
+/// Commits after which the file gets that size at once: who writes so much will write more.
+const COMMITS_BEFORE_RESERVE: u32 = 500;
 
 /// A database file.
 #[derive(Debug)]
@@ -59,8 +64,12 @@ pub(super) fn open_blocking(path: &Path) -> Result<Box<dyn Connection>, EngineEr
     connection.pragma_update(None, "cache_size", CACHE_KIB).map_err(failed)?;
     connection.pragma_update(None, "wal_autocheckpoint", CHECKPOINT_PAGES).map_err(failed)?;
     connection.pragma_update(None, "journal_size_limit", WAL_BYTES_KEPT).map_err(failed)?;
-    let sqlite =
-        Sqlite { path: path.to_owned(), connection: Some(prepare(connection)?), shared: false };
+    let sqlite = Sqlite {
+        path: path.to_owned(),
+        connection: Some(prepare(connection)?),
+        shared: false,
+        commits: 0,
+    };
     Ok(Box::new(sqlite))
 }
 
@@ -93,7 +102,7 @@ impl Engine for File {
     }
 
     async fn reader(&self) -> Result<Box<dyn Connection>, EngineError> {
-        let sqlite = Sqlite { path: self.path.clone(), connection: None, shared: true };
+        let sqlite = Sqlite { path: self.path.clone(), connection: None, shared: true, commits: 0 };
         Ok(Box::new(sqlite))
     }
 
@@ -126,6 +135,7 @@ struct Sqlite {
     connection: Option<rusqlite::Connection>,
     /// Calls come from tasks that must not be held up.
     shared: bool,
+    commits: u32,
 }
 
 impl Sqlite {
@@ -172,7 +182,14 @@ impl Connection for Sqlite {
     }
 
     async fn commit(&mut self, _newest: Option<Revision>) -> Result<(), EngineError> {
-        self.run(|connection| execute(connection, "COMMIT", &[]).map(drop)).await
+        self.run(|connection| execute(connection, "COMMIT", &[]).map(drop)).await?;
+        self.commits = self.commits.saturating_add(1);
+        if self.commits == COMMITS_BEFORE_RESERVE
+            && let Err(error) = reserve(&wal(&self.path))
+        {
+            tracing::warn!(%error, "cannot reserve space for the write-ahead log");
+        }
+        Ok(())
     }
 
     async fn rollback(&mut self) {
@@ -215,19 +232,17 @@ impl Connection for Sqlite {
     }
 
     async fn tidy(&mut self) -> Result<(), EngineError> {
-        // Busy readers make it a smaller one; the next one does the rest.
+        // Busy readers make it a smaller one; the next one does the rest. The file stays for re-use.
         self.run(|connection| {
-            let sql = "PRAGMA wal_checkpoint(TRUNCATE)";
+            let sql = "PRAGMA wal_checkpoint(RESTART)";
             connection.query_row(sql, [], |_| Ok(())).map_err(failed)
         })
         .await
     }
 
     async fn size(&mut self) -> Result<(u64, u64), EngineError> {
-        let mut wal = self.path.clone().into_os_string();
-        wal.push("-wal");
         let of = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
-        Ok((of(&self.path), of(Path::new(&wal))))
+        Ok((of(&self.path), of(&wal(&self.path))))
     }
 
     async fn close(mut self: Box<Self>) -> Result<(), EngineError> {
@@ -236,6 +251,32 @@ impl Connection for Sqlite {
             None => Ok(()),
         }
     }
+}
+
+/// The write-ahead log of a database.
+fn wal(path: &Path) -> PathBuf {
+    let mut wal = path.as_os_str().to_owned();
+    wal.push("-wal");
+    wal.into()
+}
+
+/// Zeros behind the end are no frames to SQLite (<https://sqlite.org/fileformat2.html#walformat>: the salt of a frame must be
+/// that of the header). Written ones, because space that is only allocated costs metadata once more when it is first used.
+fn reserve(wal: &Path) -> io::Result<()> {
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    let mut file = OpenOptions::new().write(true).open(wal)?;
+    let before = file.seek(io::SeekFrom::End(0))?;
+    let mut left = WAL_BYTES_RESERVED.saturating_sub(before);
+    while left > 0 {
+        let size = left.min(ZEROS.len() as u64);
+        if let Err(error) = file.write_all(&ZEROS[..size as usize]) {
+            // Space is short: it is for the state.
+            file.set_len(before)?;
+            return Err(error);
+        }
+        left -= size;
+    }
+    file.sync_all()
 }
 
 fn execute(
