@@ -30,8 +30,8 @@ use crate::{
     store::{
         Sequence, Store, StoreError,
         message::{
-            GROUPS_MAX, Kept, NewGroup, NewMessage, Opened, Published, STREAMS_MAX, StreamLimits,
-            StreamState,
+            GROUPS_MAX, Kept, NewGroup, NewMessage, NewMessages, Opened, Published, Receipt,
+            STREAMS_MAX, StreamLimits, StreamState,
         },
     },
     subject::{Pattern, Subject},
@@ -172,29 +172,34 @@ impl Bus {
         self.0.live.publish(subject, message)
     }
 
-    /// Keeps a message for all groups of its stream; it is on disk when this returns. The subject must name a stream.
+    /// Keeps messages for all groups of their stream, all or none; they are on disk when this returns. All subjects must be of
+    /// that stream.
     ///
     /// # Errors
     /// The stream is full, or the store fails.
     pub async fn publish_durable(
         &self,
         stream: &str,
-        message: &Message,
-    ) -> Result<(Sequence, bool), BusError> {
-        let new = NewMessage {
-            stream: stream.to_owned(),
-            subject: message.subject.clone(),
-            ordering_key: message.ordering_key.clone(),
-            message_id: message.message_id.clone(),
+        messages: Vec<Message>,
+    ) -> Result<Vec<Receipt>, BusError> {
+        let messages = messages.into_iter().map(|message| NewMessage {
             body: Bytes::from(message.encode_to_vec()),
+            subject: message.subject,
+            ordering_key: message.ordering_key,
+            message_id: message.message_id,
+        });
+        let new = NewMessages {
+            stream: stream.to_owned(),
             limits: self.0.limits,
+            messages: messages.collect(),
         };
         match self.0.store.publish(new).await? {
-            Published::Kept { sequence } => {
-                self.0.groups.wake(stream);
-                Ok((sequence, false))
+            Published::Kept(receipts) => {
+                if receipts.iter().any(|receipt| !receipt.duplicate) {
+                    self.0.groups.wake(stream);
+                }
+                Ok(receipts)
             }
-            Published::Duplicate { sequence } => Ok((sequence, true)),
             Published::Full => Err(BusError::Exhausted(format!(
                 "stream {stream} is full of messages that its queue groups have not acknowledged"
             ))),

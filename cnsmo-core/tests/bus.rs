@@ -587,6 +587,45 @@ async fn what_breaks_a_rule_is_refused_with_the_name_of_the_field() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_kept_in_its_order_all_or_none() {
+    let core = TestCore::start().await;
+    let bus = bus(&core).await;
+    let with_id = |subject: &str, payload: &str, id: &str| Message {
+        message_id: id.into(),
+        ..message(subject, payload)
+    };
+    assert_eq!(bus.publish_durable(with_id("b.x", "1", "one")).await.unwrap(), (1, false));
+    let batch = vec![
+        with_id("b.x", "2", "two"),
+        with_id("b.y", "1", "one"),
+        message("b.z", "3"),
+        with_id("b.x", "2", "two"),
+    ];
+    let receipts = bus.publish_batch(batch).await.unwrap();
+    assert_eq!(receipts, [(2, false), (1, true), (3, false), (2, true)]);
+    let mut all = subscribed(&bus, durable("b.>", "g"), 10).await;
+    for expected in 1..=3 {
+        let incoming = next(&mut all).await;
+        assert_eq!(number(&incoming), expected);
+    }
+
+    let many = vec![message("b.x", "0"); 1_001];
+    for (bad, field) in [
+        (vec![], "messages: missing"),
+        (many, "messages: more than 1000"),
+        (vec![message("b.x", "4"), message("c.x", "5")], "messages[1].subject: is of stream c"),
+        (vec![message("b.x", "4"), message("b..x", "5")], "messages[1].subject: "),
+    ] {
+        let status = bus.publish_batch(bad).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{field}");
+        assert!(status.message().starts_with(field), "{} is not of {field}", status.message());
+    }
+    // Nothing of those that were refused was kept.
+    assert_eq!(bus.publish_durable(message("b.x", "4")).await.unwrap(), (4, false));
+    core.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_group_keeps_its_subject_until_it_is_deleted() {
     let core = TestCore::start().await;
     let bus = bus(&core).await;

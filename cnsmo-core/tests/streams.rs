@@ -79,20 +79,26 @@ async fn a_full_stream_forgets_what_nobody_is_owed_and_refuses_before_it_loses_t
     let bus = bus(&store, "core", few()).await;
     // Without groups: the newest ten stay.
     for n in 1..=25 {
-        assert_eq!(bus.publish_durable("s", &message(n, "")).await.unwrap().0, n as i64);
+        let receipts = bus.publish_durable("s", vec![message(n, "")]).await.unwrap();
+        assert_eq!(receipts[0].sequence, n as i64);
     }
     let kept = bus.messages("s", 0, 100).await.unwrap();
     assert_eq!(kept.iter().map(|m| m.sequence).collect::<Vec<_>>(), (16..=25).collect::<Vec<_>>());
 
     let (reader, mut outgoing) = member(&bus, "g", 100).await;
-    let full = bus.publish_durable("s", &message(26, "")).await.unwrap_err();
+    let full = bus.publish_durable("s", vec![message(26, "")]).await.unwrap_err();
     assert!(matches!(full, BusError::Exhausted(_)), "{full}");
+    // Nor a batch larger than a stream may be, and nothing of it.
+    let batch = (26..=36).map(|n| message(n, "")).collect();
+    let full = bus.publish_durable("s", batch).await.unwrap_err();
+    assert!(matches!(full, BusError::Exhausted(_)), "{full}");
+    assert_eq!(bus.messages("s", 0, 100).await.unwrap(), kept);
     for sequence in 16..=17 {
         assert_eq!(next(&mut outgoing).await.sequence, sequence);
         acknowledge(&reader, sequence).await;
     }
     let freed = async {
-        while bus.publish_durable("s", &message(26, "")).await.is_err() {
+        while bus.publish_durable("s", vec![message(26, "")]).await.is_err() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
@@ -103,7 +109,7 @@ async fn a_full_stream_forgets_what_nobody_is_owed_and_refuses_before_it_loses_t
     // The group goes, and what it was owed may go too.
     bus.delete_group("s", "g").await.unwrap();
     for n in 27..=40 {
-        bus.publish_durable("s", &message(n, "")).await.unwrap();
+        bus.publish_durable("s", vec![message(n, "")]).await.unwrap();
     }
     let (streams, kept) = (bus.streams().await.unwrap(), bus.messages("s", 0, 100).await.unwrap());
     let (state, _) = &streams[0];
@@ -128,7 +134,8 @@ async fn two_cores_on_postgresql_serve_one_group() {
     let mut members = vec![member(&first, "g", 10).await, member(&second, "g", 10).await];
     for n in 0..MESSAGES {
         // Published on one core only: the other one must hear of it.
-        first.publish_durable("s", &message(n, &format!("key-{}", n % 20))).await.unwrap();
+        let message = message(n, &format!("key-{}", n % 20));
+        first.publish_durable("s", vec![message]).await.unwrap();
     }
     let mut seen = BTreeMap::<String, Vec<usize>>::new();
     let (mut sequences, mut counts) = (BTreeSet::new(), [0; 2]);
@@ -151,13 +158,14 @@ async fn two_cores_on_postgresql_serve_one_group() {
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 
     // A core that starts again gives out again what its members had.
-    first.publish_durable("s", &message(MESSAGES, "last")).await.unwrap();
+    first.publish_durable("s", vec![message(MESSAGES, "last")]).await.unwrap();
     let [(_, of_one), (_, of_other)] = members.as_mut_slice() else { unreachable!() };
-    let (last, other, name) = tokio::select! {
-        last = next(of_one) => (last, of_other, "first"),
-        last = next(of_other) => (last, of_one, "second"),
+    let (last, other, dead, name) = tokio::select! {
+        last = next(of_one) => (last, of_other, &first, "first"),
+        last = next(of_other) => (last, of_one, &second, "second"),
     };
     assert_eq!(last.attempt, 1);
+    dead.stop();
     let again = postgres(&url).await;
     let again = bus(&again, name, StreamLimits::default()).await;
     assert_eq!(next(other).await.attempt, 2);

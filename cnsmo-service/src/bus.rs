@@ -4,9 +4,9 @@ use std::{collections::BTreeMap, error::Error, future::Future, time::Duration};
 
 use bytes::Bytes;
 use cnsmo_proto::pb::bus::{
-    Ack, Credit, Delivery, Message, PublishRequest, Reply, RequestRequest, RequestResponse,
-    SubscribeRequest, Subscription, ack, bus_service_client::BusServiceClient, subscribe_request,
-    subscribe_response,
+    Ack, Credit, Delivery, Message, PublishBatchRequest, PublishRequest, Reply, RequestRequest,
+    RequestResponse, SubscribeRequest, Subscription, ack, bus_service_client::BusServiceClient,
+    subscribe_request, subscribe_response,
 };
 use tokio::{sync::mpsc, task::JoinSet, time::sleep};
 use tokio_stream::wrappers::ReceiverStream;
@@ -72,6 +72,16 @@ impl Bus {
         let request = PublishRequest { message: Some(message), durable: true };
         let response = self.client.clone().publish(request).await?.into_inner();
         Ok((response.sequence, response.duplicate))
+    }
+
+    /// As [`Self::publish_durable`] for up to 1,000 messages of one stream: all are kept, or none. Returns the place of each.
+    ///
+    /// # Errors
+    /// As the core answers.
+    pub async fn publish_batch(&self, messages: Vec<Message>) -> Result<Vec<(i64, bool)>, Status> {
+        let request = PublishBatchRequest { messages };
+        let results = self.client.clone().publish_batch(request).await?.into_inner().results;
+        Ok(results.into_iter().map(|result| (result.sequence, result.duplicate)).collect())
     }
 
     /// Gives a message to one subscriber and waits for its reply. `idempotent`: to another one if that one goes away.

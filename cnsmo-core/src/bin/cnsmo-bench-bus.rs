@@ -32,6 +32,8 @@ const PUBLISHER_CONNECTIONS: usize = 8;
 const BEHIND_MAX: u64 = 256;
 const CREDIT: u32 = 4_096;
 const PAYLOAD_BYTES: usize = 256;
+/// Messages of one call, as a client that has several to send makes it.
+const BATCH: usize = 16;
 /// One after the other.
 const REQUESTS: usize = 2_000;
 /// Of the design, as there is no peer that does the same.
@@ -55,15 +57,18 @@ async fn main() -> ExitCode {
 
 async fn run() -> anyhow::Result<serde_json::Value> {
     let socket = env::args().nth(1).context("the argument is the socket of a core")?;
-    let (mut deliveries, mut publishes, mut requests) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut deliveries, mut requests) = (Vec::new(), Vec::new());
+    let (mut publishes, mut batches) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         deliveries.push(ephemeral(&socket).await?);
-        publishes.push(durable(&socket).await?);
+        publishes.push(durable(&socket, 1).await?);
+        batches.push(durable(&socket, BATCH).await?);
         requests.push(request(&socket).await?);
     }
     Ok(serde_json::json!([
         row("state/bus-ephemeral", ("deliveries/s", "higher"), &deliveries, DELIVERIES),
         row("state/bus-durable", ("publishes/s", "higher"), &publishes, PUBLISHES),
+        row("state/bus-durable-batch", ("publishes/s", "higher"), &batches, PUBLISHES),
         row("state/bus-request-p50", ("us", "lower"), &requests, REQUEST_P50_US),
     ]))
 }
@@ -141,8 +146,9 @@ async fn ephemeral(socket: &str) -> anyhow::Result<f64> {
     Ok(rate)
 }
 
-/// Publishes per second, each answered once it is on disk, by publishers that each wait for their last answer.
-async fn durable(socket: &str) -> anyhow::Result<f64> {
+/// Publishes per second, answered once they are on disk, by publishers that each wait for their last answer. Each call is of
+/// `batch` messages.
+async fn durable(socket: &str, batch: usize) -> anyhow::Result<f64> {
     let mut connections = Vec::new();
     for _ in 0..PUBLISHER_CONNECTIONS {
         connections.push(connect(socket).await?);
@@ -154,8 +160,12 @@ async fn durable(socket: &str) -> anyhow::Result<f64> {
         publishers.spawn(async move {
             let mut count = 0_u64;
             while begin.elapsed() < RUN {
-                bus.publish_durable(message("bench.durable")).await?;
-                count += 1;
+                if batch == 1 {
+                    bus.publish_durable(message("bench.durable")).await?;
+                } else {
+                    bus.publish_batch(vec![message("bench.durable"); batch]).await?;
+                }
+                count += batch as u64;
             }
             anyhow::Ok(count)
         });

@@ -4,9 +4,10 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::bus::{
     self as pb, DeleteGroupRequest, DeleteGroupResponse, Group, ListMessagesRequest,
-    ListMessagesResponse, ListStreamsRequest, ListStreamsResponse, Message, PublishRequest,
-    PublishResponse, ReplayRequest, ReplayResponse, RequestRequest, RequestResponse, StoredMessage,
-    Stream, SubscribeRequest, bus_service_server, subscribe_request,
+    ListMessagesResponse, ListStreamsRequest, ListStreamsResponse, Message, PublishBatchRequest,
+    PublishBatchResponse, PublishRequest, PublishResponse, ReplayRequest, ReplayResponse,
+    RequestRequest, RequestResponse, StoredMessage, Stream, SubscribeRequest, bus_service_server,
+    subscribe_request,
 };
 use prost::Message as _;
 use tonic::{Request, Response, Status, Streaming};
@@ -18,12 +19,15 @@ use crate::{
     },
     error::Error,
     identity::caller::Caller,
+    store::message::Receipt,
     subject::{InvalidSubject, Pattern, Subject},
 };
 
 /// Largest request: a message with all that belongs to it.
 pub(super) const MESSAGE_BYTES_MAX: usize = PAYLOAD_BYTES_MAX + (64 << 10);
 const PAYLOAD_BYTES_MAX: usize = 1 << 20;
+/// Messages of one batch.
+const BATCH_MAX: usize = 1_000;
 const HEADERS_MAX: usize = 32;
 /// Of names and values together.
 const HEADER_BYTES_MAX: usize = 4 << 10;
@@ -72,16 +76,49 @@ impl bus_service_server::BusService for Service {
         let who = Who::of(&request)?;
         let PublishRequest { message, durable } = request.into_inner();
         let message = checked(message, durable)?;
-        let subject = subject_of(&message)?;
+        let subject = subject_of(&message, "message")?;
         who.may_publish(subject)?;
         if !durable {
             let message = Arc::new(message);
-            let receivers = self.bus.publish(subject_of(&message)?, &message);
+            let receivers = self.bus.publish(subject_of(&message, "message")?, &message);
             return Ok(Response::new(PublishResponse { receivers, ..PublishResponse::default() }));
         }
-        let stream = subject.stream().map_err(|e| at("message.subject", e))?;
-        let (sequence, duplicate) = self.bus.publish_durable(stream, &message).await?;
-        Ok(Response::new(PublishResponse { sequence, duplicate, receivers: 0 }))
+        let stream = subject.stream().map_err(|e| at("message.subject", e))?.to_owned();
+        let receipts = self.bus.publish_durable(&stream, vec![message]).await?;
+        let response = receipts.into_iter().next().map(published).unwrap_or_default();
+        Ok(Response::new(response))
+    }
+
+    async fn publish_batch(
+        &self,
+        request: Request<PublishBatchRequest>,
+    ) -> Result<Response<PublishBatchResponse>, Status> {
+        let who = Who::of(&request)?;
+        let messages = request.into_inner().messages;
+        if messages.len() > BATCH_MAX {
+            return Err(invalid(format!("messages: more than {BATCH_MAX}")));
+        }
+        let mut stream: Option<String> = None;
+        for (n, message) in messages.iter().enumerate() {
+            let field = format!("messages[{n}]");
+            check(message, true, &field)?;
+            let subject = subject_of(message, &field)?;
+            who.may_publish(subject)?;
+            let of = subject.stream().map_err(|e| at(&format!("{field}.subject"), e))?;
+            match &stream {
+                None => stream = Some(of.to_owned()),
+                Some(stream) if stream == of => {}
+                Some(stream) => {
+                    let text =
+                        format!("{field}.subject: is of stream {of}, those before of {stream}");
+                    return Err(invalid(text));
+                }
+            }
+        }
+        let stream = stream.ok_or_else(|| invalid("messages: missing".to_owned()))?;
+        let receipts = self.bus.publish_durable(&stream, messages).await?;
+        let results = receipts.into_iter().map(published).collect();
+        Ok(Response::new(PublishBatchResponse { results }))
     }
 
     async fn subscribe(
@@ -102,7 +139,7 @@ impl bus_service_server::BusService for Service {
         let who = Who::of(&request)?;
         let RequestRequest { message, timeout, idempotent } = request.into_inner();
         let message = checked(message, false)?;
-        who.may_publish(subject_of(&message)?)?;
+        who.may_publish(subject_of(&message, "message")?)?;
         let timeout = time(timeout, "timeout", REQUEST_DEFAULT, Duration::ZERO..=REQUEST_MAX)?;
         let served = self.bus.request(Arc::new(message), timeout, idempotent).await?;
         let pb::Reply { payload, content_type, headers, .. } = served.reply;
@@ -345,21 +382,30 @@ fn subscription(wanted: pb::Subscription, identity: &str) -> Result<Subscription
 
 fn checked(message: Option<Message>, durable: bool) -> Result<Message, Status> {
     let message = message.ok_or_else(|| invalid("message: missing".to_owned()))?;
-    subject_of(&message)?;
-    check_content(&message.payload, &message.content_type, &message.headers, "message")?;
-    for (text, field, limit) in [
-        (&message.message_id, "message.messageId", MESSAGE_ID_BYTES_MAX),
-        (&message.ordering_key, "message.orderingKey", ORDERING_KEY_BYTES_MAX),
+    check(&message, durable, "message")?;
+    Ok(message)
+}
+
+fn check(message: &Message, durable: bool, field: &str) -> Result<(), Status> {
+    subject_of(message, field)?;
+    check_content(&message.payload, &message.content_type, &message.headers, field)?;
+    for (text, name, limit) in [
+        (&message.message_id, "messageId", MESSAGE_ID_BYTES_MAX),
+        (&message.ordering_key, "orderingKey", ORDERING_KEY_BYTES_MAX),
     ] {
         if !durable && !text.is_empty() {
-            return Err(invalid(format!("{field}: is for durable messages only")));
+            return Err(invalid(format!("{field}.{name}: is for durable messages only")));
         }
-        limit_bytes(text, field, limit)?;
+        limit_bytes(text, &format!("{field}.{name}"), limit)?;
         if text.chars().any(char::is_control) {
-            return Err(invalid(format!("{field}: contains a control character")));
+            return Err(invalid(format!("{field}.{name}: contains a control character")));
         }
     }
-    Ok(message)
+    Ok(())
+}
+
+fn published(receipt: Receipt) -> PublishResponse {
+    PublishResponse { sequence: receipt.sequence, duplicate: receipt.duplicate, receivers: 0 }
 }
 
 fn check_content(
@@ -388,8 +434,8 @@ fn check_content(
     Ok(())
 }
 
-fn subject_of(message: &Message) -> Result<Subject<'_>, Status> {
-    Subject::parse(&message.subject).map_err(|e| at("message.subject", e))
+fn subject_of<'a>(message: &'a Message, field: &str) -> Result<Subject<'a>, Status> {
+    Subject::parse(&message.subject).map_err(|e| at(&format!("{field}.subject"), e))
 }
 
 fn stream_name(name: &str) -> Result<&str, Status> {

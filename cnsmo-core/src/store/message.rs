@@ -79,11 +79,20 @@ impl Default for StreamLimits {
     }
 }
 
+/// Messages to keep in one stream, in their order: all or none.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewMessages {
+    /// Its name.
+    pub stream: String,
+    /// Of the stream.
+    pub limits: StreamLimits,
+    /// At least one.
+    pub messages: Vec<NewMessage>,
+}
+
 /// A message to keep.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewMessage {
-    /// In this stream.
-    pub stream: String,
     /// Decides which groups want it.
     pub subject: String,
     /// Not empty: one of these at a time, in order.
@@ -92,40 +101,39 @@ pub struct NewMessage {
     pub message_id: String,
     /// The encoded message.
     pub body: Bytes,
-    /// Of the stream.
-    pub limits: StreamLimits,
 }
 
 impl NewMessage {
     fn bytes(&self) -> usize {
-        let texts = [&self.stream, &self.subject, &self.ordering_key, &self.message_id];
+        let texts = [&self.subject, &self.ordering_key, &self.message_id];
         size_of::<Self>() + self.body.len() + texts.map(String::len).iter().sum::<usize>()
     }
 }
 
-/// What became of a message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What became of messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Published {
-    /// It is on disk.
-    Kept {
-        /// Its place.
-        sequence: Sequence,
-    },
-    /// One with its id is kept already.
-    Duplicate {
-        /// That one's place.
-        sequence: Sequence,
-    },
+    /// They are on disk.
+    Kept(Vec<Receipt>),
     /// The stream is full of messages that its groups are owed.
     Full,
     /// There are [`STREAMS_MAX`] streams, and this would be one more.
     TooManyStreams,
 }
 
+/// What its publisher is told of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// In its stream.
+    pub sequence: Sequence,
+    /// One with its id was kept before, there.
+    pub duplicate: bool,
+}
+
 /// What is asked of the writer about messages.
 #[derive(Clone, Debug)]
 pub(super) enum Ask {
-    Publish(NewMessage),
+    Publish(NewMessages),
     OpenGroup(NewGroup),
     DeleteGroup { stream: String, group: String },
     Serve(Serve),
@@ -152,14 +160,16 @@ pub(super) enum Told {
 }
 
 impl Store {
-    /// Keeps a message, and returns once it is on disk.
+    /// Keeps messages, and returns once they are on disk.
     ///
     /// # Errors
     /// As [`Self::commit`].
-    pub async fn publish(&self, message: NewMessage) -> Result<Published, StoreError> {
-        check_text(&message.message_id)?;
-        check_text(&message.ordering_key)?;
-        let Told::Published(published) = self.tell(Ask::Publish(message)).await? else {
+    pub async fn publish(&self, new: NewMessages) -> Result<Published, StoreError> {
+        for message in &new.messages {
+            check_text(&message.message_id)?;
+            check_text(&message.ordering_key)?;
+        }
+        let Told::Published(published) = self.tell(Ask::Publish(new)).await? else {
             unreachable!()
         };
         Ok(published)
@@ -180,7 +190,9 @@ impl Ask {
     /// Bytes in memory, about.
     pub(super) fn bytes(&self) -> usize {
         match self {
-            Self::Publish(message) => message.bytes(),
+            Self::Publish(new) => {
+                new.stream.len() + new.messages.iter().map(NewMessage::bytes).sum::<usize>()
+            }
             Self::Serve(serve) => size_of::<Self>() + serve.bytes(),
             Self::Replay { sequences, .. } => size_of::<Self>() + size_of_val(&**sequences),
             Self::OpenGroup(_)
@@ -229,10 +241,12 @@ impl Batch {
     ) -> Result<(), EngineError> {
         let (mut streams, mut ids) = (BTreeSet::new(), Vec::new());
         for ask in asks {
-            let Ask::Publish(message) = ask else { continue };
-            streams.insert(message.stream.as_str());
-            if !message.message_id.is_empty() {
-                ids.extend([message.stream.as_str().into(), message.message_id.as_str().into()]);
+            let Ask::Publish(NewMessages { stream, messages, .. }) = ask else { continue };
+            streams.insert(stream.as_str());
+            for id in messages.iter().map(|message| &message.message_id) {
+                if !id.is_empty() {
+                    ids.extend([stream.as_str().into(), id.as_str().into()]);
+                }
             }
         }
         let names: Vec<Value> = streams.iter().map(|name| Value::from(*name)).collect();
@@ -257,7 +271,7 @@ impl Batch {
         ask: &Ask,
     ) -> Result<Told, EngineError> {
         Ok(match ask {
-            Ask::Publish(message) => Told::Published(self.publish(connection, message).await?),
+            Ask::Publish(new) => Told::Published(self.publish(connection, new).await?),
             Ask::OpenGroup(new) => Told::Opened(self.open_group(connection, new).await?),
             Ask::DeleteGroup { stream, group } => {
                 Told::Deleted(self.delete_group(connection, stream, group).await?)
@@ -297,28 +311,41 @@ impl Batch {
     async fn publish(
         &mut self,
         connection: &mut dyn Connection,
-        message: &NewMessage,
+        new: &NewMessages,
     ) -> Result<Published, EngineError> {
-        let NewMessage { stream, subject, ordering_key, message_id, body, limits } = message;
-        let id = (!message_id.is_empty()).then(|| (stream.clone(), message_id.clone()));
+        let NewMessages { stream, limits, messages } = new;
+        let kept_before = |message: &NewMessage| {
+            let id = &message.message_id;
+            !id.is_empty() && self.ids.contains_key(&(stream.clone(), id.clone()))
+        };
+        if !messages.iter().all(kept_before) {
+            if !self.has_stream(connection, stream).await? {
+                return Ok(Published::TooManyStreams);
+            }
+            let bytes = messages.iter().map(|message| message.body.len()).sum();
+            if !self.has_room(connection, stream, (messages.len(), bytes), *limits).await? {
+                return Ok(Published::Full);
+            }
+        }
+        Ok(Published::Kept(messages.iter().map(|message| self.keep(stream, message)).collect()))
+    }
+
+    /// There is room for it.
+    fn keep(&mut self, stream: &str, message: &NewMessage) -> Receipt {
+        let NewMessage { subject, ordering_key, message_id, body } = message;
+        let id = (!message_id.is_empty()).then(|| (stream.to_owned(), message_id.clone()));
         if let Some(sequence) = id.as_ref().and_then(|id| self.ids.get(id)) {
-            return Ok(Published::Duplicate { sequence: *sequence });
-        }
-        if !self.has_stream(connection, stream).await? {
-            return Ok(Published::TooManyStreams);
-        }
-        if !self.has_room(connection, stream, body.len(), *limits).await? {
-            return Ok(Published::Full);
+            return Receipt { sequence: *sequence, duplicate: true };
         }
         let message = Stored { group: "", subject, ordering_key, body: body.clone() };
         let sequence = self.append(stream, message);
         if let Some(id) = id {
             let expire = now_ms().saturating_add(millis(DEDUP_WINDOW));
-            self.new_ids.extend([stream.as_str().into(), message_id.as_str().into()]);
+            self.new_ids.extend([stream.into(), message_id.as_str().into()]);
             self.new_ids.extend([sequence.into(), expire.into()]);
             self.ids.insert(id, sequence);
         }
-        Ok(Published::Kept { sequence })
+        Receipt { sequence, duplicate: false }
     }
 
     /// Puts a message at the end of a stream that is there.

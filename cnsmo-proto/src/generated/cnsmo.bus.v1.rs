@@ -43,6 +43,18 @@ pub struct PublishResponse {
     pub receivers: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PublishBatchRequest {
+    /// 1 to 1,000, of one stream; together no larger than one message may be.
+    #[prost(message, repeated, tag = "1")]
+    pub messages: ::prost::alloc::vec::Vec<Message>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PublishBatchResponse {
+    /// One for each message, in their order.
+    #[prost(message, repeated, tag = "1")]
+    pub results: ::prost::alloc::vec::Vec<PublishResponse>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SubscribeRequest {
     #[prost(oneof = "subscribe_request::Message", tags = "1, 2, 3, 4")]
     pub message: ::core::option::Option<subscribe_request::Message>,
@@ -434,6 +446,22 @@ pub mod bus_service_client {
             req.extensions_mut().insert(GrpcMethod::new("cnsmo.bus.v1.BusService", "Publish"));
             self.inner.unary(req, path, codec).await
         }
+        /// Keeps durable messages of one stream, all or none, in their order: one sync to disk and one call for many.
+        pub async fn publish_batch(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PublishBatchRequest>,
+        ) -> std::result::Result<tonic::Response<super::PublishBatchResponse>, tonic::Status>
+        {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.bus.v1.BusService/PublishBatch");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("cnsmo.bus.v1.BusService", "PublishBatch"));
+            self.inner.unary(req, path, codec).await
+        }
         /// First message: the subscription. Then credits, acknowledgements and replies, in any order. Who ends its side of a
         /// durable subscription leaves the group; an ephemeral one goes on.
         pub async fn subscribe(
@@ -545,6 +573,11 @@ pub mod bus_service_server {
             &self,
             request: tonic::Request<super::PublishRequest>,
         ) -> std::result::Result<tonic::Response<super::PublishResponse>, tonic::Status>;
+        /// Keeps durable messages of one stream, all or none, in their order: one sync to disk and one call for many.
+        async fn publish_batch(
+            &self,
+            request: tonic::Request<super::PublishBatchRequest>,
+        ) -> std::result::Result<tonic::Response<super::PublishBatchResponse>, tonic::Status>;
         /// Server streaming response type for the Subscribe method.
         type SubscribeStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::SubscribeResponse, tonic::Status>,
@@ -687,6 +720,45 @@ pub mod bus_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = PublishSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.bus.v1.BusService/PublishBatch" => {
+                    #[allow(non_camel_case_types)]
+                    struct PublishBatchSvc<T: BusService>(pub Arc<T>);
+                    impl<T: BusService> tonic::server::UnaryService<super::PublishBatchRequest> for PublishBatchSvc<T> {
+                        type Response = super::PublishBatchResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PublishBatchRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as BusService>::publish_batch(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PublishBatchSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

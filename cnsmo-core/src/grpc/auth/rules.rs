@@ -42,6 +42,7 @@ pub const RULES: &[Rule] = &[
     rule("/cnsmo.bus.v1.BusService/ListMessages", READERS),
     rule("/cnsmo.bus.v1.BusService/ListStreams", READERS),
     rule("/cnsmo.bus.v1.BusService/Publish", USERS),
+    rule("/cnsmo.bus.v1.BusService/PublishBatch", USERS),
     audited("/cnsmo.bus.v1.BusService/Replay", WRITERS),
     rule("/cnsmo.bus.v1.BusService/Request", USERS),
     rule("/cnsmo.bus.v1.BusService/Subscribe", USERS),

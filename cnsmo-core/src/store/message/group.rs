@@ -213,7 +213,7 @@ impl Batch {
         message.headers.extend(DEAD_HEADERS.map(str::to_owned).into_iter().zip(said));
         let body = Bytes::from(message.encode_to_vec());
         if !self.has_stream(connection, &name).await?
-            || !self.has_room(connection, &name, body.len(), limits).await?
+            || !self.has_room(connection, &name, (1, body.len()), limits).await?
         {
             return Ok(false);
         }

@@ -163,18 +163,19 @@ fn kept(mut row: Row) -> Result<Kept, EngineError> {
 }
 
 impl Batch {
-    /// Whether one more message of this size may be in the stream, after old ones were removed if need be.
+    /// Whether so many more messages of so many bytes may be in the stream, after old ones were removed if need be.
     pub(super) async fn has_room(
         &mut self,
         connection: &mut dyn Connection,
         name: &str,
-        bytes: usize,
+        (messages, bytes): (usize, usize),
         limits: StreamLimits,
     ) -> Result<bool, EngineError> {
+        let messages = i64::try_from(messages).unwrap_or(i64::MAX);
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         loop {
             let stream = self.stream(connection, name).await?.unwrap_or_default();
-            let over = stream.messages >= limits.messages
+            let over = stream.messages.saturating_add(messages) > limits.messages
                 || stream.bytes.saturating_add(bytes) > limits.bytes;
             if !over {
                 return Ok(true);
