@@ -1,7 +1,8 @@
 //! The distributed system state: resources in, revisions out, agents kept in step.
 //!
 //! From the bottom up:
-//! - [`store`]: the durable state, one SQLite file.
+//! - [`store`]: the durable state, in SQLite or PostgreSQL.
+//! - [`lease`]: promises to call again, counted down in memory.
 //! - [`subject`]: names of where messages go, and patterns of them; no I/O.
 //! - [`state`]: the resources and the rules by which they change; no I/O.
 //! - [`fleet`]: what each agent shall run and runs; no I/O.
