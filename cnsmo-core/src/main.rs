@@ -14,6 +14,7 @@ use cnsmo_core::{
     fleet::Timing,
     server::{self, Config, Running},
 };
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -79,6 +80,7 @@ enum LogFormat {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     log(arguments.log_format);
+    allow_connections();
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -97,6 +99,15 @@ fn log(format: LogFormat) {
     match format {
         LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).init(),
         LogFormat::Json => log.json().init(),
+    }
+}
+
+/// As many open files as the system allows: the soft limit is low for programs that use select(2), and each agent is one.
+fn allow_connections() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "cannot raise the limit on open files");
     }
 }
 

@@ -31,7 +31,7 @@ use cnsmo_proto::{
 };
 use cnsmo_service::{
     channel::CoreAddress,
-    identity::{Identity, enroll},
+    identity::{Credentials, enroll},
     lifecycle::Lifecycle,
     supervise::{Stopper, stop_pair},
     token::Token,
@@ -56,7 +56,7 @@ pub(crate) struct Swarm {
     core: SocketAddr,
     folder: PathBuf,
     count: usize,
-    identities: Vec<Identity>,
+    identities: Vec<Credentials>,
     board: Arc<Board>,
     edits: u32,
     /// Streams end when it is dropped.
@@ -88,7 +88,7 @@ impl Swarm {
         let max_uses = u32::try_from(self.count)?.min(TOKEN_USES_MAX);
         let mut tokens = Vec::new();
         for _ in 0..self.count.div_ceil(usize::try_from(max_uses)?.max(1)) {
-            let request = CreateJoinTokenRequest { ttl: None, max_uses, labels: BTreeMap::new() };
+            let request = CreateJoinTokenRequest { max_uses, ..CreateJoinTokenRequest::default() };
             let mut client = JoinTokenServiceClient::new(self.operator.clone());
             let token: Token =
                 client.create_join_token(request).await?.into_inner().token.parse()?;
@@ -106,7 +106,7 @@ impl Swarm {
                 fs::create_dir(&folder)?;
                 let identity = enroll(&core, &token, &name, &BTreeMap::new(), &folder).await;
                 drop(place);
-                anyhow::Ok(identity?)
+                anyhow::Ok(Credentials::new(&folder, identity?))
             });
         }
         while let Some(identity) = enrolling.join_next().await {
@@ -122,19 +122,21 @@ impl Swarm {
         let start = Instant::now();
         let (stopper, stop) = stop_pair();
         self.stopper = Some(stopper);
-        for identity in &self.identities {
+        for credentials in &self.identities {
             let (enforcer, handle) = MemoryEnforcer::new();
             let board = self.board.clone();
             tokio::spawn(enforcer.run(move |update| {
                 board.note(update.kind() == update::Kind::Snapshot);
             }));
-            let labels = BTreeMap::from([("vm".to_owned(), identity.name().to_string())]);
+            let name = credentials.identity().name().to_string();
+            let labels = BTreeMap::from([("vm".to_owned(), name)]);
             let connection = Connection {
                 locator: Locator::new(CoreAddress::from(self.core), Vec::new(), handle.clone()),
-                identity: identity.clone(),
+                credentials: credentials.clone(),
                 labels: Labels::new(labels).map_err(|error| anyhow::anyhow!("{error:?}"))?,
                 enforcer: handle,
                 life: Lifecycle::new("Spawned"),
+                renew_first: false,
             };
             tokio::spawn(session::run(connection, stop.clone()));
         }
