@@ -3,8 +3,15 @@
 mod adoption;
 mod attach;
 mod balancer;
+mod bus;
 mod firewall;
 mod kernel;
 mod lab;
 mod overlay;
+mod programs;
+mod s04_actors;
+mod s05_protocols;
+mod s09_recovery;
+mod s14_announce;
+mod s16_agents;
 mod swap;

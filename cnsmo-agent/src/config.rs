@@ -58,9 +58,15 @@ pub enum Command {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// Where the core is
-    #[arg(long, value_name = "HOST:PORT", env = "CNSMO_CORE")]
-    core: CoreAddress,
+    /// Where the core is; repeat it, or separate with commas, if several share a database
+    #[arg(
+        long = "core",
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        required = true,
+        env = "CNSMO_CORE"
+    )]
+    cores: Vec<CoreAddress>,
     /// File with the join token, `-` for standard input; needed until this VM is enrolled
     #[arg(long, value_name = "FILE", env = "CNSMO_TOKEN_FILE")]
     token_file: Option<PathBuf>,
@@ -128,8 +134,8 @@ pub enum LogFormat {
 /// Checked settings of a running agent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Where the core is.
-    pub core: CoreAddress,
+    /// Where cores are, tried in this order; not empty.
+    pub cores: Vec<CoreAddress>,
     /// Where the join token is read from, should it be needed.
     pub token: Option<TokenSource>,
     /// Identity and ledger.
@@ -200,7 +206,7 @@ impl Cli {
         };
         let labels = args.labels.join(",").parse().map_err(|e| invalid("--label", e))?;
         Ok(Config {
-            core: args.core,
+            cores: args.cores,
             token: args.token_file.map(TokenSource::from),
             state_dir: absolute("--state-dir", &args.state_dir)?,
             node: args.node,
@@ -315,6 +321,13 @@ mod tests {
     fn labels_repeat_and_separate() {
         let config = config(&["--label", "a=1,b=2", "--label", "c=3"]).unwrap();
         assert_eq!(config.labels.to_string(), "a=1,b=2,c=3");
+    }
+
+    #[test]
+    fn cores_repeat_and_separate_and_keep_their_order() {
+        let config = config(&["--core", "b:1,[fd00::1]:2", "--core", "a:3"]).unwrap();
+        let cores: Vec<_> = config.cores.iter().map(CoreAddress::to_string).collect();
+        assert_eq!(cores, ["core:7400", "b:1", "[fd00::1]:2", "a:3"]);
     }
 
     #[test]

@@ -84,7 +84,7 @@ pub async fn run(
     let checking = supervise("health", LIMITS, health_life, parts_stop.clone(), move |stop| {
         health::run(handle.clone(), life.clone(), stop)
     });
-    let locator = Locator::new(config.core.clone(), last_core, enforcer.clone());
+    let locator = Locator::new(config.cores.clone(), last_core, enforcer.clone());
     let talking = talk(config, locator, enforcer, parts_stop);
     let parts = async {
         tokio::try_join!(

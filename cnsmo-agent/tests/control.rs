@@ -426,6 +426,32 @@ fn update(kind: Kind, base: i64, upserts: Vec<Resource>, after: TypeState) -> Up
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_moves_on_to_the_core_that_leads() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let mut first = Core::start(&authority, any_port()).await;
+    let mut second = Core::start(&authority, any_port()).await;
+    let mut config = config(first.address, dir.path(), Some(&authority.token()));
+    config.cores.push(second.address.into());
+    let agent = Agent::start(&config, &Fake::default());
+
+    let (refused, _) = first.accept().await;
+    let mut follower = Status::unavailable("another core leads");
+    follower.metadata_mut().insert("cnsmo-leader", second.address.to_string().parse().unwrap());
+    refused.down.send(Err(follower)).await.unwrap();
+    let (mut talk, _) = second.accept().await;
+    talk.welcome(1).await;
+    talk.heartbeat().await;
+
+    // The leader dies, and the other one leads now.
+    second.stop(talk).await;
+    let (mut talk, _) = first.accept().await;
+    talk.welcome(1).await;
+    talk.heartbeat().await;
+    agent.stop().await;
+}
+
 #[tokio::test]
 async fn an_agent_enrols_follows_its_core_and_survives_it() {
     let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());

@@ -9,6 +9,7 @@ use cnsmo_service::channel::CoreAddress;
 
 use crate::{
     audit::AuditArgs,
+    bus::BusCommand,
     identity::{IdentityCommand, LoginArgs, RoleArg},
 };
 
@@ -29,8 +30,8 @@ pub(crate) struct Args {
     #[arg(long, global = true, env = "CNSMO_CORE", value_name = "HOST:PORT")]
     pub(crate) core: Option<CoreAddress>,
     /// For --core: folder of key and certificate [default: ~/.config/cnsmo]
-    #[arg(long, global = true, env = "CNSMO_IDENTITY", value_name = "DIR")]
-    pub(crate) identity: Option<PathBuf>,
+    #[arg(long = "identity", global = true, env = "CNSMO_IDENTITY", value_name = "DIR")]
+    pub(crate) identity_dir: Option<PathBuf>,
     /// Form of the output
     #[arg(short = 'o', long = "format", global = true, default_value = "table")]
     pub(crate) format: Format,
@@ -92,6 +93,9 @@ pub(crate) enum Command {
     /// Keys of your own in the core's state
     #[command(subcommand)]
     Kv(KvCommand),
+    /// Messages between services
+    #[command(subcommand)]
+    Bus(BusCommand),
     /// How the core is: store, leases, who is connected
     Status,
     /// Copy the core's whole state to a file; `cnsmo-core restore` puts it back
@@ -377,7 +381,7 @@ impl From<KindArg> for Kind {
     }
 }
 
-fn wait_time(text: &str) -> Result<Duration, String> {
+pub(crate) fn wait_time(text: &str) -> Result<Duration, String> {
     at_most(text, "1h")
 }
 
@@ -420,6 +424,26 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    /// A global option and an argument of one name would be found out only when used.
+    #[test]
+    fn global_options_go_with_each_command() {
+        let global = ["cnsmo", "--core", "core.example:7443", "--identity", "/etc/cnsmo/me"];
+        for command in [
+            &["identity", "revoke", "agent/web1"][..],
+            &["login", "--name", "alice", "token"],
+            &["token", "create", "--name", "alice"],
+            &["audit", "--verify"],
+        ] {
+            let args = Args::parse_from(global.iter().chain(command));
+            assert_eq!(args.core.unwrap().port(), 7443);
+            assert_eq!(args.identity_dir.unwrap(), PathBuf::from("/etc/cnsmo/me"));
+            let Command::Identity(IdentityCommand::Revoke { identity, .. }) = args.command else {
+                continue;
+            };
+            assert_eq!(identity, "agent/web1");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow};
 use cnsmo_proto::pb::{
     admin::admin_service_client::AdminServiceClient,
+    bus::bus_service_client::BusServiceClient,
     catalog::catalog_service_client::CatalogServiceClient,
     identity::{
         identity_service_client::IdentityServiceClient,
@@ -84,7 +85,12 @@ impl Client {
         Ok(AdminServiceClient::new(self.connect().await?))
     }
 
-    async fn connect(&self) -> Result<Channel> {
+    pub(crate) async fn bus(&self) -> Result<BusServiceClient<Channel>> {
+        let client = BusServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn connect(&self) -> Result<Channel> {
         match &self.target {
             Target::Socket(socket) => connect_local(socket).await,
             Target::Remote { core, dir } => connect_remote(core, dir).await,

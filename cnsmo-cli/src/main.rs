@@ -5,6 +5,7 @@ mod args;
 mod audit;
 mod backends;
 mod backup;
+mod bus;
 mod client;
 mod describe;
 mod diff;
@@ -53,7 +54,7 @@ async fn main() -> ExitCode {
 
 async fn run(args: Args) -> Result<ExitCode> {
     let format = args.format;
-    let target = target(args.socket, args.core, args.identity)?;
+    let target = target(args.socket, args.core, args.identity_dir)?;
     if let Command::Login(login) = args.command {
         let Target::Remote { core, dir } = target else {
             bail!("--core: missing: where to log in?");
@@ -88,6 +89,7 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Identity(command) => identity::identity(&client, format, command).await?,
         Command::Audit(args) => audit::audit(&client, format, args).await?,
         Command::Login(_) => unreachable!("handled above"),
+        Command::Bus(command) => bus::bus(&client, format, command).await?,
         Command::Kv(command) => kv::kv(&client, format, command).await?,
         Command::Status => status::status(&client, format).await?,
         Command::Backup { file } => backup::backup(&client, format, &file).await?,

@@ -16,7 +16,10 @@ use cnsmo_proto::{
         },
     },
 };
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::{
+    sync::{broadcast, mpsc, oneshot, watch},
+    task::JoinHandle,
+};
 use tonic::Status;
 
 use crate::{
@@ -24,7 +27,7 @@ use crate::{
     fleet::{DownSender, Fleet, Timing},
     identity::{Enrolled, Issued, Peer, Subject, registry::Registry},
     state::{Admission, Announcement, Enrolment, Event, FOLDERS, Plan, State, TokenRecord, Wanted},
-    store::{Range, Revision, Store},
+    store::{Fence, Range, Revision, Store, StoreError, Txn},
 };
 
 /// Requests and agents' messages that wait. Operators are refused beyond it, agents wait.
@@ -164,20 +167,41 @@ enum Input {
     Shutdown,
 }
 
-/// The way to the task. Cheap to clone.
+/// The way to the task, as long as it runs in this core. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Core {
-    inbox: mpsc::Sender<Input>,
+    seat: watch::Receiver<Seat>,
 }
 
-impl Core {
-    /// Loads the resources and starts the task, which keeps `registry` as the store is. It ends after [`Core::shut_down`]
-    /// and closes the store.
-    pub async fn start(
+#[derive(Clone, Debug)]
+enum Seat {
+    Here(mpsc::Sender<Input>),
+    /// Address of the core that leads, if one does.
+    Elsewhere(Option<String>),
+}
+
+/// Where the task runs. Of several cores on one database one leads: it alone has the task.
+#[derive(Debug)]
+pub struct Seats {
+    seat: watch::Sender<Seat>,
+    registry: Arc<Registry>,
+}
+
+impl Seats {
+    /// Nobody leads yet.
+    pub fn new(registry: Arc<Registry>) -> (Self, Core) {
+        let (sender, seat) = watch::channel(Seat::Elsewhere(None));
+        (Self { seat: sender, registry }, Core { seat })
+    }
+
+    /// Loads the resources and starts the task, which keeps the registry as the store is. Agents have their full lease from now on. It ends after
+    /// [`Core::shut_down`], and when it finds that another core leads: `fence` is of the lease by which this one does.
+    pub async fn lead(
+        &self,
         store: Store,
         timing: Timing,
-        registry: Arc<Registry>,
-    ) -> anyhow::Result<(Self, tokio::task::JoinHandle<()>)> {
+        fence: Option<Fence>,
+    ) -> anyhow::Result<JoinHandle<()>> {
         let status = store.status().await?;
         let mut entries = Vec::new();
         for folder in FOLDERS {
@@ -185,7 +209,7 @@ impl Core {
         }
         let state = State::load(status.revision, entries)?;
         for (identity, enrolled) in state.identities() {
-            registry.set(identity, Some(enrolled));
+            self.registry.set(identity, Some(enrolled));
         }
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
         let now = Instant::now();
@@ -193,13 +217,34 @@ impl Core {
             fleet: Fleet::new(&state, timing, now),
             state,
             store,
-            registry,
+            registry: self.registry.clone(),
+            fence,
+            deposed: false,
             epoch: status.epoch,
             rings: BTreeMap::new(),
             waiters: Vec::new(),
             last_tick: now,
         };
-        Ok((Self { inbox }, tokio::spawn(actor.run(inputs))))
+        self.seat.send_replace(Seat::Here(inbox));
+        Ok(tokio::spawn(actor.run(inputs)))
+    }
+
+    /// From now on callers are sent to `leader`. A task that runs here ends all sessions and then itself.
+    pub fn follow(&self, leader: Option<String>) {
+        self.seat.send_replace(Seat::Elsewhere(leader));
+    }
+}
+
+impl Core {
+    /// Leads, as a core does that has the store for itself.
+    pub async fn start(
+        store: Store,
+        timing: Timing,
+        registry: Arc<Registry>,
+    ) -> anyhow::Result<(Self, JoinHandle<()>)> {
+        let (seats, core) = Seats::new(registry);
+        let task = seats.lead(store, timing, None).await?;
+        Ok((core, task))
     }
 
     /// Commits all of `wanted`, or says what that would change.
@@ -288,26 +333,38 @@ impl Core {
         self.ask(|reply| Input::Connect { node, spki_sha256, hello, down, reply }).await
     }
 
-    /// Hands over a message of an agent; waits while the core is behind. False: the core is stopping.
+    /// Hands over a message of an agent; waits while the core is behind. False: the core is stopping or leads no more.
     pub async fn from_agent(&self, message: FromAgent) -> bool {
-        self.inbox.send(Input::Agent(message)).await.is_ok()
+        match self.inbox() {
+            Ok(inbox) => inbox.send(Input::Agent(message)).await.is_ok(),
+            Err(_) => false,
+        }
     }
 
     /// Ends all streams, and the task.
     pub async fn shut_down(&self) {
-        // Already stopped is as good.
-        let _ = self.inbox.send(Input::Shutdown).await;
+        if let Ok(inbox) = self.inbox() {
+            // Already stopped is as good.
+            let _ = inbox.send(Input::Shutdown).await;
+        }
     }
 
     async fn ask<T>(&self, input: impl FnOnce(Reply<T>) -> Input) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        self.inbox.try_send(input(reply)).map_err(|error| match error {
+        self.inbox()?.try_send(input(reply)).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 Error::Exhausted("the core is overloaded: try again".into())
             }
             mpsc::error::TrySendError::Closed(_) => Error::Stopped,
         })?;
         answer.await.map_err(|_| Error::Stopped)?
+    }
+
+    fn inbox(&self) -> Result<mpsc::Sender<Input>, Error> {
+        match &*self.seat.borrow() {
+            Seat::Here(inbox) => Ok(inbox.clone()),
+            Seat::Elsewhere(leader) => Err(Error::NotLeader(leader.clone())),
+        }
     }
 }
 
@@ -316,6 +373,9 @@ struct Actor {
     fleet: Fleet,
     store: Store,
     registry: Arc<Registry>,
+    fence: Option<Fence>,
+    /// Another core leads, or what was committed is not known: this state is not the true one.
+    deposed: bool,
     epoch: u64,
     rings: BTreeMap<Kind, broadcast::Sender<Arc<Change>>>,
     waiters: Vec<Waiter>,
@@ -345,6 +405,10 @@ impl Actor {
             for input in batch.drain(..) {
                 stop |= matches!(input, Input::Shutdown);
                 self.handle(input).await;
+                if self.deposed {
+                    // What is left finds that this core is no more to be asked.
+                    break;
+                }
             }
             if ticked {
                 let now = Instant::now();
@@ -358,12 +422,11 @@ impl Actor {
             if ticked {
                 self.publish_status();
             }
-            if stop {
+            if stop || self.deposed {
                 break;
             }
         }
         self.fleet.shut_down();
-        self.store.close().await;
     }
 
     async fn handle(&mut self, input: Input) {
@@ -514,7 +577,18 @@ impl Actor {
             .identities()
             .map(|(identity, enrolled)| (identity.to_owned(), enrolled.cloned()))
             .collect();
-        let revision = self.store.commit(plan.txn()).await?.revision;
+        let txn = Txn { fence: self.fence, ..plan.txn() };
+        let revision = match self.store.commit(txn).await {
+            Ok(outcome) => outcome.revision,
+            Err(StoreError::Fenced) => {
+                self.deposed = true;
+                return Err(Error::NotLeader(None));
+            }
+            Err(error) => {
+                self.deposed = matches!(error, StoreError::Unknown(_));
+                return Err(error.into());
+            }
+        };
         let events = self.state.commit(plan, revision);
         let now = Instant::now();
         self.fleet.on_commit(&events, &self.state, before, now);

@@ -42,16 +42,8 @@ impl Journal for Store {
     async fn append(&self, record: AuditRecord) -> Result<(), Error> {
         let time_ms = cnsmo_service::audit::time_ms(&record);
         let AuditRecord { identity, role, rpc, decision, status, revision, detail, .. } = record;
-        let record = store::AuditRecord {
-            time_ms,
-            identity,
-            role,
-            rpc,
-            decision,
-            status,
-            revision,
-            detail,
-        };
+        let record =
+            store::AuditRecord { time_ms, identity, role, rpc, decision, status, revision, detail };
         Ok(self.append_audit(record).await?)
     }
 

@@ -424,7 +424,7 @@ impl Inner {
     async fn keep(&self, announced: Record) -> Result<Record, Error> {
         let key = announced.key();
         for _ in 0..ATTEMPTS_MAX {
-            let (record, expected) = match self.decide(&key, announced.clone())? {
+            let (record, expected) = match self.decide(&key, &announced)? {
                 Ok(renewed) => return Ok(renewed),
                 Err(write) => write,
             };
@@ -448,7 +448,7 @@ impl Inner {
     fn decide(
         &self,
         key: &str,
-        announced: Record,
+        announced: &Record,
     ) -> Result<Result<Record, (Record, Revision)>, Error> {
         let mut state = self.state();
         let State { set, silence, .. } = &mut *state;

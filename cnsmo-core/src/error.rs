@@ -1,6 +1,7 @@
 //! Why a request is refused, and the gRPC status that says so.
 
-use tonic::Status;
+use cnsmo_service::channel::LEADER_HEADER;
+use tonic::{Status, metadata::MetadataValue};
 
 use crate::store::StoreError;
 
@@ -31,12 +32,22 @@ pub enum Error {
     /// The store failed; nothing was committed.
     #[error("nothing was committed")]
     Store(#[from] StoreError),
+    /// Another core leads, at this address; none: nobody does at this moment.
+    #[error("{}", not_leader(.0.as_deref()))]
+    NotLeader(Option<String>),
     /// The core is stopping.
     #[error("the core is shutting down")]
     Stopped,
     /// A fault of the core itself; details are in its log.
     #[error("the core failed: see its log")]
     Internal,
+}
+
+fn not_leader(leader: Option<&str>) -> String {
+    match leader {
+        Some(leader) => format!("this core does not lead: ask the one at {leader}"),
+        None => "no core leads at this moment: try again".to_owned(),
+    }
 }
 
 impl From<Error> for Status {
@@ -50,6 +61,14 @@ impl From<Error> for Status {
             Error::Precondition(_) => Self::failed_precondition(text),
             Error::Exhausted(_) => Self::resource_exhausted(text),
             Error::OutOfRange(_) => Self::out_of_range(text),
+            Error::NotLeader(leader) => {
+                let mut status = Self::unavailable(text);
+                let leader = leader.unwrap_or_default().parse();
+                // An address that is no header is in the text.
+                let leader = leader.unwrap_or_else(|_| MetadataValue::from_static(""));
+                status.metadata_mut().insert(LEADER_HEADER, leader);
+                status
+            }
             Error::Stopped => Self::unavailable(text),
             Error::Internal => Self::internal(text),
             Error::Store(cause) => of_store(&text, &cause),

@@ -12,7 +12,10 @@ mod status;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ops::Bound,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -275,7 +278,6 @@ pub struct Fleet {
     /// When the condition of each resource became what it is.
     conditions: BTreeMap<(Kind, String), status::Seen>,
     timing: Timing,
-    sessions: u64,
 }
 
 impl Fleet {
@@ -293,7 +295,6 @@ impl Fleet {
             changed: BTreeSet::new(),
             conditions: BTreeMap::new(),
             timing,
-            sessions: 0,
         };
         let event = |kind, name| Event { kind, name, deleted: None };
         // Nodes last: policies and balancers that come after them would look for each of them.
@@ -436,8 +437,9 @@ impl Fleet {
         epoch: u64,
         now: Instant,
     ) -> u64 {
-        self.sessions += 1;
-        let id = self.sessions;
+        // One count for the process: what comes late from a session of an earlier leadership is of no session now.
+        static SESSIONS: AtomicU64 = AtomicU64::new(1);
+        let id = SESSIONS.fetch_add(1, Ordering::Relaxed);
         let Some(agent) = self.agents.get_mut(name) else { return id };
         agent.end(Status::aborted("another stream of this agent has connected"));
         let wire = |d: Duration| prost_types::Duration::try_from(d).ok();

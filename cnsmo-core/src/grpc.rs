@@ -3,6 +3,7 @@
 mod admin;
 mod agent;
 pub mod auth;
+mod bus;
 mod catalog;
 pub mod identity;
 pub mod listen;
@@ -14,14 +15,15 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
     admin::admin_service_server::AdminServiceServer,
-    catalog::catalog_service_server::CatalogServiceServer,
+    bus::bus_service_server::{self, BusServiceServer},
+    catalog::catalog_service_server::{self, CatalogServiceServer},
     identity::{
         enrollment_service_server::{self, EnrollmentServiceServer},
         identity_service_server::{self, IdentityServiceServer},
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
-    state::state_service_server::StateServiceServer,
+    state::state_service_server::{self, StateServiceServer},
 };
 use futures::{Stream, StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
@@ -30,7 +32,7 @@ use tower::layer::util::{Identity, Stack};
 
 use self::identity::Issuer;
 use crate::{
-    actor::Core, audit::Audit, catalog::Catalog, error::Error, http::HttpLayer,
+    actor::Core, audit::Audit, bus::Bus, catalog::Catalog, error::Error, http::HttpLayer,
     identity::registry::Registry, lease::Leases, store::Store,
 };
 
@@ -60,6 +62,8 @@ pub struct Parts {
     pub leases: Leases,
     /// Instances of services.
     pub catalog: Catalog,
+    /// Messages.
+    pub bus: Bus,
     /// Folder with room for a backup.
     pub state_dir: PathBuf,
     /// Ends the streams that clients keep open.
@@ -68,7 +72,7 @@ pub struct Parts {
 
 /// The services; both fronts serve them.
 pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
-    let Parts { core, issuer, audit, store, leases, catalog, state_dir, stopping } = parts;
+    let Parts { core, issuer, audit, store, leases, catalog, bus, state_dir, stopping } = parts;
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -91,12 +95,15 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .max_decoding_message_size(catalog::MESSAGE_BYTES_MAX);
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
+    let buses = BusServiceServer::new(bus::Service::new(bus))
+        .max_decoding_message_size(bus::MESSAGE_BYTES_MAX);
     let mut routes = Routes::builder();
     routes
         .add_service(health)
         .add_service(reflection)
         .add_service(resources)
         .add_service(agents)
+        .add_service(buses)
         .add_service(enrolment)
         .add_service(state)
         .add_service(AdminServiceServer::new(admin))
@@ -114,6 +121,9 @@ pub fn request_bytes_max(service: &str) -> usize {
         enrollment_service_server::SERVICE_NAME | identity_service_server::SERVICE_NAME => {
             ENROLL_BYTES_MAX
         }
+        state_service_server::SERVICE_NAME => state::MESSAGE_BYTES_MAX,
+        bus_service_server::SERVICE_NAME => bus::MESSAGE_BYTES_MAX,
+        catalog_service_server::SERVICE_NAME => catalog::MESSAGE_BYTES_MAX,
         _ => MESSAGE_BYTES_MAX,
     }
 }

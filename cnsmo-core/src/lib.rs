@@ -2,10 +2,13 @@
 //!
 //! From the bottom up:
 //! - [`store`]: the durable state, one SQLite file.
+//! - [`subject`]: names of where messages go, and patterns of them; no I/O.
 //! - [`state`]: the resources and the rules by which they change; no I/O.
 //! - [`fleet`]: what each agent shall run and runs; no I/O.
 //! - [`actor`]: the one task that owns all of that.
+//! - [`cluster`]: several cores on one database, of which one leads.
 //! - [`catalog`]: which instance of which service runs where.
+//! - [`bus`]: messages between services.
 //! - [`identity`]: who calls, and what that one may do.
 //! - [`audit`]: what was done and refused.
 //! - [`grpc`]: the API and who may use it.
@@ -16,7 +19,9 @@
 
 pub mod actor;
 pub mod audit;
+pub mod bus;
 pub mod catalog;
+pub mod cluster;
 pub mod error;
 pub mod fleet;
 pub mod grpc;
@@ -26,3 +31,9 @@ pub mod lease;
 pub mod server;
 pub mod state;
 pub mod store;
+pub mod subject;
+
+#[cfg(test)]
+#[path = "../../tests/harness/postgres.rs"]
+#[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
+mod postgres_server;

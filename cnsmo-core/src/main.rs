@@ -8,18 +8,26 @@ use std::{
     time::Duration,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use cnsmo_core::{
+    cluster::{TTL_MAX, TTL_MIN},
     fleet::Timing,
-    server::{self, Config, Running},
+    server::{self, Config, Running, Shared},
+    store::PostgresConfig,
 };
+use cnsmo_service::channel::CoreAddress;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// Agents look at their certificate about once a second.
 const CERTIFICATE_LIFE_MIN: Duration = Duration::from_secs(4);
+
+/// Each request takes and frees buffers of some kilobytes on whichever thread serves it, and glibc gives their memory back to
+/// the kernel and takes it again each time: a quarter of the time of a put.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Keeps the state of a CNSMO deployment and its agents in step.
 #[derive(Debug, Parser)]
@@ -40,6 +48,18 @@ struct Arguments {
     /// Unix socket for the operators of this machine.
     #[arg(long, value_name = "PATH", env = "CNSMO_SOCKET", default_value = "/run/cnsmo/core.sock")]
     socket: PathBuf,
+    /// Database shared with other cores, postgres://USER@HOST/DATABASE [default: a file in the state folder].
+    #[arg(long, value_name = "URL", env = "CNSMO_STORE", hide_env_values = true)]
+    store: Option<String>,
+    /// File with the password for --store.
+    #[arg(long, value_name = "FILE", env = "CNSMO_STORE_PASSWORD_FILE", requires = "store")]
+    store_password_file: Option<PathBuf>,
+    /// Where agents reach this core, of several [default: --listen, if that is an address].
+    #[arg(long, value_name = "HOST:PORT", env = "CNSMO_ADVERTISE", requires = "store")]
+    advertise: Option<CoreAddress>,
+    /// Time within which another core takes over from one that died.
+    #[arg(long, value_name = "TIME", env = "CNSMO_TAKEOVER", value_parser = duration, default_value = "10s")]
+    takeover: Duration,
     /// How often agents call, for example 2s or 500ms.
     #[arg(long, value_name = "TIME", env = "CNSMO_HEARTBEAT", value_parser = duration, default_value = "2s")]
     heartbeat: Duration,
@@ -118,8 +138,9 @@ async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
         tracing::info!(revision, "restored");
         return Ok(());
     }
+    let shared = shared(&arguments)?;
     let Arguments { state_dir, listen, socket, heartbeat, lease, certificate_life, .. } = arguments;
-    anyhow::ensure!(
+    ensure!(
         certificate_life >= CERTIFICATE_LIFE_MIN && certificate_life.subsec_nanos() == 0,
         "--certificate-life must be whole seconds, and at least {CERTIFICATE_LIFE_MIN:?}"
     );
@@ -135,7 +156,10 @@ async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
     let timing = Timing { heartbeat, lease };
     let config = Config { state_dir, listen, socket: socket.clone(), timing, certificate_life };
-    let mut running = Running::start(config).await?;
+    let mut running = match shared {
+        None => Running::start(config).await?,
+        Some(shared) => Running::start_shared(config, shared).await?,
+    };
     tracing::info!(listen = %running.address, socket = %socket.display(), "ready");
     let failure = tokio::select! {
         _ = interrupt.recv() => None,
@@ -150,6 +174,23 @@ async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
         }
         Some(error) => Err(error),
     }
+}
+
+/// How the core shares a database, if it does.
+fn shared(arguments: &Arguments) -> anyhow::Result<Option<Shared>> {
+    let Arguments { store, store_password_file, advertise, listen, takeover, .. } = arguments;
+    let Some(url) = store else { return Ok(None) };
+    let database = PostgresConfig::new(url, store_password_file.as_deref()).context("--store")?;
+    let advertise = match advertise {
+        Some(address) => address.to_string(),
+        None if listen.ip().is_unspecified() || listen.port() == 0 => {
+            bail!("--advertise: missing, and --listen {listen} is no address that agents reach")
+        }
+        None => listen.to_string(),
+    };
+    let fits = (TTL_MIN..=TTL_MAX).contains(takeover);
+    ensure!(fits, "--takeover: {takeover:?} is not in {TTL_MIN:?} to {TTL_MAX:?}");
+    Ok(Some(Shared { database, advertise, takeover: *takeover }))
 }
 
 /// A number with one of the units ms, s, m and h.

@@ -19,9 +19,11 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    actor::Core,
+    actor::{Core, Seats},
     audit::Audit,
+    bus::{Bus, BusConfig},
     catalog::Catalog,
+    cluster::{self, Cluster, Member},
     fleet::Timing,
     grpc,
     http::HttpLayer,
@@ -30,7 +32,7 @@ use crate::{
         registry::{self, Registry},
     },
     lease::Leases,
-    store::{self, Revision, Store, StoreConfig, StoreError},
+    store::{self, PostgresConfig, Revision, Store, StoreConfig, StoreError},
 };
 
 /// Connections that have finished their handshake and wait to be served.
@@ -55,15 +57,36 @@ pub struct Config {
     pub certificate_life: Duration,
 }
 
+/// How a core shares a database with others.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// The database.
+    pub database: PostgresConfig,
+    /// Where agents and operators reach this core, for the others to tell.
+    pub advertise: String,
+    /// A leader that dies is replaced within this time.
+    pub takeover: Duration,
+}
+
+/// Who keeps resources and agents going.
+#[derive(Debug)]
+enum Keeper {
+    /// This core has its store for itself.
+    Alone(JoinHandle<()>),
+    Cluster(Cluster),
+}
+
 /// A core that serves.
 #[derive(Debug)]
 pub struct Running {
     /// Where TLS is served: the real port if 0 was asked for.
     pub address: SocketAddr,
     core: Core,
+    bus: Bus,
     stop: watch::Sender<bool>,
     servers: JoinSet<Result<(), tonic::transport::Error>>,
-    actor: JoinHandle<()>,
+    keeper: Keeper,
+    store: Store,
     /// Ends the streams that clients keep open.
     stopping: CancellationToken,
     /// Ends leases.
@@ -78,13 +101,29 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts a core. When it returns, both fronts take connections.
+    /// Starts a core with a store for itself. When it returns, both fronts take connections.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
+        Self::start_with(config, None).await
+    }
+
+    /// Starts one of several cores on one database.
+    pub async fn start_shared(config: Config, shared: Shared) -> anyhow::Result<Self> {
+        Self::start_with(config, Some(shared)).await
+    }
+
+    async fn start_with(config: Config, shared: Option<Shared>) -> anyhow::Result<Self> {
         let folder = &config.state_dir;
         make_folder(folder)?;
         let lock = lock(&folder.join("lock"))?;
         let ca = Arc::new(Ca::open(folder)?);
-        let store = Store::open(&StoreConfig::sqlite(folder.join("state.db"))).await?;
+        let store = match &shared {
+            None => StoreConfig::sqlite(folder.join("state.db")),
+            Some(shared) => StoreConfig::postgres(shared.database.clone()),
+        };
+        let store = Store::open(&store).await?;
+        if shared.is_some() {
+            cluster::check_ca(&store, &ca.spki_sha256()).await?;
+        }
         let tcp = TcpListener::bind(config.listen)
             .await
             .with_context(|| format!("cannot listen on {}", config.listen))?;
@@ -96,17 +135,31 @@ impl Running {
             .with_context(|| format!("cannot listen at {}", config.socket.display()))?;
 
         let audit = Audit::new(Arc::new(store.clone()));
-        let (core, actor) = Core::start(store.clone(), config.timing, registry.clone()).await?;
+        let alone = shared.is_none();
+        let id = match &shared {
+            None => CORE.to_owned(),
+            Some(_) => cluster::id_in(folder).context("cannot keep the name of this core")?,
+        };
+        let mut helpers = JoinSet::new();
+        if !alone {
+            // Only the core that leads changes identities: the others learn of it.
+            helpers.spawn(registry::follow(registry.clone(), store.clone()));
+        }
+        let (core, keeper) =
+            keep(store.clone(), config.timing, registry.clone(), &id, shared).await?;
         let stopping = CancellationToken::new();
-        let (catalog, instances) = Catalog::start(store.clone(), CORE, true).await?;
-        let (leases, counting) = Leases::start(store.clone(), CORE, true).await?;
+        let (catalog, instances) = Catalog::start(store.clone(), &id, alone).await?;
+        let (leases, counting) = Leases::start(store.clone(), &id, alone).await?;
+        let messages = BusConfig { holder: id.clone(), ..BusConfig::default() };
+        let bus = Bus::start(store.clone(), messages).await?;
         let parts = grpc::Parts {
             core: core.clone(),
             issuer: grpc::identity::Issuer { ca, life: config.certificate_life },
             audit: audit.clone(),
-            store,
+            store: store.clone(),
             leases,
             catalog: catalog.clone(),
+            bus: bus.clone(),
             state_dir: folder.clone(),
             stopping: stopping.clone(),
         };
@@ -132,17 +185,18 @@ impl Running {
             ReceiverStream::new(from_unix),
             until(stopped),
         ));
-        let mut helpers = JoinSet::new();
         helpers.spawn(registry::sweep(registry));
         helpers.spawn(catalog.follow_agents(core.clone()));
         Ok(Self {
             address,
             core,
+            bus,
             stop,
             servers,
-            actor,
-            counting,
+            keeper,
+            store,
             stopping,
+            counting,
             instances,
             _helpers: helpers,
             socket,
@@ -153,15 +207,34 @@ impl Running {
     /// Ends all streams, lets calls finish, and closes the store.
     pub async fn stop(self) {
         let Self {
-            core, stop, mut servers, actor, counting, instances, stopping, socket, lock, ..
+            core,
+            bus,
+            stop,
+            mut servers,
+            keeper,
+            store,
+            stopping,
+            counting,
+            instances,
+            socket,
+            lock,
+            ..
         } = self;
         stopping.cancel();
         counting.abort();
         instances.abort();
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
+        bus.stop();
         core.shut_down().await;
         drop(core);
+        let kept = match keeper {
+            Keeper::Alone(task) => task.await.context("the core's task failed"),
+            Keeper::Cluster(cluster) => cluster.stop().await,
+        };
+        if let Err(error) = kept {
+            tracing::error!("{error:#}");
+        }
         let drained = tokio::time::timeout(DRAIN_TIMEOUT, async {
             while let Some(ended) = servers.join_next().await {
                 if let Ok(Err(error)) = ended {
@@ -173,19 +246,23 @@ impl Running {
             tracing::warn!("some calls did not end in time");
             servers.shutdown().await;
         }
-        if let Err(error) = actor.await {
-            tracing::error!(%error, "the core's task failed");
-        }
+        store.close().await;
         drop((socket, lock));
     }
 
     /// Waits for a failure that no restart inside can repair.
     pub async fn failed(&mut self) -> anyhow::Error {
+        let keeper = async {
+            match &mut self.keeper {
+                Keeper::Alone(task) => match task.await {
+                    Ok(()) => anyhow::anyhow!("the core's task has ended"),
+                    Err(error) => anyhow::Error::new(error).context("the core's task has failed"),
+                },
+                Keeper::Cluster(cluster) => cluster.ended().await,
+            }
+        };
         tokio::select! {
-            ended = &mut self.actor => match ended {
-                Ok(()) => anyhow::anyhow!("the core's task has ended"),
-                Err(error) => anyhow::Error::new(error).context("the core's task has failed"),
-            },
+            error = keeper => error,
             ended = &mut self.counting => match ended {
                 Ok(()) => anyhow::anyhow!("the task that ends leases has ended"),
                 Err(error) => anyhow::Error::new(error).context("the task that ends leases failed"),
@@ -201,6 +278,24 @@ impl Running {
             },
         }
     }
+}
+
+/// Starts what owns resources and agents: here, or in whichever core leads.
+async fn keep(
+    store: Store,
+    timing: Timing,
+    registry: Arc<Registry>,
+    id: &str,
+    shared: Option<Shared>,
+) -> anyhow::Result<(Core, Keeper)> {
+    let Some(Shared { database, advertise, takeover }) = shared else {
+        let (core, task) = Core::start(store, timing, registry).await?;
+        return Ok((core, Keeper::Alone(task)));
+    };
+    let me = Member { id: id.to_owned(), address: advertise };
+    let (seats, core) = Seats::new(registry);
+    let cluster = Cluster::start(store, &database, me, seats, timing, takeover);
+    Ok((core, Keeper::Cluster(cluster)))
 }
 
 /// Puts a backup in place of the state of a core that does not run, and returns its revision. A state that is there is only

@@ -9,6 +9,8 @@ mod copy;
 mod engine;
 mod group;
 mod hub;
+pub mod message;
+mod postgres;
 mod read;
 mod schema;
 mod sqlite;
@@ -32,6 +34,7 @@ use tokio::{
 pub use audit::{AuditRecord, AuditRow};
 pub use copy::restore;
 pub use hub::Feed;
+pub use postgres::{Beat, InvalidUrl, Members, PostgresConfig};
 pub use types::{
     Change, Commit, Compare, Entry, Event, Fence, Lease, LeaseId, Op, Outcome, Range, Read,
     Revision, Sequence, Slice, StoreError, StoreStatus, Target, Txn,
@@ -72,6 +75,8 @@ pub struct StoreConfig {
 pub enum EngineConfig {
     /// In this file, for one core.
     Sqlite(PathBuf),
+    /// In a database that several cores share.
+    Postgres(Box<PostgresConfig>),
 }
 
 impl StoreConfig {
@@ -80,9 +85,15 @@ impl StoreConfig {
         Self { engine: EngineConfig::Sqlite(path.into()), retention: Retention::default() }
     }
 
+    /// In a database that several cores share.
+    pub fn postgres(config: PostgresConfig) -> Self {
+        Self { engine: EngineConfig::Postgres(Box::new(config)), retention: Retention::default() }
+    }
+
     fn open(&self) -> Arc<dyn Engine> {
         match &self.engine {
             EngineConfig::Sqlite(path) => Arc::new(sqlite::File::new(path.clone())),
+            EngineConfig::Postgres(config) => Arc::new(postgres::Database::new(config)),
         }
     }
 }

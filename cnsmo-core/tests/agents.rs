@@ -88,7 +88,8 @@ async fn changes_behind_an_unanswered_update_coalesce() {
 async fn a_rejected_policy_is_shown_and_not_sent_again() {
     let mut core = TestCore::start().await;
     let joined = core.join("a", "").await;
-    core.admin.apply(vec![policy("good", "", 1), policy("bad", "", 1)]).await.unwrap();
+    let both = vec![policy("good", "", 1), policy("bad", "", 1)];
+    let first = core.admin.apply(both).await.unwrap().revision;
     let mut agent = core.agent(&joined, None).await.unwrap();
     let update = agent.update().await;
     agent.ack(&update).await;
@@ -108,7 +109,8 @@ async fn a_rejected_policy_is_shown_and_not_sent_again() {
     assert_eq!(phase(&node), Phase::Degraded);
     let node = status(node);
     assert!(node.message.contains("firewall-policy/bad: too many ports"), "{}", node.message);
-    assert_eq!(node.applied_revision, revision - 1);
+    // Others may have committed something in between.
+    assert!((first..revision).contains(&node.applied_revision));
     let bad = core.admin.policy("bad").await.unwrap().status.unwrap();
     assert_eq!(bad.conditions[0].status(), Truth::False);
     assert_eq!(bad.conditions[0].reason, "Rejected");

@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, sync::Arc};
 
-use bytes::{Buf, BufMut, Bytes};
+use bytes::{Buf as _, BufMut as _, Bytes};
 use cnsmo_core::fleet::PROTOCOL_VERSION;
 use cnsmo_proto::pb::{
     agent::{ConnectRequest, Hello, connect_request},
@@ -330,9 +330,8 @@ async fn agree(
     call: &Call,
 ) -> Result<usize, Code> {
     let expected = call.by_grpc(channel).await;
-    let expected_json = expected.as_ref().map(Clone::clone).map_err(|status| {
-        let code = serde_json::to_value(format!("{:?}", status.code())).unwrap();
-        (code, Value::from(status.message()))
+    let expected_json = expected.clone().map_err(|status| {
+        (Value::from(format!("{:?}", status.code())), Value::from(status.message()))
     });
     let count = expected.as_ref().map_or(usize::MAX, Vec::len);
     for version in [Version::One, Version::Two] {

@@ -7,6 +7,9 @@
 
 mod agents;
 mod api;
+mod bus;
+mod cluster;
+mod crash;
 mod enrolment;
 mod harness;
 mod hostile;
@@ -14,5 +17,10 @@ mod http;
 mod identity;
 mod overlay;
 mod pause;
+mod postgres;
 mod program;
+#[path = "../../tests/harness/postgres.rs"]
+#[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
+mod server;
 mod state;
+mod streams;

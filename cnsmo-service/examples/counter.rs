@@ -105,7 +105,7 @@ async fn serve(channel: Channel, member: String, life: Lifecycle, mut stop: Stop
                 life.step(Phase::Ready, "Healthy", "")?;
             }
             Some(subscribe_response::Message::Delivery(delivery)) => {
-                let reply = answer(&channel, delivery).await;
+                let reply = answer(&channel, *delivery).await;
                 send(subscribe_request::Message::Reply(reply)).await?;
                 send(subscribe_request::Message::Credit(Credit { messages: 1 })).await?;
             }

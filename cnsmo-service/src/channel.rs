@@ -12,6 +12,8 @@ use crate::{identity::Identity, supervise::Chain};
 
 /// The name in every core's certificate, whatever its address.
 pub const CORE_DNS_NAME: &str = "core.cnsmo";
+/// Metadata of a refusal by a core that does not lead: address of the one that does, empty while there is none.
+pub const LEADER_HEADER: &str = "cnsmo-leader";
 /// Longest wait for the TCP connection and the TLS handshake together with it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How often an idle connection is probed. A core that vanished without a word is noticed after this and the timeout.
@@ -122,6 +124,9 @@ pub enum ConnectError {
     /// No answer, or the connection was lost: try again.
     #[error("the core cannot be reached")]
     Unreachable(#[source] Box<dyn Error + Send + Sync>),
+    /// Our core, but another one of its cluster leads and serves this call.
+    #[error("the core does not lead")]
+    Follower(#[source] Box<dyn Error + Send + Sync>),
     /// What answers cannot prove that it is our core.
     #[error("what answers is not our core")]
     CoreUntrusted(#[source] Box<dyn Error + Send + Sync>),
@@ -152,6 +157,9 @@ impl ConnectError {
     pub fn of_call(status: Status) -> Self {
         match status.code() {
             Code::Unauthenticated | Code::PermissionDenied => Self::NotEnrolled(status.into()),
+            Code::Unavailable if status.metadata().contains_key(LEADER_HEADER) => {
+                Self::Follower(status.into())
+            }
             _ => Self::new(status),
         }
     }
@@ -233,6 +241,9 @@ mod tests {
         assert!(matches!(ConnectError::new(wrap(untrusted)), ConnectError::CoreUntrusted(_)));
         let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
         assert!(matches!(ConnectError::new(refused), ConnectError::Unreachable(_)));
+        let mut follower = Status::unavailable("another core leads");
+        follower.metadata_mut().insert(LEADER_HEADER, "10.0.0.2:7443".parse().unwrap());
+        assert!(matches!(ConnectError::of_call(follower), ConnectError::Follower(_)));
         let denied = Status::permission_denied("evicted");
         assert!(matches!(ConnectError::of_call(denied), ConnectError::NotEnrolled(_)));
     }

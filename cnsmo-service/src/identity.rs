@@ -266,7 +266,7 @@ pub enum EnrollError {
 impl EnrollError {
     /// Whether the same attempt may succeed later.
     pub fn is_temporary(&self) -> bool {
-        matches!(self, Self::Connect(ConnectError::Unreachable(_)))
+        matches!(self, Self::Connect(ConnectError::Unreachable(_) | ConnectError::Follower(_)))
     }
 }
 

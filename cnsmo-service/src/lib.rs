@@ -4,6 +4,7 @@ pub mod actor;
 pub mod announce;
 pub mod audit;
 pub mod backoff;
+pub mod bus;
 pub mod channel;
 pub mod durable;
 pub mod identity;

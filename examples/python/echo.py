@@ -31,7 +31,7 @@ def arguments():
         "--identity",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder with ca.pem, cert.pem and key.pem of a service identity",
+        help="folder with ca.crt, identity.crt and identity.key of a service identity",
     )
     parser.add_argument("--service", default="echo", help="the service that this is an instance of")
     parser.add_argument("--name", default="echo-1", help="name of this instance")
@@ -52,7 +52,9 @@ def connect(args):
     if args.socket:
         return grpc.insecure_channel(f"unix:{args.socket.resolve()}", options=options)
     read = lambda name: (args.identity / name).read_bytes()
-    credentials = grpc.ssl_channel_credentials(read("ca.pem"), read("key.pem"), read("cert.pem"))
+    credentials = grpc.ssl_channel_credentials(
+        read("ca.crt"), read("identity.key"), read("identity.crt")
+    )
     # The core's certificate has this name, whatever its address.
     options.append(("grpc.ssl_target_name_override", "core.cnsmo"))
     return grpc.secure_channel(args.core, credentials, options=options)

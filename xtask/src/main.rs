@@ -15,6 +15,13 @@ mod interrupt;
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod netns;
 mod parallel;
+#[path = "../../tests/harness/postgres.rs"]
+#[expect(
+    unreachable_pub,
+    dead_code,
+    reason = "shared with the library of the tests, where it is public"
+)]
+mod postgres;
 #[path = "../../tests/harness/process.rs"]
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod process;

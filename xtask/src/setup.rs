@@ -28,6 +28,10 @@ const BPF_LINKER: &str = "0.13.0";
 const LLVM: &str = "/usr/lib/llvm-22";
 /// What the example in Python is made of.
 const PYTHON_REQUIREMENTS: &str = "examples/python/requirements.txt";
+/// Debian puts it beside other versions, not on the PATH.
+const POSTGRES: &str = "/usr/lib/postgresql/15/bin/postgres";
+/// Read by the package's scripts: tests start servers of their own, and the machine needs none.
+const POSTGRES_CLUSTERS: &str = "/etc/postgresql-common/createcluster.d";
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// How much of the project is wanted.
@@ -71,6 +75,7 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Test, "haproxy", "haproxy", "peer of the benchmarks"),
     tool(Scope::Test, "iperf3", "iperf3", "load of the tests"),
     tool(Scope::Test, "nc", "netcat-openbsd", "client of the tests"),
+    tool(Scope::Test, POSTGRES, "postgresql-15", "second engine of the core's state"),
     tool(Scope::Test, "wireguard-go", "wireguard-go", "peer of the tests and benchmarks"),
     tool(Scope::All, "qemu-system-x86_64", "qemu-system-x86", "other kernels"),
     tool(Scope::All, "dpkg-deb", "dpkg", "unpacking kernels"),
@@ -115,6 +120,9 @@ pub(crate) fn setup(scope: Scope) -> anyhow::Result<()> {
     }
     let packages: Vec<_> = missing.iter().flat_map(|missing| missing.packages.clone()).collect();
     if !packages.is_empty() {
+        if packages.contains(&"postgresql-15") {
+            keep_postgres_from_starting()?;
+        }
         apt_install(&packages)?;
     }
     if linker {
@@ -302,6 +310,16 @@ fn apt_install(packages: &[&str]) -> anyhow::Result<()> {
     result
         .map(drop)
         .context("installing packages: is the network there, and `apt-get update` content?")
+}
+
+/// Debian's package makes a server's folder and starts it, unless it is told otherwise before.
+fn keep_postgres_from_starting() -> anyhow::Result<()> {
+    let folder = Path::new(POSTGRES_CLUSTERS);
+    let write = || {
+        fs::create_dir_all(folder)?;
+        fs::write(folder.join("cnsmo.conf"), "create_main_cluster = false\n")
+    };
+    write().with_context(|| format!("writing to {POSTGRES_CLUSTERS}"))
 }
 
 fn update() -> anyhow::Result<()> {

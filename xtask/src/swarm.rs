@@ -16,10 +16,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::Deserialize;
 
 use crate::{
-    bench::{
-        driver::{self, Driver},
-        median,
-    },
+    bench::{driver::Driver, median},
     cargo::{self, cargo},
     interrupt,
     netns::RunDir,
@@ -27,8 +24,9 @@ use crate::{
     progress,
 };
 
-/// Of the agents, in cnsmo-agent.
-pub(crate) const PROGRAM: &str = "cnsmo-bench-fleet";
+const CORE: &str = "cnsmo-core";
+/// Thousands of agents, in cnsmo-agent.
+const AGENTS: &str = "cnsmo-bench-fleet";
 /// The core loads its state and listens.
 const START_MAX: Duration = Duration::from_secs(30);
 /// The core ends all streams.
@@ -60,11 +58,11 @@ pub(crate) struct Programs {
 
 impl Programs {
     pub(crate) fn build() -> anyhow::Result<Self> {
-        progress::heading("Building cnsmo-core, optimised");
+        progress::heading(&format!("Building {CORE} and {AGENTS}, optimised"));
         let mut build = cargo();
-        build.args(["build", "--release", "--package", "cnsmo-core", "--bin", "cnsmo-core"]);
-        let core = cargo::build(&mut build)?.executable("cnsmo-core")?;
-        Ok(Self { core, agents: driver::build(PROGRAM)? })
+        build.args(["build", "--release", "--package", "cnsmo-core", "--package", "cnsmo-agent"]);
+        let built = cargo::build(build.args(["--bin", CORE, "--bin", AGENTS]))?;
+        Ok(Self { core: built.executable(CORE)?, agents: built.executable(AGENTS)? })
     }
 }
 

@@ -46,6 +46,7 @@ const OUTSIDERS: &[(&str, &[&str])] = &[
     ("aya-log", &["cnsmo-agent"]),
     ("aya-log-ebpf", &["cnsmo-ebpf"]),
     ("tokio", &["cnsmo-agent", "cnsmo-cli", "cnsmo-core", "cnsmo-service", "cnsmo-tests"]),
+    ("rusqlite", &["cnsmo-core"]),
     ("sqlx", &["cnsmo-core"]),
 ];
 

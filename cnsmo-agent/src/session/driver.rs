@@ -41,6 +41,8 @@ const RETRY_LONGEST: Duration = Duration::from_secs(15);
 /// First and longest wait before the next attempt to renew the certificate. Half of its life is left for them.
 const RENEWAL_RETRY_FIRST: Duration = Duration::from_secs(1);
 const RENEWAL_RETRY_LONGEST: Duration = Duration::from_secs(60);
+/// Longest wait while cores answer of which none leads: the next one takes over within seconds.
+const RETRY_FOLLOWER: Duration = Duration::from_secs(1);
 /// Longest wait for the welcome.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the state of the VM is reported; less often if the core wants to hear of us less often.
@@ -112,8 +114,13 @@ pub async fn run(mut connection: Connection, mut stop: Stop) -> Result<(), Gone>
             return Err(gone);
         }
         connection.renew_first = matches!(ended, Ended::Connect(ConnectError::NotEnrolled(_)));
-        let asked = if let Ended::GoAway(asked) = ended { asked } else { Duration::ZERO };
-        let delay = asked + backoff.after_failure();
+        let mut delay = backoff.after_failure();
+        if matches!(ended, Ended::Connect(ConnectError::Follower(_))) {
+            delay = delay.min(RETRY_FOLLOWER);
+        }
+        if let Ended::GoAway(asked) = ended {
+            delay += asked;
+        }
         tracing::warn!(reason = %Chain(&ended), retry_in = ?delay, "no connection to the core");
         connection.lost(&ended);
         tokio::select! {
@@ -131,15 +138,37 @@ impl Connection {
         }
     }
 
+    /// With the first core that welcomes us.
     async fn converse(&mut self, backoff: &mut Backoff) -> Result<Infallible, Ended> {
-        let (channel, core) = self.reach().await?;
+        let mut refused = Ended::NoAddress;
+        for core in self.locator.locate().await? {
+            match self.open(core).await {
+                Ok((stream, welcomed, renewals)) => {
+                    backoff.reset();
+                    self.found(&welcomed);
+                    return tokio::select! {
+                        ended = stream.run(welcomed.heartbeat_interval) => ended,
+                        never = renewals.run() => match never {},
+                    };
+                }
+                // A core that answers says more than one that does not.
+                Err(_) if matches!(refused, Ended::Connect(ConnectError::Follower(_))) => {}
+                Err(ended) => refused = ended,
+            }
+        }
+        Err(refused)
+    }
+
+    /// A conversation up to the welcome.
+    async fn open(&self, core: SocketAddr) -> Result<(Stream<'_>, Welcomed, Renewals), Ended> {
+        let channel = connect(&CoreAddress::from(core), &self.credentials.identity()).await?;
         // What has expired opens nothing else.
         let expired = self.credentials.identity().not_after() <= SystemTime::now();
         if expired || self.renew_first {
             match self.credentials.renew(channel.clone()).await {
                 Err(error) if expired => return Err(Ended::Expired(error)),
                 // The stream will tell why.
-                _ => self.renew_first = false,
+                Ok(_) | Err(_) => {}
             }
         }
         let renewals = Renewals::new(self.credentials.clone(), channel.clone());
@@ -167,27 +196,9 @@ impl Connection {
             Event::GoAway(delay) => return Err(Ended::GoAway(delay)),
             Event::Update { .. } => return Err(ProtocolError::NoWelcome.into()),
         };
-        backoff.reset();
-        self.found(&welcomed);
         let enforcer = &self.enforcer;
         let stream = Stream { session, outgoing, incoming, in_force, enforcer, core, announced };
-        tokio::select! {
-            ended = stream.run(welcomed.heartbeat_interval) => ended,
-            never = renewals.run() => match never {},
-        }
-    }
-
-    /// A connection to the first address that answers.
-    async fn reach(&mut self) -> Result<(Channel, SocketAddr), Ended> {
-        let mut last = Ended::NoAddress;
-        let identity = self.credentials.identity();
-        for address in self.locator.locate().await? {
-            match connect(&CoreAddress::from(address), &identity).await {
-                Ok(channel) => return Ok((channel, address)),
-                Err(error) => last = error.into(),
-            }
-        }
-        Err(last)
+        Ok((stream, welcomed, renewals))
     }
 
     fn found(&self, welcomed: &Welcomed) {

@@ -18,16 +18,17 @@ use crate::{
     error::Error,
 };
 
-/// After an error of the store.
+/// After an error of the store, and while another core has the agents.
 const RETRY: Duration = Duration::from_secs(1);
 
 impl Catalog {
-    /// Keeps the agents' instances as the fleet has its nodes, until the core stops. For the core that has the agents.
+    /// Keeps the agents' instances as the fleet has its nodes, while this core has them. Runs until it is dropped.
     pub async fn follow_agents(self, core: Core) {
         loop {
             match self.agents(&core).await {
                 Ok(()) => {}
-                Err(Error::Stopped) => return,
+                // Another core has the agents now, or none.
+                Err(Error::Stopped | Error::NotLeader(_)) => tokio::time::sleep(RETRY).await,
                 Err(error) => {
                     tracing::warn!(%error, "cannot keep the agents in the catalogue");
                     tokio::time::sleep(RETRY).await;

@@ -1,7 +1,7 @@
 //! All identities of the deployment in memory: looked up at each request, fed by what the store commits.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, SystemTime},
 };
@@ -10,11 +10,14 @@ use cnsmo_proto::model::Invalid;
 use tokio_util::sync::CancellationToken;
 
 use super::{Enrolled, Grants, Peer, RENEWAL_GRACE, Role};
+use crate::store::{Change, Range, Store};
 
 /// Where identities are kept, below it `<kind>/<name>`.
 pub const IDENTITIES: &str = "cnsmo/identities/";
 /// How often streams whose certificate has run out are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_millis(500);
+/// After the store failed, or its history no longer reached.
+const FOLLOW_RETRY: Duration = Duration::from_secs(1);
 
 /// What an identity is worth now.
 #[derive(Clone, Debug)]
@@ -103,8 +106,17 @@ impl Registry {
         entries.insert(identity.to_owned(), new);
     }
 
+    /// Forgets all other identities.
+    fn keep<'a>(&self, present: impl Iterator<Item = &'a str>) {
+        let present: HashSet<&str> = present.collect();
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        for (_, gone) in entries.extract_if(|identity, _| !present.contains(identity.as_str())) {
+            gone.cut.cancel();
+        }
+    }
+
     /// Takes over a change of a key of the store; none: it was deleted. Keys of other things are ignored.
-    pub fn observe(&self, key: &str, value: Option<&[u8]>) -> Result<(), Invalid> {
+    fn observe(&self, key: &str, value: Option<&[u8]>) -> Result<(), Invalid> {
         let Some(identity) = key.strip_prefix(IDENTITIES) else { return Ok(()) };
         let enrolled = value.map(Enrolled::decode).transpose()?;
         self.set(identity, enrolled.as_ref());
@@ -146,6 +158,36 @@ impl Registry {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         for entry in entries.values().filter(|entry| entry.not_after < now) {
             entry.cut.cancel();
+        }
+    }
+}
+
+/// Keeps the registry as the store is, for a core that does not change identities itself. Runs until it is dropped.
+pub async fn follow(registry: Arc<Registry>, store: Store) {
+    loop {
+        if let Err(error) = follow_from_now(&registry, &store).await {
+            tracing::warn!(error = &*error, "cannot follow the identities");
+        }
+        tokio::time::sleep(FOLLOW_RETRY).await;
+    }
+}
+
+async fn follow_from_now(
+    registry: &Registry,
+    store: &Store,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let present = store.range(Range::prefix(IDENTITIES)).await?;
+    let mut commits = store.follow(present.revision);
+    registry.keep(present.entries.iter().filter_map(|entry| entry.key.strip_prefix(IDENTITIES)));
+    for entry in &present.entries {
+        registry.observe(&entry.key, Some(&entry.value))?;
+    }
+    loop {
+        for commit in commits.next().await? {
+            for event in &commit.events {
+                let value = (event.change == Change::Put).then_some(&*event.entry.value);
+                registry.observe(&event.entry.key, value)?;
+            }
         }
     }
 }

@@ -135,13 +135,13 @@ pub(super) async fn list(
     found.into_iter().map(audit_row).collect()
 }
 
-/// Removes some of the oldest records above `keep`.
+/// Removes at most `rows` of the oldest records, so that `keep` stay. Returns how many.
 pub(super) async fn prune(
     connection: &mut dyn Connection,
     keep: i64,
     rows: i64,
-) -> Result<(), EngineError> {
-    connection.execute(&PRUNE, vec![keep.into(), rows.into()]).await.map(drop)
+) -> Result<u64, EngineError> {
+    connection.execute(&PRUNE, vec![keep.into(), rows.into()]).await
 }
 
 fn audit_row(mut row: Row) -> Result<AuditRow, EngineError> {

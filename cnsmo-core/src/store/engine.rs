@@ -123,7 +123,6 @@ pub(super) struct Rows {
 
 /// Why a database did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
-#[expect(dead_code, reason = "a file is never out of reach; the engine of several cores is")]
 pub(super) enum EngineError {
     /// No space. Nothing was committed.
     #[error("no space is left")]
@@ -257,6 +256,8 @@ pub(super) struct Repeated {
     head: &'static str,
     tail: &'static str,
     columns: usize,
+    /// Parameters before those that repeat.
+    fixed: usize,
     texts: [OnceLock<Arc<str>>; SIZES],
 }
 
@@ -266,7 +267,12 @@ const SIZES: usize = ROWS_MAX.trailing_zeros() as usize + 1;
 impl Repeated {
     /// `columns`: of each row; 0: a plain list.
     pub(super) const fn new(head: &'static str, columns: usize, tail: &'static str) -> Self {
-        Self { head, tail, columns, texts: [const { OnceLock::new() }; SIZES] }
+        Self { head, tail, columns, fixed: 0, texts: [const { OnceLock::new() }; SIZES] }
+    }
+
+    /// A plain list behind `fixed` parameters that are in `head`.
+    pub(super) const fn within(fixed: usize, head: &'static str, tail: &'static str) -> Self {
+        Self { head, tail, columns: 0, fixed, texts: [const { OnceLock::new() }; SIZES] }
     }
 
     /// The largest statement that takes no more than `rows`, and how many it takes.
@@ -290,7 +296,7 @@ impl Repeated {
             for column in 0..width {
                 text.push_str(if column > 0 { ", " } else { "" });
                 // Writing to a string cannot fail.
-                let _ = write!(text, "${}", row * width + column + 1);
+                let _ = write!(text, "${}", self.fixed + row * width + column + 1);
             }
             text.push_str(if self.columns > 0 { ")" } else { "" });
         }
@@ -316,18 +322,31 @@ pub(super) async fn insert(
     Ok(changed)
 }
 
-/// Runs a statement with a list as often as it needs; what is left of the last list repeats its last value.
+/// Runs a statement with a list of values, or of rows, as often as it needs; what is left of the last list repeats its last
+/// one.
 pub(super) async fn select_in(
     connection: &mut dyn Connection,
     statement: &Repeated,
     list: &[Value],
 ) -> Result<Vec<Row>, EngineError> {
-    let mut found = Vec::with_capacity(list.len());
-    for some in list.chunks(ROWS_MAX) {
-        let (sql, count) = statement.atleast(some.len());
-        let mut args = some.to_vec();
-        if let Some(last) = some.last() {
-            args.resize(count, last.clone());
+    select_within(connection, statement, &[], list).await
+}
+
+/// As [`select_in`], with the values of the parameters before the list.
+pub(super) async fn select_within(
+    connection: &mut dyn Connection,
+    statement: &Repeated,
+    fixed: &[Value],
+    list: &[Value],
+) -> Result<Vec<Row>, EngineError> {
+    let width = statement.columns.max(1);
+    let mut found = Vec::with_capacity(list.len() / width);
+    for some in list.chunks(ROWS_MAX * width) {
+        let (sql, count) = statement.atleast(some.len() / width);
+        let mut args = fixed.to_vec();
+        args.extend_from_slice(some);
+        while args.len() < fixed.len() + count * width {
+            args.extend_from_slice(&some[some.len() - width..]);
         }
         found.extend(connection.fetch(&sql, args, usize::MAX).await?.rows);
     }

@@ -13,6 +13,7 @@ use super::{
     AuditRecord, Change, Commit, Compare, DELETE_KEYS_MAX, Entry, Event, Lease, LeaseId, Op,
     Outcome, READ_BYTES_MAX, REQUEST_TTL, Read, Revision, StoreError, Target, Txn, audit,
     engine::{Connection, EngineError, Repeated, Row, Sql, Value, insert, select_in},
+    message,
     read::prefix_end,
     writer::now_ms,
 };
@@ -73,6 +74,7 @@ pub(super) enum Work {
     TakeLease { id: LeaseId, holder: String },
     EndLease { id: LeaseId, expired: bool, guard: Option<(String, i64)> },
     Audit(AuditRecord),
+    Message(message::Ask),
 }
 
 impl Work {
@@ -84,6 +86,7 @@ impl Work {
                 size_of::<Self>()
             }
             Self::Audit(record) => record.bytes(),
+            Self::Message(ask) => ask.bytes(),
         }
     }
 }
@@ -95,6 +98,7 @@ pub(super) enum Done {
     Lease(Option<Lease>),
     Ended(Option<Revision>),
     Appended,
+    Told(message::Told),
 }
 
 /// What a group has done.
@@ -104,6 +108,8 @@ pub(super) struct Committed {
     pub(super) results: Vec<Result<Done, StoreError>>,
     /// In order.
     pub(super) commits: Vec<Arc<Commit>>,
+    /// Other cores are told of this revision; none: there is nothing for them.
+    pub(super) newest: Option<Revision>,
     /// There is nothing to make durable.
     pub(super) unchanged: bool,
 }
@@ -124,8 +130,10 @@ pub(super) async fn run(
         results.push(group.settle(connection, one).await?);
     }
     let unchanged = group.is_unchanged();
+    let is_news = !group.commits.is_empty() || !group.messages.is_unchanged();
+    let newest = is_news.then_some(group.revision);
     let commits = group.write(connection).await?;
-    Ok(Committed { results, commits, unchanged })
+    Ok(Committed { results, commits, newest, unchanged })
 }
 
 /// A key as it is after what was settled.
@@ -190,6 +198,7 @@ struct Group {
     replies: HashMap<(String, String), Reply>,
     commits: Vec<(Commit, String)>,
     audit: Vec<AuditRecord>,
+    messages: message::Batch,
 }
 
 impl Group {
@@ -198,6 +207,7 @@ impl Group {
             && self.changed_leases.is_empty()
             && self.replies.is_empty()
             && self.audit.is_empty()
+            && self.messages.is_unchanged()
     }
 
     async fn load(
@@ -228,7 +238,7 @@ impl Group {
                     leases.insert(*id);
                     ending.insert(*id);
                 }
-                Work::Grant { .. } | Work::Audit(_) => {}
+                Work::Grant { .. } | Work::Audit(_) | Work::Message(_) => {}
             }
         }
         for row in select_keys(connection, &keys).await? {
@@ -257,7 +267,11 @@ impl Group {
             let lease = lease(row)?;
             self.leases.insert(lease.id, Some(lease));
         }
-        Ok(())
+        let asks = work.iter().filter_map(|work| match work {
+            Work::Message(ask) => Some(ask),
+            _ => None,
+        });
+        self.messages.load(connection, asks).await
     }
 
     fn know(&mut self, mut row: Row) -> Result<(), EngineError> {
@@ -312,6 +326,7 @@ impl Group {
                 self.audit.push(record.clone());
                 Ok(Done::Appended)
             }
+            Work::Message(ask) => Ok(Done::Told(self.messages.settle(connection, ask).await?)),
         })
     }
 
@@ -520,6 +535,7 @@ impl Group {
         }
         insert(connection, &PUT_REQUESTS, replies).await?;
         audit::append(connection, self.audit).await?;
+        self.messages.write(connection).await?;
         Ok(self.commits.into_iter().map(|(commit, _)| Arc::new(commit)).collect())
     }
 

@@ -28,6 +28,8 @@ pub(super) struct Hub {
     newest: watch::Sender<Newest>,
     /// Another core has committed in between.
     gap: Notify,
+    /// Another core may have committed, perhaps messages only.
+    pub(super) woken: Notify,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -46,7 +48,7 @@ struct Ring {
 impl Default for Hub {
     fn default() -> Self {
         let newest = watch::Sender::new(Newest::default());
-        Self { ring: RwLock::default(), newest, gap: Notify::new() }
+        Self { ring: RwLock::default(), newest, gap: Notify::new(), woken: Notify::new() }
     }
 }
 
@@ -121,7 +123,12 @@ impl Ring {
 pub(super) async fn pump(engine: Arc<dyn Engine>, readers: Readers, hub: Arc<Hub>) {
     loop {
         tokio::select! {
-            newest = engine.wake() => if newest <= hub.newest() { continue },
+            newest = engine.wake() => {
+                hub.woken.notify_one();
+                if newest <= hub.newest() {
+                    continue;
+                }
+            }
             () = hub.gap.notified() => {}
         }
         if let Err(error) = catch_up(&readers, &hub).await {

@@ -34,24 +34,34 @@ const RANGE_OF_KEYS: Sql = Sql::Fixed(
     "SELECT key, NULL, content_type, create_rev, mod_rev, version, lease_id
      FROM kv WHERE key >= $1 AND key < $2 ORDER BY key LIMIT $3",
 );
-// SQLite numbers `$N` by first appearance: `$3` must come before `$4`.
+/// Keys that have not changed since, and of each that has the put before its first change after that revision. A key that
+/// was absent has no such put.
 const RANGE_AT: Sql = Sql::Fixed(
-    "SELECT key, value, content_type, create_rev, rev, version, lease_id
-     FROM log WHERE key >= $1 AND key < $2 AND rev <= $3 AND op = 1 AND NOT EXISTS (
-       SELECT 1 FROM log AS newer WHERE newer.key = log.key
-       AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $3
-     ) ORDER BY key LIMIT $4",
+    "SELECT key, value, content_type, create_rev, mod_rev, version, lease_id
+     FROM kv WHERE key >= $1 AND key < $2 AND mod_rev <= $3
+     UNION ALL
+     SELECT old.key, old.value, old.content_type, old.create_rev, old.rev, old.version, old.lease_id
+     FROM log AS new JOIN log AS old ON old.rev = new.prev_rev AND old.key = new.key
+     WHERE new.rev > $3 AND new.prev_rev > 0 AND new.prev_rev <= $3 AND new.key >= $1 AND new.key < $2
+     AND NOT EXISTS (SELECT 1 FROM log AS later
+       WHERE later.rev = old.rev AND later.key = old.key AND later.sub > old.sub)
+     ORDER BY key LIMIT $4",
 );
 const RANGE_OF_KEYS_AT: Sql = Sql::Fixed(
-    "SELECT key, NULL, content_type, create_rev, rev, version, lease_id
-     FROM log WHERE key >= $1 AND key < $2 AND rev <= $3 AND op = 1 AND NOT EXISTS (
-       SELECT 1 FROM log AS newer WHERE newer.key = log.key
-       AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $3
-     ) ORDER BY key LIMIT $4",
+    "SELECT key, NULL, content_type, create_rev, mod_rev, version, lease_id
+     FROM kv WHERE key >= $1 AND key < $2 AND mod_rev <= $3
+     UNION ALL
+     SELECT old.key, NULL, old.content_type, old.create_rev, old.rev, old.version, old.lease_id
+     FROM log AS new JOIN log AS old ON old.rev = new.prev_rev AND old.key = new.key
+     WHERE new.rev > $3 AND new.prev_rev > 0 AND new.prev_rev <= $3 AND new.key >= $1 AND new.key < $2
+     AND NOT EXISTS (SELECT 1 FROM log AS later
+       WHERE later.rev = old.rev AND later.key = old.key AND later.sub > old.sub)
+     ORDER BY key LIMIT $4",
 );
-const VALUE_AT: Sql = Sql::Fixed(
+/// The last change of a key in one revision.
+const VALUE_OF: Sql = Sql::Fixed(
     "SELECT op, key, value, content_type, create_rev, rev, version, lease_id
-     FROM log WHERE key = $1 AND rev <= $2 ORDER BY rev DESC, sub DESC LIMIT 1",
+     FROM log WHERE rev = $1 AND key = $2 ORDER BY sub DESC LIMIT 1",
 );
 const LOG: Sql = Sql::Fixed(
     "SELECT op, prev_rev, key, value, content_type, create_rev, rev, version, lease_id
@@ -126,7 +136,7 @@ impl Store {
         Ok(Slice { entries, revision: at, more })
     }
 
-    /// A key as it was.
+    /// A key as it was. Quick at a revision in which it changed; else it takes a look at all changes since then.
     ///
     /// # Errors
     /// [`StoreError::Compacted`] if that is gone.
@@ -136,17 +146,23 @@ impl Store {
         revision: Revision,
     ) -> Result<Option<Entry>, StoreError> {
         let mut reader = self.inner.readers.take().await?;
-        let args = vec![key.into(), revision.into()];
-        let rows = reader.fetch(&VALUE_AT, args, usize::MAX).await?.rows;
+        let args = vec![revision.into(), key.into()];
+        let changed = reader.fetch(&VALUE_OF, args, usize::MAX).await?.rows;
+        let found = match changed.into_iter().next() {
+            Some(mut row) => (row.int()? == 1).then_some(row),
+            None => {
+                let end = format!("{key}\u{1}");
+                let args = vec![key.into(), end.into(), revision.into(), 1.into()];
+                reader.fetch(&RANGE_AT, args, usize::MAX).await?.rows.into_iter().next()
+            }
+        };
         // Afterwards: what is not compacted now was not when it was read.
         let (_, compacted, _) = meta(&mut **reader).await?;
         reader.give_back();
         if revision < compacted {
             return Err(StoreError::Compacted { at: compacted });
         }
-        let Some(mut row) = rows.into_iter().next() else { return Ok(None) };
-        let change = row.int()?;
-        Ok(if change == 1 { Some(entry(row)?) } else { None })
+        Ok(found.map(entry).transpose()?)
     }
 
     /// Commits in order, whole, from the first one after `after`: about `rows` changes, or fewer if they are large.

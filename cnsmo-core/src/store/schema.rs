@@ -12,12 +12,17 @@ pub(super) const SQLITE: &str = include_str!("schema.sql");
 const VERSION: i64 = 1;
 
 /// Tables of the state but `meta`, and the columns by which their rows are in order.
-pub(super) const TABLES: [(&str, &str); 5] = [
+pub(super) const TABLES: [(&str, &str); 10] = [
     ("kv", "key"),
     ("log", "rev, sub"),
     ("lease", "lease_id"),
     ("request", "identity, request_id"),
     ("audit", "seq"),
+    ("stream", "name"),
+    ("message", "stream, seq"),
+    ("message_id", "stream, message_id"),
+    ("queue_group", "stream, name"),
+    ("delivery", "stream, grp, seq"),
 ];
 
 const READ_VERSION: Sql = Sql::Fixed("SELECT schema_version FROM meta WHERE id = 1");
@@ -80,7 +85,6 @@ async fn prepare_tables(
 }
 
 /// The same tables in PostgreSQL's dialect. There are no string literals or quoted names in the text.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the engine of several cores"))]
 pub(super) fn postgres() -> String {
     let uncommented = SQLITE.lines().map(|line| line.split("--").next().unwrap_or_default());
     uncommented

@@ -146,7 +146,7 @@ impl Sqlite {
                 None => open_reader(&path)?,
             };
             let result = work(&mut connection);
-            Ok((connection, result))
+            Ok::<_, EngineError>((connection, result))
         });
         let (connection, result) = task.await.map_err(|e| EngineError::Failed(e.into()))??;
         self.connection = Some(connection);

@@ -25,19 +25,18 @@ const GROUP_MAX: usize = 256;
 const SLICE_ROWS: i64 = 1_000;
 
 const META: Sql = Sql::Fixed("UPDATE meta SET rev = rev WHERE id = 1 RETURNING rev, compact_rev");
-const SET_COMPACTED: Sql =
-    Sql::Fixed("UPDATE meta SET compact_rev = $1 WHERE id = 1 AND compact_rev < $1");
+const SET_COMPACTED: Sql = Sql::Fixed("UPDATE meta SET compact_rev = $1 WHERE id = 1");
 const SLICE_END: Sql = Sql::Fixed(
     "SELECT rev FROM log WHERE rev > $1 AND rev <= $2 ORDER BY rev, sub LIMIT 1 OFFSET $3",
 );
-/// The newest put of each key stays, so that the state at the cut can still be read; a delete goes together with or
-/// after the puts that it hides.
-const COMPACT_SLICE: Sql = Sql::Fixed(
-    "DELETE FROM log WHERE rev > $1 AND rev <= $2 AND (op <> 1 OR EXISTS (
-       SELECT 1 FROM log AS newer
-       WHERE newer.key = log.key AND (newer.rev, newer.sub) > (log.rev, log.sub) AND newer.rev <= $3
-     ))",
+/// What the changes of a slice replaced. The newest put of each key stays, so that the state at the cut can still be read.
+const COMPACT_REPLACED: Sql = Sql::Fixed(
+    "DELETE FROM log WHERE (rev, sub) IN (
+       SELECT old.rev, old.sub FROM log AS new JOIN log AS old ON old.rev = new.prev_rev AND old.key = new.key
+       WHERE new.rev > $1 AND new.rev <= $2 AND (old.rev, old.sub) < (new.rev, new.sub)
+     )",
 );
+const COMPACT_DELETES: Sql = Sql::Fixed("DELETE FROM log WHERE rev > $1 AND rev <= $2 AND op <> 1");
 const PRUNE_REQUESTS: Sql = Sql::Fixed(
     "DELETE FROM request WHERE (identity, request_id) IN
      (SELECT identity, request_id FROM request WHERE expire_ms <= $1 ORDER BY expire_ms LIMIT $2)",
@@ -72,7 +71,7 @@ pub(super) async fn start(
         };
         // Nobody waits: the store was dropped meanwhile, and so was the queue.
         let _ = opened.send(Ok(()));
-        Writer { connection, queued_bytes, hub, compaction: None }.run(jobs).await;
+        Writer { connection, queued_bytes, hub, compaction: None, pruning: None }.run(jobs).await;
         drop(ended);
     };
     let spawned = thread::Builder::new().name("store".into()).spawn(move || {
@@ -110,6 +109,8 @@ struct Writer {
     queued_bytes: Arc<AtomicUsize>,
     hub: Arc<Hub>,
     compaction: Option<Compaction>,
+    /// Records of the audit that stay.
+    pruning: Option<i64>,
 }
 
 type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
@@ -117,7 +118,6 @@ type Answer<T> = oneshot::Sender<Result<T, StoreError>>;
 /// A compaction under way.
 struct Compaction {
     upto: Revision,
-    done: Revision,
     answers: Vec<Answer<Revision>>,
 }
 
@@ -125,7 +125,8 @@ impl Writer {
     async fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         let mut arrived = Vec::with_capacity(GROUP_MAX);
         loop {
-            if self.compaction.is_none() || !jobs.is_empty() {
+            let idle = self.compaction.is_none() && self.pruning.is_none();
+            if idle || !jobs.is_empty() {
                 if jobs.recv_many(&mut arrived, GROUP_MAX).await == 0 {
                     break;
                 }
@@ -138,7 +139,7 @@ impl Writer {
                             bytes += size;
                         }
                         Job::Compact { upto, answer } => self.want_compaction(upto, answer),
-                        Job::Prune { audit_rows } => self.prune(audit_rows).await,
+                        Job::Prune { audit_rows } => self.pruning = Some(audit_rows),
                         Job::Close => jobs.close(),
                     }
                 }
@@ -146,6 +147,7 @@ impl Writer {
                 self.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
             }
             self.compact_some().await;
+            self.prune_some().await;
         }
         if let Err(error) = self.connection.close().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "cannot close the state");
@@ -156,7 +158,12 @@ impl Writer {
         if group.is_empty() {
             return;
         }
-        let error = match self.try_commit(&group).await {
+        let mut result = self.try_commit(&group).await;
+        if let Err(EngineError::Lost(error)) = &result {
+            tracing::warn!(%error, "the database was lost: once more on another connection");
+            result = self.try_commit(&group).await;
+        }
+        let error = match result {
             Ok(results) => return answer_all(answers, results),
             Err(error) => error,
         };
@@ -184,18 +191,18 @@ impl Writer {
     ) -> Result<Vec<Result<Done, StoreError>>, EngineError> {
         let connection = self.connection.as_mut();
         connection.begin(Mode::Write).await?;
-        let Committed { results, commits, unchanged } = match group::run(connection, group).await {
+        let committed = match group::run(connection, group).await {
             Ok(committed) => committed,
             Err(error) => {
                 connection.rollback().await;
                 return Err(error);
             }
         };
+        let Committed { results, commits, newest, unchanged } = committed;
         if unchanged {
             connection.rollback().await;
             return Ok(results);
         }
-        let newest = commits.last().map(|commit| commit.revision);
         if let Err(error) = connection.commit(newest).await {
             connection.rollback().await;
             return Err(error);
@@ -211,7 +218,7 @@ impl Writer {
             answers.extend(running.answers);
             upto = upto.max(running.upto);
         }
-        self.compaction = Some(Compaction { upto, done: 0, answers });
+        self.compaction = Some(Compaction { upto, answers });
     }
 
     async fn compact_some(&mut self) {
@@ -236,41 +243,48 @@ impl Writer {
         }
     }
 
-    /// Whether there is more.
+    /// Whether there is more. Each slice is a whole compaction, up to its own end.
     async fn compact_slice(&mut self, compaction: &mut Compaction) -> Result<bool, EngineError> {
         let connection = self.connection.as_mut();
         connection.begin(Mode::Write).await?;
         let (newest, compacted) = meta(connection).await?;
         let upto = compaction.upto.min(newest).max(compacted);
         compaction.upto = upto;
-        connection.execute(&SET_COMPACTED, vec![upto.into()]).await?;
-        let args = vec![compaction.done.into(), upto.into(), SLICE_ROWS.into()];
+        let args = vec![compacted.into(), upto.into(), SLICE_ROWS.into()];
         let end = connection.fetch(&SLICE_END, args, usize::MAX).await?.rows;
         let more = !end.is_empty();
         let end = end.into_iter().next().map_or(Ok(upto), |mut row| row.int())?;
-        let args = vec![compaction.done.into(), end.into(), upto.into()];
-        connection.execute(&COMPACT_SLICE, args).await?;
+        let slice = vec![compacted.into(), end.into()];
+        connection.execute(&COMPACT_REPLACED, slice.clone()).await?;
+        connection.execute(&COMPACT_DELETES, slice).await?;
+        connection.execute(&SET_COMPACTED, vec![end.into()]).await?;
         connection.commit(None).await?;
-        compaction.done = end;
         Ok(more)
     }
 
-    async fn prune(&mut self, audit_rows: i64) {
-        if let Err(error) = self.try_prune(audit_rows).await {
-            self.connection.rollback().await;
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(error, "cannot remove what has expired");
+    async fn prune_some(&mut self) {
+        let Some(audit_rows) = self.pruning.take() else { return };
+        match self.prune_slice(audit_rows).await {
+            Ok(true) => self.pruning = Some(audit_rows),
+            Ok(false) => {}
+            Err(error) => {
+                self.connection.rollback().await;
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "cannot remove what has expired");
+            }
         }
     }
 
-    async fn try_prune(&mut self, audit_rows: i64) -> Result<(), EngineError> {
+    /// Whether there is more.
+    async fn prune_slice(&mut self, audit_rows: i64) -> Result<bool, EngineError> {
         let connection = self.connection.as_mut();
         connection.begin(Mode::Write).await?;
         meta(connection).await?;
         let expired = vec![now_ms().into(), SLICE_ROWS.into()];
-        connection.execute(&PRUNE_REQUESTS, expired).await?;
-        audit::prune(connection, audit_rows, SLICE_ROWS).await?;
-        connection.commit(None).await
+        let requests = connection.execute(&PRUNE_REQUESTS, expired).await?;
+        let records = audit::prune(connection, audit_rows, SLICE_ROWS).await?;
+        connection.commit(None).await?;
+        Ok(requests.max(records) >= SLICE_ROWS.cast_unsigned())
     }
 }
 

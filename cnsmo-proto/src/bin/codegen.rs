@@ -18,8 +18,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".cnsmo.admin")
         .bytes(".cnsmo.bus")
         .bytes(".cnsmo.state")
-        // Much larger than the other messages of its union.
+        // Much larger than the other messages of their unions.
         .boxed(".cnsmo.agent.v1.ConnectRequest.message.status")
+        .boxed(".cnsmo.bus.v1.SubscribeResponse.message.delivery")
         .build_transport(false)
         .out_dir(&out)
         .emit_rerun_if_changed(false)

@@ -7,7 +7,7 @@ pub struct Message {
     pub payload: ::prost::bytes::Bytes,
     #[prost(string, tag = "3")]
     pub content_type: ::prost::alloc::string::String,
-    /// At most 32, 4 KiB together.
+    /// At most 32, 4 KiB together. Names that begin with cnsmo- are the bus's own.
     #[prost(btree_map = "string, string", tag = "4")]
     pub headers: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
@@ -65,7 +65,8 @@ pub mod subscribe_request {
 pub struct Subscription {
     #[prost(string, tag = "1")]
     pub subject: ::prost::alloc::string::String,
-    /// Its members share the messages. Empty: this subscriber gets each message.
+    /// Its members share the messages; those of an ephemeral one have the same subject too. Empty: this subscriber gets each
+    /// message. Letters, digits, \_, - and dots, at most 64 bytes.
     #[prost(string, tag = "2")]
     pub queue_group: ::prost::alloc::string::String,
     /// Of durable messages; needs a queue group, which the core remembers with its place until it is deleted.
@@ -74,7 +75,8 @@ pub struct Subscription {
     /// Durable, and the group is new: where it begins. 0: what is published from now on; 1: all that the stream still has.
     #[prost(int64, tag = "4")]
     pub start_sequence: i64,
-    /// Durable: not acknowledged for this long, a message is given to another member. 0: 30 s; 100 ms to 1 h.
+    /// Durable: not acknowledged for this long, a message is given to another member, and an acknowledgement has no effect any
+    /// more. 0: 30 s; 100 ms to 1 h. As the next field, of the group: the value of its newest subscription holds.
     #[prost(message, optional, tag = "5")]
     pub ack_wait: ::core::option::Option<::prost_types::Duration>,
     /// Durable: then the message goes to the dead letters. 0: 5; at most 1,000.
@@ -88,7 +90,7 @@ pub struct Subscription {
     pub member: ::prost::alloc::string::String,
 }
 /// Permits that many more messages. Without credit nothing is sent: durable messages wait, ephemeral ones are counted as
-/// skipped.
+/// skipped. At most 1,000,000 together.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Credit {
     #[prost(uint32, tag = "1")]
@@ -113,7 +115,7 @@ pub mod ack {
     pub enum Result {
         Unspecified = 0,
         Ack = 1,
-        /// Deliver again after retry_delay.
+        /// Deliver again after retry_delay, at most 24 h.
         Retry = 2,
         /// To the dead letters now.
         Reject = 3,
@@ -178,7 +180,7 @@ pub mod subscribe_response {
         #[prost(message, tag = "1")]
         Subscribed(super::Subscribed),
         #[prost(message, tag = "2")]
-        Delivery(super::Delivery),
+        Delivery(::prost::alloc::boxed::Box<super::Delivery>),
         #[prost(message, tag = "3")]
         Lagged(super::Lagged),
     }
@@ -209,7 +211,8 @@ pub struct Delivery {
     #[prost(message, optional, tag = "6")]
     pub timeout: ::core::option::Option<::prost_types::Duration>,
 }
-/// Ephemeral: messages that did not reach this subscriber because it had no credit or its buffer was full.
+/// Ephemeral: messages that did not reach this subscriber because it had no credit or its buffer was full. Sent where they
+/// are missing, as soon as there is credit and room again. Of a group whose members are all too slow, one is told.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Lagged {
     #[prost(uint64, tag = "1")]
@@ -266,22 +269,55 @@ pub struct Stream {
 pub struct Group {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
-    /// Not yet acknowledged, waiting ones and those under work.
+    /// Not yet acknowledged, at most: waiting ones, which may be of other subjects than the group's, and those under work.
     #[prost(int64, tag = "2")]
     pub pending: i64,
     #[prost(int64, tag = "3")]
     pub in_flight: i64,
+    /// On this core.
     #[prost(uint32, tag = "4")]
     pub members: u32,
+    /// What it subscribes to.
+    #[prost(string, tag = "5")]
+    pub subject: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListMessagesRequest {
+    /// Of dead letters: dead.<stream>.
+    #[prost(string, tag = "1")]
+    pub stream: ::prost::alloc::string::String,
+    /// Those behind this place.
+    #[prost(int64, tag = "2")]
+    pub after_sequence: i64,
+    /// 0: 100; at most 1,000. Fewer are returned if they are large.
+    #[prost(uint32, tag = "3")]
+    pub limit: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListMessagesResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub messages: ::prost::alloc::vec::Vec<StoredMessage>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StoredMessage {
+    #[prost(message, optional, tag = "1")]
+    pub message: ::core::option::Option<Message>,
+    #[prost(int64, tag = "2")]
+    pub sequence: i64,
+    #[prost(message, optional, tag = "3")]
+    pub publish_time: ::core::option::Option<::prost_types::Timestamp>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReplayRequest {
-    /// The stream whose dead letters are meant.
+    /// The stream whose dead letters are meant, without dead.
     #[prost(string, tag = "1")]
     pub stream: ::prost::alloc::string::String,
     /// Sequences in the dead-letter stream. Empty: all.
     #[prost(int64, repeated, tag = "2")]
     pub sequences: ::prost::alloc::vec::Vec<i64>,
+    /// Only those that this group gave up. Empty: of all groups. Those of groups that are no more stay.
+    #[prost(string, tag = "3")]
+    pub group: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReplayResponse {
@@ -309,8 +345,14 @@ pub mod bus_service_client {
     use tonic::codegen::http::Uri;
     use tonic::codegen::*;
     /// A subject is 1 to 16 tokens of \[A-Za-z0-9\_-\], joined by dots, 255 bytes at most. In a subscription `*` stands for one
-    /// token and `>`, at the end, for one or more. The first token of a durable subject names its stream: sequence, history, and
-    /// limits are per stream. A payload takes at most 1 MiB; the bus never looks into it.
+    /// token and `>`, at the end, for one or more. A payload takes at most 1 MiB; the bus never looks into it.
+    ///
+    /// The first token of a durable subject names its stream: sequence, history, and limits are per stream. A stream keeps what
+    /// its queue groups are owed, and of the rest as much as its limits allow. Messages that a group gave up are in the stream
+    /// dead.<stream>, under the subject of that name, with the headers cnsmo-dead-subject, cnsmo-dead-group,
+    /// cnsmo-dead-sequence, cnsmo-dead-attempts and cnsmo-dead-reason. Only the bus publishes to subjects that begin with dead.
+    ///
+    /// Ephemeral messages and requests reach the subscribers of the same core only.
     #[derive(Debug, Clone)]
     pub struct BusServiceClient<T> {
         inner: tonic::client::Grpc<T>,
@@ -392,7 +434,8 @@ pub mod bus_service_client {
             req.extensions_mut().insert(GrpcMethod::new("cnsmo.bus.v1.BusService", "Publish"));
             self.inner.unary(req, path, codec).await
         }
-        /// First message: the subscription. Then credits, acknowledgements and replies, in any order.
+        /// First message: the subscription. Then credits, acknowledgements and replies, in any order. Who ends its side of a
+        /// durable subscription leaves the group; an ephemeral one goes on.
         pub async fn subscribe(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::SubscribeRequest>,
@@ -438,7 +481,23 @@ pub mod bus_service_client {
             req.extensions_mut().insert(GrpcMethod::new("cnsmo.bus.v1.BusService", "ListStreams"));
             self.inner.unary(req, path, codec).await
         }
-        /// Puts messages of a dead-letter stream back on the subjects they came from.
+        /// What a stream holds, without taking it from anybody.
+        pub async fn list_messages(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListMessagesRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListMessagesResponse>, tonic::Status>
+        {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.bus.v1.BusService/ListMessages");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("cnsmo.bus.v1.BusService", "ListMessages"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Puts dead letters back into their stream, each for the group alone that gave it up.
         pub async fn replay(
             &mut self,
             request: impl tonic::IntoRequest<super::ReplayRequest>,
@@ -491,7 +550,8 @@ pub mod bus_service_server {
                 Item = std::result::Result<super::SubscribeResponse, tonic::Status>,
             > + std::marker::Send
             + 'static;
-        /// First message: the subscription. Then credits, acknowledgements and replies, in any order.
+        /// First message: the subscription. Then credits, acknowledgements and replies, in any order. Who ends its side of a
+        /// durable subscription leaves the group; an ephemeral one goes on.
         async fn subscribe(
             &self,
             request: tonic::Request<tonic::Streaming<super::SubscribeRequest>>,
@@ -506,7 +566,12 @@ pub mod bus_service_server {
             &self,
             request: tonic::Request<super::ListStreamsRequest>,
         ) -> std::result::Result<tonic::Response<super::ListStreamsResponse>, tonic::Status>;
-        /// Puts messages of a dead-letter stream back on the subjects they came from.
+        /// What a stream holds, without taking it from anybody.
+        async fn list_messages(
+            &self,
+            request: tonic::Request<super::ListMessagesRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListMessagesResponse>, tonic::Status>;
+        /// Puts dead letters back into their stream, each for the group alone that gave it up.
         async fn replay(
             &self,
             request: tonic::Request<super::ReplayRequest>,
@@ -518,8 +583,14 @@ pub mod bus_service_server {
         ) -> std::result::Result<tonic::Response<super::DeleteGroupResponse>, tonic::Status>;
     }
     /// A subject is 1 to 16 tokens of \[A-Za-z0-9\_-\], joined by dots, 255 bytes at most. In a subscription `*` stands for one
-    /// token and `>`, at the end, for one or more. The first token of a durable subject names its stream: sequence, history, and
-    /// limits are per stream. A payload takes at most 1 MiB; the bus never looks into it.
+    /// token and `>`, at the end, for one or more. A payload takes at most 1 MiB; the bus never looks into it.
+    ///
+    /// The first token of a durable subject names its stream: sequence, history, and limits are per stream. A stream keeps what
+    /// its queue groups are owed, and of the rest as much as its limits allow. Messages that a group gave up are in the stream
+    /// dead.<stream>, under the subject of that name, with the headers cnsmo-dead-subject, cnsmo-dead-group,
+    /// cnsmo-dead-sequence, cnsmo-dead-attempts and cnsmo-dead-reason. Only the bus publishes to subjects that begin with dead.
+    ///
+    /// Ephemeral messages and requests reach the subscribers of the same core only.
     #[derive(Debug)]
     pub struct BusServiceServer<T> {
         inner: Arc<T>,
@@ -733,6 +804,45 @@ pub mod bus_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = ListStreamsSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.bus.v1.BusService/ListMessages" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListMessagesSvc<T: BusService>(pub Arc<T>);
+                    impl<T: BusService> tonic::server::UnaryService<super::ListMessagesRequest> for ListMessagesSvc<T> {
+                        type Response = super::ListMessagesResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListMessagesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as BusService>::list_messages(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListMessagesSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -1,9 +1,16 @@
-//! `cargo xtask bench state`: the core beside etcd, both on this machine's disk and loopback.
+//! `cargo xtask bench state`: the core beside etcd, and on PostgreSQL; all on this machine's disk and loopback.
 
+mod bus;
 mod fleet;
+mod postgres;
+mod store;
 
 use super::Row;
 
 pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
-    fleet::measure()
+    let mut rows = fleet::measure()?;
+    rows.extend(store::measure()?);
+    rows.extend(bus::measure()?);
+    rows.extend(postgres::measure()?);
+    Ok(rows)
 }

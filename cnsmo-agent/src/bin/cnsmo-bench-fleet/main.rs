@@ -51,7 +51,7 @@ fn run(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
             let address: String = next(&mut arguments)?;
             let folder: PathBuf = next(&mut arguments)?;
             let count = next(&mut arguments)?;
-            Side::Etcd(runtime.block_on(etcd::Watchers::new(&address, &folder, count))?)
+            Side::Etcd(Box::new(runtime.block_on(etcd::Watchers::new(&address, &folder, count))?))
         }
         other => bail!("no side is named `{other}`"),
     };
@@ -67,7 +67,7 @@ fn run(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<()> {
 
 enum Side {
     Core(swarm::Swarm),
-    Etcd(etcd::Watchers),
+    Etcd(Box<etcd::Watchers>),
 }
 
 impl Side {

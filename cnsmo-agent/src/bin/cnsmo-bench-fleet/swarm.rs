@@ -131,7 +131,7 @@ impl Swarm {
             let name = credentials.identity().name().to_string();
             let labels = BTreeMap::from([("vm".to_owned(), name)]);
             let connection = Connection {
-                locator: Locator::new(CoreAddress::from(self.core), Vec::new(), handle.clone()),
+                locator: Locator::new(vec![self.core.into()], Vec::new(), handle.clone()),
                 credentials: credentials.clone(),
                 labels: Labels::new(labels).map_err(|error| anyhow::anyhow!("{error:?}"))?,
                 enforcer: handle,

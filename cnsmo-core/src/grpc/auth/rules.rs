@@ -39,6 +39,7 @@ pub const RULES: &[Rule] = &[
     rule("/cnsmo.admin.v1.AdminService/GetStatus", READERS),
     rule("/cnsmo.agent.v1.AgentService/Connect", &[Agent]),
     audited("/cnsmo.bus.v1.BusService/DeleteGroup", WRITERS),
+    rule("/cnsmo.bus.v1.BusService/ListMessages", READERS),
     rule("/cnsmo.bus.v1.BusService/ListStreams", READERS),
     rule("/cnsmo.bus.v1.BusService/Publish", USERS),
     audited("/cnsmo.bus.v1.BusService/Replay", WRITERS),

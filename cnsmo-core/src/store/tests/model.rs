@@ -253,7 +253,7 @@ async fn check(store: &Store, model: &Model) {
 }
 
 /// The same for any engine: `place` makes an empty database.
-pub(super) fn random_transactions(place: impl Fn() -> Place, cases: u32) {
+fn random_transactions(place: impl Fn() -> Place, cases: u32) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let mut runner = TestRunner::new(ProptestConfig { cases, ..ProptestConfig::default() });
     let rounds = vec(vec(action(), 1..8), 1..12);
@@ -286,4 +286,9 @@ pub(super) fn random_transactions(place: impl Fn() -> Place, cases: u32) {
 #[test]
 fn random_transactions_on_sqlite() {
     random_transactions(Place::sqlite, 64);
+}
+
+#[test]
+fn random_transactions_on_postgres() {
+    random_transactions(Place::postgres, 16);
 }

@@ -1,1 +1,0 @@
-//! Power and space run out.

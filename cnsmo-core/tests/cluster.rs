@@ -1,0 +1,206 @@
+//! Several cores on one PostgreSQL: one leads, the others follow and take over.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use cnsmo_proto::pb::resource::Kind;
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use tempfile::TempDir;
+use tonic::Code;
+
+use crate::{
+    harness::{Admin, PATIENCE, policy},
+    postgres::server,
+};
+
+/// Short, so that the tests are.
+const TAKEOVER: &str = "2s";
+
+/// A core as a program of its own, killed when dropped.
+struct Member {
+    folder: PathBuf,
+    process: Child,
+}
+
+impl Member {
+    fn command(folder: &Path, store: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cnsmo-core"));
+        command
+            .args(["--listen", "127.0.0.1:0", "--store", store, "--takeover", TAKEOVER])
+            .args(["--advertise", &format!("{}:7443", name(folder))])
+            .arg("--state-dir")
+            .arg(folder.join("state"))
+            .arg("--socket")
+            .arg(folder.join("core.sock"))
+            .env_remove("CNSMO_LOG")
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Returns when it says that it is ready.
+    fn start(folder: &Path, store: &str) -> Self {
+        let mut process = Self::command(folder, store).spawn().unwrap();
+        let log = process.stderr.take().unwrap();
+        let member = Self { folder: folder.to_owned(), process };
+        let mut lines = BufReader::new(log).lines().map_while(Result::ok);
+        lines.find(|line| line.contains("ready")).expect("it ended before it was ready");
+        // A full pipe would stop it.
+        std::thread::spawn(move || lines.for_each(drop));
+        member
+    }
+
+    async fn admin(&self) -> Admin {
+        Admin::connect(&self.folder.join("core.sock")).await
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.process.id().try_into().unwrap()), signal).unwrap();
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn name(folder: &Path) -> String {
+    folder.file_name().unwrap().to_str().unwrap().to_owned()
+}
+
+/// State folders of two cores with one CA, and a database.
+struct Site {
+    _root: TempDir,
+    a: PathBuf,
+    b: PathBuf,
+    store: String,
+}
+
+impl Site {
+    fn new() -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let [a, b] = ["core-a", "core-b"].map(|name| root.path().join(name));
+        let store = server().create_database().unwrap();
+        for folder in [&a, &b] {
+            fs::create_dir_all(folder.join("state")).unwrap();
+        }
+        cnsmo_core::identity::ca::Ca::open(&a.join("state")).unwrap();
+        for file in ["ca.key", "ca.crt"] {
+            fs::copy(a.join("state").join(file), b.join("state").join(file)).unwrap();
+        }
+        Self { _root: root, a, b, store }
+    }
+}
+
+/// Applies a policy as soon as this core leads.
+async fn apply_when_leading(member: &Member, name: &str) -> i64 {
+    let mut admin = member.admin().await;
+    let applied = async {
+        loop {
+            match admin.apply(vec![policy(name, "", 1)]).await {
+                Ok(answer) => return answer.revision,
+                Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status:?}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, applied).await.expect("it does not lead")
+}
+
+/// Waits until this core sends callers to another one.
+async fn follows(member: &Member, leader: &str) {
+    let mut admin = member.admin().await;
+    let follows = async {
+        loop {
+            let refused = admin.apply(vec![policy("refused", "", 1)]).await.unwrap_err();
+            assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+            if refused.metadata().get("cnsmo-leader").is_some_and(|named| named == leader) {
+                assert!(refused.message().contains(leader), "{refused:?}");
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, follows).await.expect("it does not follow");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_core_leads_and_the_other_takes_over_when_it_stops() {
+    let site = Site::new();
+    let mut a = Member::start(&site.a, &site.store);
+    let first = apply_when_leading(&a, "one").await;
+    let b = Member::start(&site.b, &site.store);
+    follows(&b, "core-a:7443").await;
+
+    a.signal(Signal::SIGTERM);
+    assert!(a.process.wait().unwrap().success());
+    let second = apply_when_leading(&b, "two").await;
+    assert!(second > first);
+    assert_eq!(b.admin().await.names(Kind::FirewallPolicy).await, ["one", "two"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_was_killed_is_replaced_and_follows_when_it_is_back() {
+    let site = Site::new();
+    let mut a = Member::start(&site.a, &site.store);
+    apply_when_leading(&a, "one").await;
+    let b = Member::start(&site.b, &site.store);
+    a.process.kill().unwrap();
+    apply_when_leading(&b, "two").await;
+    a.process.wait().unwrap();
+    let a = Member::start(&site.a, &site.store);
+    follows(&a, "core-b:7443").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_was_frozen_writes_nothing_when_it_wakes_up() {
+    let site = Site::new();
+    let a = Member::start(&site.a, &site.store);
+    apply_when_leading(&a, "one").await;
+    let b = Member::start(&site.b, &site.store);
+    follows(&b, "core-a:7443").await;
+    let mut late = a.admin().await;
+    late.apply(vec![policy("two", "", 1)]).await.unwrap();
+
+    a.signal(Signal::SIGSTOP);
+    // They wait in its socket, and it still believes that it leads when it reads them.
+    let mut writes = tokio::task::JoinSet::new();
+    for n in 0..8 {
+        let mut late = late.clone();
+        writes.spawn(async move { late.apply(vec![policy(&format!("late-{n}"), "", 1)]).await });
+    }
+    apply_when_leading(&b, "three").await;
+    a.signal(Signal::SIGCONT);
+    while let Some(write) = writes.join_next().await {
+        let refused = write.unwrap().unwrap_err();
+        assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+    }
+    follows(&a, "core-b:7443").await;
+    apply_when_leading(&b, "four").await;
+    let names = b.admin().await.names(Kind::FirewallPolicy).await;
+    assert_eq!(names, ["four", "one", "three", "two"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_core_with_another_ca_is_refused() {
+    let site = Site::new();
+    let a = Member::start(&site.a, &site.store);
+    apply_when_leading(&a, "one").await;
+    for file in ["ca.key", "ca.crt"] {
+        fs::remove_file(site.b.join("state").join(file)).unwrap();
+    }
+    let refused = Member::command(&site.b, &site.store).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    let log = String::from_utf8(refused.stderr).unwrap();
+    assert!(log.contains("cores with another CA: copy ca.key and ca.crt"), "{log}");
+}
