@@ -379,9 +379,12 @@ impl Agent {
         }
     }
 
-    /// The status with which the core ends the stream.
+    /// The status with which the core ends the stream; one that stops says so before.
     pub(crate) async fn ended(&mut self) -> Status {
-        self.next().await.unwrap_err()
+        match self.next().await {
+            Ok(connect_response::Message::GoAway(_)) => self.next().await.unwrap_err(),
+            ended => ended.unwrap_err(),
+        }
     }
 
     /// The next update, taken into the set.
