@@ -24,6 +24,9 @@ const HEARTBEAT_MIN: Duration = Duration::from_millis(100);
 /// A core that asks for less often would not notice a dead VM for longer.
 const HEARTBEAT_MAX: Duration = Duration::from_secs(60);
 
+/// A core that asks for more would do without the VM for longer than one that vanished.
+const DELAY_MAX: Duration = Duration::from_secs(60);
+
 /// One stream's state.
 #[derive(Debug, Default)]
 pub struct Session {
@@ -46,6 +49,8 @@ pub struct Welcomed {
 pub enum Event {
     /// The conversation begins.
     Welcomed(Welcomed),
+    /// The core stops: it asks for no connection before this time is over.
+    GoAway(Duration),
     /// To be carried out and acknowledged.
     Update {
         /// Of the stream.
@@ -112,6 +117,10 @@ impl Session {
                 Ok(Event::Welcomed(welcomed))
             }
             (Down::Welcome(_), Some(_)) => Err(ProtocolError::SecondWelcome),
+            (Down::GoAway(go_away), _) => {
+                let asked = go_away.delay.and_then(|d| Duration::try_from(d).ok());
+                Ok(Event::GoAway(asked.unwrap_or_default().min(DELAY_MAX)))
+            }
             (Down::Update(_), None) => Err(ProtocolError::NoWelcome),
             (Down::Update(update), Some(Welcomed { store_epoch, .. })) => {
                 if update.nonce <= self.last_nonce {
@@ -165,6 +174,8 @@ fn up(message: Up) -> ConnectRequest {
 
 #[cfg(test)]
 mod tests {
+    use cnsmo_proto::pb::agent::GoAway;
+
     use super::*;
 
     fn down(message: Down) -> ConnectResponse {
@@ -221,6 +232,18 @@ mod tests {
             let welcome = Welcome { heartbeat_interval, protocol_version, ..Default::default() };
             assert_eq!(Welcomed::try_from(welcome).unwrap().heartbeat_interval, taken);
         }
+    }
+
+    #[test]
+    fn a_core_that_stops_is_left_alone_for_as_long_as_it_asks_within_reason() {
+        let asked = |delay| {
+            let delay = Some(delay);
+            Session::default().receive(down(Down::GoAway(GoAway { delay })))
+        };
+        let seconds = |seconds| prost_types::Duration { seconds, nanos: 0 };
+        assert_eq!(asked(seconds(7)), Ok(Event::GoAway(Duration::from_secs(7))));
+        assert_eq!(asked(seconds(1 << 40)), Ok(Event::GoAway(DELAY_MAX)));
+        assert_eq!(asked(seconds(-1)), Ok(Event::GoAway(Duration::ZERO)));
     }
 
     #[test]

@@ -24,8 +24,8 @@ use cnsmo_proto::{
     model::Labels,
     pb::{
         agent::{
-            Announcement, ConnectResponse, Hello, Resource, Update, Welcome, connect_request,
-            connect_response, resource, update::Kind as UpdateKind,
+            Announcement, ConnectResponse, GoAway, Hello, Resource, Update, Welcome,
+            connect_request, connect_response, resource, update::Kind as UpdateKind,
         },
         balancer::{Backend, LoadBalancerSpec},
         network::{Member, NetworkSpec},
@@ -58,6 +58,9 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// Messages that wait for one agent: the welcome, the one update without an answer, bookmarks, the end. An agent that
 /// does not take them is cut.
 pub const DOWN_MAX: usize = 8;
+/// Agents that a core which stops asks to come back in one second: fewer than the handshakes that the smallest machine does,
+/// beside its other work.
+const RETURNS_PER_SECOND: u32 = 1_000;
 /// A gap between two ticks longer than this means that the core itself stood still.
 const FREEZE_MIN: Duration = Duration::from_secs(2);
 
@@ -87,13 +90,15 @@ impl Default for Timing {
     }
 }
 
-/// A message on its way to an agent.
+/// A message on its way to an agent. Small: a channel has room for 32 of them from the start, for each agent.
 #[derive(Debug)]
 pub enum Down {
     /// The first.
-    Welcome(Welcome),
+    Welcome(Box<Welcome>),
     /// One step of the policies.
-    Update(Push),
+    Update(Box<Push>),
+    /// The last: come back after this time.
+    GoAway(Duration),
 }
 
 /// An update. Its resources were encoded once, for all agents that are sent them.
@@ -193,10 +198,15 @@ impl Down {
     pub fn encode(self, buffer: &mut impl BufMut) {
         match self {
             Self::Welcome(welcome) => {
-                let message = Some(connect_response::Message::Welcome(welcome));
+                let message = Some(connect_response::Message::Welcome(*welcome));
                 ConnectResponse { message }.encode_raw(buffer);
             }
             Self::Update(push) => push.encode(buffer),
+            Self::GoAway(delay) => {
+                let delay = prost_types::Duration::try_from(delay).ok();
+                let message = Some(connect_response::Message::GoAway(GoAway { delay }));
+                ConnectResponse { message }.encode_raw(buffer);
+            }
         }
     }
 }
@@ -537,10 +547,11 @@ impl Fleet {
         !self.changed.is_empty()
     }
 
-    /// Ends all sessions.
+    /// Ends all sessions; tells each agent another time to come back at.
     pub fn shut_down(&mut self) {
-        for agent in self.agents.values_mut() {
-            agent.end(Status::unavailable("the core is shutting down"));
+        let connected = self.agents.values_mut().filter(|agent| agent.is_connected());
+        for (place, agent) in (0..).zip(connected) {
+            agent.dismiss(Duration::from_secs(1) * place / RETURNS_PER_SECOND);
         }
     }
 

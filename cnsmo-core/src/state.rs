@@ -81,8 +81,11 @@ enum Write {
     Balancer(StoredBalancer),
     Node(Box<Node>),
     Delete(Kind, String),
+    /// Without its uses.
     Token(String, TokenRecord),
+    TokenUse(String, [u8; 32]),
     DeleteToken(String),
+    DeleteTokenUse(String, [u8; 32]),
     Identity(String, Box<Enrolled>),
     DeleteIdentity(String),
 }
@@ -321,8 +324,16 @@ impl State {
                 self.tokens.insert(id, token);
                 None
             }
+            Write::TokenUse(id, spki_sha256) => {
+                self.tokens.get_mut(&id)?.used_by.insert(spki_sha256);
+                None
+            }
             Write::DeleteToken(id) => {
                 self.tokens.remove(&id);
+                None
+            }
+            Write::DeleteTokenUse(id, spki_sha256) => {
+                self.tokens.get_mut(&id)?.used_by.remove(&spki_sha256);
                 None
             }
             Write::Identity(identity, enrolled) => {

@@ -369,3 +369,20 @@ async fn reports_are_shown_on_node_and_policy() {
     assert_eq!(policy.nodes[0].rules, [counter]);
     core.stop().await;
 }
+
+#[tokio::test]
+async fn a_core_that_stops_asks_its_agents_to_return_at_different_times() {
+    let mut core = TestCore::start().await;
+    let mut agents = Vec::new();
+    for name in ["a", "b"] {
+        let joined = core.join(name, "").await;
+        let mut agent = core.agent(&joined, None).await.unwrap();
+        let first = agent.update().await;
+        agent.ack(&first).await;
+        agents.push(agent);
+    }
+    core.stop().await;
+    let (first, second) = (agents[0].dismissed().await, agents[1].dismissed().await);
+    assert_ne!(first, second);
+    assert_eq!(agents[0].ended().await.code(), Code::Unavailable);
+}

@@ -355,7 +355,7 @@ impl Agent {
                 assert_eq!(welcome.protocol_version, PROTOCOL_VERSION);
                 assert!(welcome.lease_ttl.is_some() && welcome.heartbeat_interval.is_some());
             }
-            connect_response::Message::Update(_) => panic!("an update before the welcome"),
+            other => panic!("{other:?} before the welcome"),
         }
         Ok(agent)
     }
@@ -371,15 +371,26 @@ impl Agent {
         self.next().await.map(drop)
     }
 
-    /// The status with which the core ends the stream.
+    /// How long the core, which stops, wants to be left alone.
+    pub(crate) async fn dismissed(&mut self) -> prost_types::Duration {
+        match self.next().await.unwrap() {
+            connect_response::Message::GoAway(go_away) => go_away.delay.unwrap(),
+            other => panic!("{other:?} from a core that stops"),
+        }
+    }
+
+    /// The status with which the core ends the stream; one that stops says so before.
     pub(crate) async fn ended(&mut self) -> Status {
-        self.next().await.unwrap_err()
+        match self.next().await {
+            Ok(connect_response::Message::GoAway(_)) => self.next().await.unwrap_err(),
+            ended => ended.unwrap_err(),
+        }
     }
 
     /// The next update, taken into the set.
     pub(crate) async fn update(&mut self) -> Update {
         let connect_response::Message::Update(update) = self.next().await.unwrap() else {
-            panic!("a second welcome")
+            panic!("not an update")
         };
         match update.kind() {
             UpdateKind::Snapshot => self.set.clear(),

@@ -23,13 +23,18 @@ impl Backoff {
     pub fn after_failure(&mut self) -> Duration {
         let full = self.first.saturating_mul(1 << self.failures.min(31)).min(self.longest);
         self.failures = self.failures.saturating_add(1);
-        full.mul_f64(0.5 + random_fraction() / 2.0)
+        jittered(full)
     }
 
     /// The next failure is a first one again.
     pub fn reset(&mut self) {
         self.failures = 0;
     }
+}
+
+/// A time from the upper half of `full`.
+pub fn jittered(full: Duration) -> Duration {
+    full.mul_f64(0.5 + random_fraction() / 2.0)
 }
 
 /// At least 0, below 1. Without random numbers 0: the delays are then alike, not wrong.

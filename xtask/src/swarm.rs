@@ -16,10 +16,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde::Deserialize;
 
 use crate::{
-    bench::{
-        driver::{self, Driver},
-        median,
-    },
+    bench::{driver::Driver, median},
     cargo::{self, cargo},
     interrupt,
     netns::RunDir,
@@ -27,8 +24,9 @@ use crate::{
     progress,
 };
 
-/// Of the agents, in cnsmo-agent.
-pub(crate) const PROGRAM: &str = "cnsmo-bench-fleet";
+const CORE: &str = "cnsmo-core";
+/// Thousands of agents, in cnsmo-agent.
+const AGENTS: &str = "cnsmo-bench-fleet";
 /// The core loads its state and listens.
 const START_MAX: Duration = Duration::from_secs(30);
 /// The core ends all streams.
@@ -60,11 +58,11 @@ pub(crate) struct Programs {
 
 impl Programs {
     pub(crate) fn build() -> anyhow::Result<Self> {
-        progress::heading("Building cnsmo-core, optimised");
+        progress::heading(&format!("Building {CORE} and {AGENTS}, optimised"));
         let mut build = cargo();
-        build.args(["build", "--release", "--package", "cnsmo-core", "--bin", "cnsmo-core"]);
-        let core = cargo::build(&mut build)?.executable("cnsmo-core")?;
-        Ok(Self { core, agents: driver::build(PROGRAM)? })
+        build.args(["build", "--release", "--package", "cnsmo-core", "--package", "cnsmo-agent"]);
+        let built = cargo::build(build.args(["--bin", CORE, "--bin", AGENTS]))?;
+        Ok(Self { core: built.executable(CORE)?, agents: built.executable(AGENTS)? })
     }
 }
 
@@ -115,7 +113,7 @@ pub(crate) struct Swarm {
     listen: SocketAddr,
     dir: RunDir,
     count: usize,
-    /// Of the core before anybody had joined.
+    /// Of the core before anybody had joined, with the records of all that have enrolled and full caches.
     empty_bytes: u64,
 }
 
@@ -126,17 +124,18 @@ impl Swarm {
         let dir = RunDir::new("swarm")?;
         let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()?));
         let core = start_core(&programs.core, listen, dir.path())?;
-        let empty_bytes = memory(core.id())?;
         let identities = dir.path().join("agents");
         fs::create_dir(&identities).with_context(|| format!("making {}", identities.display()))?;
         let mut command = Command::new(&programs.agents);
         command.arg("core").arg(dir.path().join("core.sock")).arg(listen.to_string());
         let agents = Driver::start(command.arg(identities).arg(count.to_string()))?;
-        Ok(Self { agents, core, programs, listen, dir, count, empty_bytes })
+        Ok(Self { agents, core, programs, listen, dir, count, empty_bytes: 0 })
     }
 
     pub(crate) fn enrol(&mut self) -> anyhow::Result<Took> {
-        self.agents.ask("enrol")
+        let took = self.agents.ask("enrol")?;
+        self.empty_bytes = memory(self.core.id())?;
+        Ok(took)
     }
 
     pub(crate) fn join(&mut self) -> anyhow::Result<Took> {
@@ -165,7 +164,7 @@ impl Swarm {
         Ok(Storm { seconds: start.elapsed().as_secs_f64(), snapshots: returned.snapshots })
     }
 
-    /// The core's memory for each agent, in bytes.
+    /// What the core's memory has grown by for each agent since it joined, in bytes.
     pub(crate) fn memory_per_agent(&self) -> anyhow::Result<f64> {
         let grown = memory(self.core.id())?.saturating_sub(self.empty_bytes);
         Ok(grown as f64 / self.count as f64)
@@ -218,7 +217,8 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
     row("update of one acknowledged, p99", percentile_99(&mut edits), "ms");
     let idle = progress::step("nothing", || swarm.idle_share())?;
     row("core while nothing changes", idle * 100.0, "% of a CPU");
-    row("core's memory per agent", swarm.memory_per_agent()? / 1_024.0, "KiB");
+    row("core's memory per agent that joined", swarm.memory_per_agent()? / 1_000.0, "kB");
+    row("core's memory in all", memory(swarm.core.id())? as f64 / 1e6, "MB");
     let storm = progress::step("restart of the core", || swarm.storm())?;
     row("all back after a restart of the core", storm.seconds, "s");
     row("snapshots sent for that", storm.snapshots as f64, "");

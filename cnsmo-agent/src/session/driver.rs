@@ -14,7 +14,7 @@ use cnsmo_proto::{
     },
 };
 use cnsmo_service::{
-    backoff::Backoff,
+    backoff::{Backoff, jittered},
     channel::{ConnectError, CoreAddress, connect},
     identity::{Credentials, EnrollError},
     lifecycle::{Lifecycle, Phase},
@@ -22,7 +22,7 @@ use cnsmo_service::{
 };
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, MissedTickBehavior, interval, interval_at, timeout},
+    time::{Instant, MissedTickBehavior, interval, interval_at, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Streaming, transport::Channel};
@@ -45,10 +45,11 @@ const RENEWAL_RETRY_LONGEST: Duration = Duration::from_secs(60);
 const RETRY_FOLLOWER: Duration = Duration::from_secs(1);
 /// Longest wait for the welcome.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often the state of the VM is reported.
+/// How often the state of the VM is reported; less often if the core wants to hear of us less often.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
-/// Shortest time between two reports, however often something changes: one that a person waits for still comes at once.
-const STATUS_PAUSE: Duration = Duration::from_millis(200);
+/// Longest time from a change to its report, however often something changes; each VM takes another part of it. So a report
+/// that a person waits for comes soon, and an update of thousands of VMs is acknowledged by all before the first report.
+const STATUS_DELAY: Duration = Duration::from_secs(1);
 /// How often it is looked whether the VM has other addresses.
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(3);
 /// Messages to the core that wait. One answer, one heartbeat, one announcement and one report are under way at a time.
@@ -92,6 +93,8 @@ enum Ended {
     NotTaking,
     #[error("the core closed the stream")]
     Closed,
+    #[error("the core stops")]
+    GoAway(Duration),
     #[error(transparent)]
     Enforcer(#[from] Gone),
 }
@@ -114,6 +117,9 @@ pub async fn run(mut connection: Connection, mut stop: Stop) -> Result<(), Gone>
         let mut delay = backoff.after_failure();
         if matches!(ended, Ended::Connect(ConnectError::Follower(_))) {
             delay = delay.min(RETRY_FOLLOWER);
+        }
+        if let Ended::GoAway(asked) = ended {
+            delay += asked;
         }
         tracing::warn!(reason = %Chain(&ended), retry_in = ?delay, "no connection to the core");
         connection.lost(&ended);
@@ -185,8 +191,10 @@ impl Connection {
 
         let first = timeout(WELCOME_TIMEOUT, next(&mut incoming));
         let first = first.await.map_err(|_| Ended::Silent)??;
-        let Event::Welcomed(welcomed) = session.receive(first)? else {
-            return Err(ProtocolError::NoWelcome.into());
+        let welcomed = match session.receive(first)? {
+            Event::Welcomed(welcomed) => welcomed,
+            Event::GoAway(delay) => return Err(Ended::GoAway(delay)),
+            Event::Update { .. } => return Err(ProtocolError::NoWelcome.into()),
         };
         let enforcer = &self.enforcer;
         let stream = Stream { session, outgoing, incoming, in_force, enforcer, core, announced };
@@ -259,21 +267,26 @@ impl Stream<'_> {
     /// Heartbeats and reports go on while an update is being carried out; the next update waits in the network.
     async fn run(mut self, heartbeat: Duration) -> Result<Infallible, Ended> {
         let mut heartbeats = interval_at(Instant::now() + heartbeat, heartbeat);
-        let mut statuses = interval(STATUS_INTERVAL);
+        let between_statuses = heartbeat.max(STATUS_INTERVAL);
+        let mut next_status = Instant::now() + jittered(STATUS_DELAY);
         let mut announcements = interval(ANNOUNCE_INTERVAL);
-        for ticks in [&mut heartbeats, &mut statuses, &mut announcements] {
+        for ticks in [&mut heartbeats, &mut announcements] {
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         let mut update: Answer<Ack> = None;
         let mut status: Answer<VmStatus> = None;
-        let mut reported = Instant::now();
         loop {
             tokio::select! {
                 message = next(&mut self.incoming), if update.is_none() => {
-                    let Event::Update { store_epoch, update: asked } =
-                        self.session.receive(message?)? else { continue };
-                    let enforcer = self.enforcer.clone();
-                    update = Some(Box::pin(async move { enforcer.update(store_epoch, asked).await }));
+                    match self.session.receive(message?)? {
+                        Event::Update { store_epoch, update: asked } => {
+                            let enforcer = self.enforcer.clone();
+                            let carried_out = async move { enforcer.update(store_epoch, asked).await };
+                            update = Some(Box::pin(carried_out));
+                        }
+                        Event::GoAway(delay) => return Err(Ended::GoAway(delay)),
+                        Event::Welcomed(_) => return Err(ProtocolError::SecondWelcome.into()),
+                    }
                 }
                 ack = answer(&mut update) => self.send(Session::ack(ack?)).await?,
                 _ = heartbeats.tick() => {
@@ -283,12 +296,12 @@ impl Stream<'_> {
                 }
                 changed = self.in_force.changed() => {
                     changed.map_err(|_| Gone)?;
-                    statuses.reset_at((reported + STATUS_PAUSE).max(Instant::now()));
+                    next_status = next_status.min(Instant::now() + jittered(STATUS_DELAY));
                     announcements.reset_immediately();
                 }
                 _ = announcements.tick() => self.announce().await?,
-                _ = statuses.tick(), if status.is_none() => {
-                    reported = Instant::now();
+                () = sleep_until(next_status), if status.is_none() => {
+                    next_status = Instant::now() + between_statuses;
                     let enforcer = self.enforcer.clone();
                     status = Some(Box::pin(async move { enforcer.status().await }));
                 }

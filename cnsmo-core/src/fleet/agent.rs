@@ -201,7 +201,7 @@ impl Agent {
         self.resynced = None;
         self.refused = None;
         self.bookmarked = None;
-        self.send(Down::Welcome(welcome));
+        self.send(Down::Welcome(Box::new(welcome)));
         let have = have.and_then(|have| Some((have.revision, digest(&have.digest).ok()?)));
         let lost = self.in_flight.take();
         self.running = have;
@@ -228,7 +228,7 @@ impl Agent {
     fn bookmark(&mut self, revision: Revision) {
         let nonce = self.next_nonce();
         self.bookmarked = Some(nonce);
-        self.send(Down::Update(Push {
+        self.send(Down::Update(Box::new(Push {
             nonce,
             kind: Kind::Bookmark,
             base_revision: revision,
@@ -236,7 +236,7 @@ impl Agent {
             upserts: Vec::new(),
             removals: Vec::new(),
             digest: self.desired.digest(),
-        }));
+        })));
     }
 
     fn was_sent_all(&self) -> bool {
@@ -249,6 +249,12 @@ impl Agent {
             // A full channel ends as well: its sender is dropped here.
             let _ = session.down.messages.try_send(Err(status));
         }
+    }
+
+    /// Asks the agent to come back after `delay`, and ends the session.
+    pub(super) fn dismiss(&mut self, delay: Duration) {
+        self.send(Down::GoAway(delay));
+        self.end(Status::unavailable("the core is shutting down"));
     }
 
     /// Counts a change of its record. Fails beyond the limit, which a new session does not lift.
@@ -315,7 +321,7 @@ impl Agent {
         self.in_flight = Some(InFlight { nonce, kind, target: self.desired.clone() });
         let base_revision = self.running.map_or(0, |(revision, _)| revision);
         let push = Push { nonce, kind, base_revision, revision, upserts, removals, digest };
-        !self.send(Down::Update(push))
+        !self.send(Down::Update(Box::new(push)))
     }
 
     /// What the agent runs after `target` if it keeps the last good version of what it has rejected.

@@ -40,7 +40,7 @@ impl World {
             create_time: wall_clock(),
             expire_time: wall_clock() + LEASE,
             uses_max: 10,
-            used_by: Vec::new(),
+            used_by: BTreeSet::new(),
             grant: TokenGrant::default(),
             labels: Labels::default(),
         };

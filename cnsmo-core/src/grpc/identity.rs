@@ -1,6 +1,7 @@
 //! `EnrollmentService`, `JoinTokenService` and `IdentityService`.
 
 use std::{
+    collections::BTreeSet,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
@@ -153,7 +154,7 @@ impl JoinTokenService for Service {
             create_time,
             expire_time,
             uses_max,
-            used_by: Vec::new(),
+            used_by: BTreeSet::new(),
             labels,
             grant,
         };

@@ -50,7 +50,8 @@ pub struct TlsInfo {
 /// A TLS connection that counts.
 #[derive(Debug)]
 pub struct TlsConnection {
-    stream: TlsStream<TcpStream>,
+    /// Apart, because it is large, and the task that serves it has several places for the connection.
+    stream: Box<TlsStream<TcpStream>>,
     info: TlsInfo,
     /// None: it has begun to speak.
     opening: Option<Opening>,
@@ -77,6 +78,7 @@ impl TlsConnection {
         };
         let deadline = Box::pin(tokio::time::sleep(HANDSHAKE_TIMEOUT));
         let opening = Some(Opening { received: 0, deadline });
+        let stream = Box::new(stream);
         Some(Self { stream, info: TlsInfo { address, peer }, opening, _place: place })
     }
 }

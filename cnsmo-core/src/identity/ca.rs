@@ -213,6 +213,8 @@ impl Ca {
             .with_client_cert_verifier(Arc::new(Verifier::new(verifier, registry.clone())))
             .with_single_cert(chain, PrivatePkcs8KeyDer::from(key.serialize_der()).into())
             .map_err(|e| IdentityError::Tls(e.into()))?;
+        // A resumed session would not ask the verifier again, and agents come back after hours.
+        config.send_tls13_tickets = 0;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         Ok(config)
     }

@@ -47,7 +47,9 @@ impl<'a> Next<'a> {
                 Write::Delete(..)
                 | Write::Node(_)
                 | Write::Token(..)
+                | Write::TokenUse(..)
                 | Write::DeleteToken(_)
+                | Write::DeleteTokenUse(..)
                 | Write::Identity(..)
                 | Write::DeleteIdentity(_) => {}
             }
@@ -218,7 +220,9 @@ impl Write {
             Self::Policy(_)
             | Self::Node(_)
             | Self::Token(..)
+            | Self::TokenUse(..)
             | Self::DeleteToken(_)
+            | Self::DeleteTokenUse(..)
             | Self::Identity(..)
             | Self::DeleteIdentity(_) => false,
         }

@@ -1,6 +1,9 @@
 //! How identities come and go: join tokens, enrolment, renewal, revocation.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, SystemTime},
+};
 
 use cnsmo_proto::{
     model::{Labels, Name},
@@ -53,8 +56,9 @@ pub struct TokenRecord {
     pub expire_time: SystemTime,
     /// Names that it may admit.
     pub uses_max: u32,
-    /// SHA-256 of the public key info of each one that it has admitted.
-    pub used_by: Vec<[u8; 32]>,
+    /// SHA-256 of the public key info of each one that it has admitted. Each is kept under a key of its own: the next one
+    /// costs as much as the first.
+    pub used_by: BTreeSet<[u8; 32]>,
     /// Labels for each node that joins with it.
     pub labels: Labels,
     /// Whom it admits.
@@ -93,10 +97,16 @@ impl State {
         token: TokenRecord,
         now: SystemTime,
     ) -> Result<Plan, Error> {
-        let expired = self.tokens.iter().filter(|(_, token)| token.expire_time <= now);
-        let mut writes: Vec<_> = expired.map(|(id, _)| Write::DeleteToken(id.clone())).collect();
-        if self.tokens.len() - writes.len() >= TOKENS_MAX {
+        let expired: Vec<_> =
+            self.tokens.iter().filter(|(_, token)| token.expire_time <= now).collect();
+        if self.tokens.len() - expired.len() >= TOKENS_MAX {
             return Err(Error::Exhausted(format!("{TOKENS_MAX} join tokens are alive already")));
+        }
+        let mut writes = Vec::new();
+        for (id, token) in expired {
+            writes
+                .extend(token.used_by.iter().map(|spki| Write::DeleteTokenUse(id.clone(), *spki)));
+            writes.push(Write::DeleteToken(id.clone()));
         }
         let forgotten = |enrolled: &Enrolled| {
             let evicted = enrolled.revoked.filter(|revoked| !revoked.banned);
@@ -164,9 +174,7 @@ impl State {
         };
         let mut writes = vec![Write::Identity(subject.to_string(), Box::new(enrolled))];
         if !token.used_by.contains(&enrolment.spki_sha256) {
-            let mut used = token.clone();
-            used.used_by.push(enrolment.spki_sha256);
-            writes.push(Write::Token(enrolment.token_id.clone(), used));
+            writes.push(Write::TokenUse(enrolment.token_id.clone(), enrolment.spki_sha256));
         }
         if subject.kind == Kind::Agent {
             writes.push(Write::Node(Box::new(self.enrolled_node(enrolment, token, now)?)));

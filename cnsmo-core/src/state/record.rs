@@ -1,6 +1,6 @@
 //! How resources are kept in the store.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 
 use cnsmo_proto::{
     model::{Addresses, Invalid, Labels, LoadBalancer, Name, Network},
@@ -20,6 +20,7 @@ const POLICIES: &str = "cnsmo/firewall-policies/";
 const NETWORKS: &str = "cnsmo/networks/";
 const BALANCERS: &str = "cnsmo/load-balancers/";
 const NODES: &str = "cnsmo/nodes/";
+/// A token's uses are below it, so they are read after it.
 const TOKENS: &str = "cnsmo/tokens/";
 
 /// How the keys begin that make up the state; other keys are not its own.
@@ -65,19 +66,17 @@ struct JoinTokenRecord {
     expire_ms: u64,
     #[prost(uint32, tag = "3")]
     uses_max: u32,
-    #[prost(bytes = "vec", repeated, tag = "4")]
-    used_by: Vec<Vec<u8>>,
-    #[prost(btree_map = "string, string", tag = "5")]
+    #[prost(btree_map = "string, string", tag = "4")]
     labels: std::collections::BTreeMap<String, String>,
-    #[prost(uint64, tag = "6")]
+    #[prost(uint64, tag = "5")]
     create_ms: u64,
-    #[prost(enumeration = "identity::Role", tag = "7")]
+    #[prost(enumeration = "identity::Role", tag = "6")]
     role: i32,
-    #[prost(string, tag = "8")]
+    #[prost(string, tag = "7")]
     name: String,
-    #[prost(string, repeated, tag = "9")]
+    #[prost(string, repeated, tag = "8")]
     state_prefixes: Vec<String>,
-    #[prost(string, repeated, tag = "10")]
+    #[prost(string, repeated, tag = "9")]
     subjects: Vec<String>,
 }
 
@@ -97,10 +96,23 @@ pub(super) fn op(write: &Write) -> Op {
         Write::Node(node) => put(NODES, &node.metadata.name, node_record(node).encode_to_vec()),
         Write::Token(id, token) => put(TOKENS, id, token_record(token).encode_to_vec()),
         Write::Delete(kind, name) => Op::Delete { key: format!("{}{name}", folder(*kind)) },
+        Write::TokenUse(id, spki) => put(TOKENS, &use_name(id, spki), spki.to_vec()),
+        Write::DeleteTokenUse(id, spki) => {
+            Op::Delete { key: format!("{TOKENS}{}", use_name(id, spki)) }
+        }
         Write::DeleteToken(id) => Op::Delete { key: format!("{TOKENS}{id}") },
         Write::Identity(identity, enrolled) => put(IDENTITIES, identity, enrolled.encode()),
         Write::DeleteIdentity(identity) => Op::Delete { key: format!("{IDENTITIES}{identity}") },
     }
+}
+
+fn use_name(token: &str, spki_sha256: &[u8; 32]) -> String {
+    let mut name = format!("{token}/");
+    for byte in spki_sha256 {
+        // Writing to a string does not fail.
+        let _ = write!(name, "{byte:02x}");
+    }
+    name
 }
 
 fn folder(kind: Kind) -> &'static str {
@@ -127,8 +139,11 @@ pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
     if entry.key.starts_with(NODES) {
         return node(decode(value)?).map(|node| Write::Node(Box::new(node)));
     }
-    if let Some(id) = entry.key.strip_prefix(TOKENS) {
-        return Ok(Write::Token(id.to_owned(), token(decode(value)?)?));
+    if let Some(name) = entry.key.strip_prefix(TOKENS) {
+        if let Some((id, _)) = name.split_once('/') {
+            return Ok(Write::TokenUse(id.to_owned(), hash(value)?));
+        }
+        return Ok(Write::Token(name.to_owned(), token(decode(value)?)?));
     }
     if let Some(identity) = entry.key.strip_prefix(IDENTITIES) {
         return Ok(Write::Identity(identity.to_owned(), Box::new(Enrolled::decode(value)?)));
@@ -223,7 +238,6 @@ fn token_record(token: &TokenRecord) -> JoinTokenRecord {
         secret_sha256: token.secret_sha256.to_vec(),
         expire_ms: to_ms(token.expire_time),
         uses_max: token.uses_max,
-        used_by: token.used_by.iter().map(|hash| hash.to_vec()).collect(),
         labels: token.labels.as_map().clone(),
         create_ms: to_ms(token.create_time),
         role: identity::Role::from(*role).into(),
@@ -242,7 +256,7 @@ fn token(record: JoinTokenRecord) -> Result<TokenRecord, Invalid> {
         create_time: from_ms(record.create_ms)?,
         expire_time: from_ms(record.expire_ms)?,
         uses_max: record.uses_max,
-        used_by: record.used_by.iter().map(|one| hash(one)).collect::<Result<_, _>>()?,
+        used_by: BTreeSet::new(),
         labels: Labels::new(record.labels)?,
         grant: TokenGrant { role, name: name.map_err(|e| e.at("name"))?, grants },
     })

@@ -64,18 +64,21 @@ fn enrolment(node: &str, key: u8) -> Enrolment {
     }
 }
 
-fn with_token(uses_max: u32) -> State {
-    let mut state = State::default();
-    let token = TokenRecord {
+fn token(uses_max: u32) -> TokenRecord {
+    TokenRecord {
         secret_sha256: [7; 32],
         create_time: SystemTime::now(),
         expire_time: SystemTime::now() + Duration::from_secs(60),
         uses_max,
-        used_by: Vec::new(),
+        used_by: BTreeSet::new(),
         grant: TokenGrant::default(),
         labels: "role=token".parse().unwrap(),
-    };
-    let plan = state.plan_token("t".into(), token, SystemTime::now()).unwrap();
+    }
+}
+
+fn with_token(uses_max: u32) -> State {
+    let mut state = State::default();
+    let plan = state.plan_token("t".into(), token(uses_max), SystemTime::now()).unwrap();
     state.commit(plan, 1);
     state
 }
@@ -203,7 +206,7 @@ fn the_tokens_labels_win_over_the_agents_and_the_operators_over_both() {
 
 #[test]
 fn the_store_gives_back_what_was_committed() {
-    let mut state = with_token(2);
+    let mut state = State::default();
     let mut entries = BTreeMap::new();
     let mut keep = |state: &mut State, plan: Plan| {
         let mod_rev = state.revision() + 1;
@@ -215,8 +218,13 @@ fn the_store_gives_back_what_was_committed() {
         state.commit(plan, mod_rev);
     };
     let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
-    let plan = state.plan_enrolment(&enrolment("a", 1), Issued::sample(), now).unwrap();
+    let plan = state.plan_token("t".into(), token(2), now).unwrap();
     keep(&mut state, plan);
+    for name in ["a", "b"] {
+        let key = name.as_bytes()[0];
+        let plan = state.plan_enrolment(&enrolment(name, key), Issued::sample(), now).unwrap();
+        keep(&mut state, plan);
+    }
     for port in [80, 81] {
         let wanted = parse_apply(vec![policy("web", port)]).unwrap();
         let plan = state.plan_apply(wanted, Mode::Unspecified, now).unwrap();
@@ -228,6 +236,7 @@ fn the_store_gives_back_what_was_committed() {
     assert_eq!(loaded.policies, state.policies);
     assert_eq!(loaded.nodes, state.nodes);
     assert_eq!(loaded.tokens["t"].used_by, state.tokens["t"].used_by);
+    assert_eq!(loaded.tokens["t"].used_by.len(), 2);
     assert_eq!(loaded.nodes["a"].metadata.revision, 2, "connecting is no change of the node");
 
     let broken = Entry {

@@ -24,7 +24,7 @@ pub mod connect_request {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ConnectResponse {
-    #[prost(oneof = "connect_response::Message", tags = "1, 2")]
+    #[prost(oneof = "connect_response::Message", tags = "1, 2, 3")]
     pub message: ::core::option::Option<connect_response::Message>,
 }
 /// Nested message and enum types in `ConnectResponse`.
@@ -36,6 +36,9 @@ pub mod connect_response {
         Welcome(super::Welcome),
         #[prost(message, tag = "2")]
         Update(super::Update),
+        /// Last message: the core stops on purpose.
+        #[prost(message, tag = "3")]
+        GoAway(super::GoAway),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -89,6 +92,13 @@ pub struct Welcome {
     pub lease_ttl: ::core::option::Option<::prost_types::Duration>,
     #[prost(uint32, tag = "4")]
     pub protocol_version: u32,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GoAway {
+    /// Wait this long before the next connection. The core gives each of its agents another time, so that they do not all
+    /// return at once.
+    #[prost(message, optional, tag = "1")]
+    pub delay: ::core::option::Option<::prost_types::Duration>,
 }
 /// One step of one set. Overlay, firewall and balancers of a VM are one set, so that a revision comes as a whole. At most
 /// one update is unacknowledged; later changes coalesce behind it.

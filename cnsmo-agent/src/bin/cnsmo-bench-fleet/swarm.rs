@@ -122,17 +122,17 @@ impl Swarm {
         let start = Instant::now();
         let (stopper, stop) = stop_pair();
         self.stopper = Some(stopper);
-        for identity in &self.identities {
+        for credentials in &self.identities {
             let (enforcer, handle) = MemoryEnforcer::new();
             let board = self.board.clone();
             tokio::spawn(enforcer.run(move |update| {
                 board.note(update.kind() == update::Kind::Snapshot);
             }));
-            let labels =
-                BTreeMap::from([("vm".to_owned(), identity.identity().name().to_string())]);
+            let name = credentials.identity().name().to_string();
+            let labels = BTreeMap::from([("vm".to_owned(), name)]);
             let connection = Connection {
                 locator: Locator::new(vec![self.core.into()], Vec::new(), handle.clone()),
-                credentials: identity.clone(),
+                credentials: credentials.clone(),
                 labels: Labels::new(labels).map_err(|error| anyhow::anyhow!("{error:?}"))?,
                 enforcer: handle,
                 life: Lifecycle::new("Spawned"),

@@ -1,4 +1,4 @@
-use std::time::SystemTime;
+use std::{collections::BTreeSet, time::SystemTime};
 
 use cnsmo_proto::{
     model::{Labels, PublicKey},
@@ -35,7 +35,7 @@ impl World {
             create_time: SystemTime::now(),
             expire_time: SystemTime::now() + std::time::Duration::from_secs(600),
             uses_max: 1_000,
-            used_by: Vec::new(),
+            used_by: BTreeSet::new(),
             grant: TokenGrant::default(),
             labels: Labels::default(),
         };
