@@ -175,7 +175,8 @@ pub struct Core {
 
 #[derive(Clone, Debug)]
 enum Seat {
-    Here(mpsc::Sender<Input>),
+    /// What this core writes as the leader carries the fence; none: it has the store for itself.
+    Here { inbox: mpsc::Sender<Input>, fence: Option<Fence> },
     /// Address of the core that leads, if one does.
     Elsewhere(Option<String>),
 }
@@ -225,7 +226,7 @@ impl Seats {
             waiters: Vec::new(),
             last_tick: now,
         };
-        self.seat.send_replace(Seat::Here(inbox));
+        self.seat.send_replace(Seat::Here { inbox, fence });
         Ok(tokio::spawn(actor.run(inputs)))
     }
 
@@ -236,17 +237,6 @@ impl Seats {
 }
 
 impl Core {
-    /// Leads, as a core does that has the store for itself.
-    pub async fn start(
-        store: Store,
-        timing: Timing,
-        registry: Arc<Registry>,
-    ) -> anyhow::Result<(Self, JoinHandle<()>)> {
-        let (seats, core) = Seats::new(registry);
-        let task = seats.lead(store, timing, None).await?;
-        Ok((core, task))
-    }
-
     /// Commits all of `wanted`, or says what that would change.
     pub async fn apply(
         &self,
@@ -360,9 +350,17 @@ impl Core {
         answer.await.map_err(|_| Error::Stopped)?
     }
 
+    /// What every write of the leader carries.
+    pub fn fence(&self) -> Result<Option<Fence>, Error> {
+        match &*self.seat.borrow() {
+            Seat::Here { fence, .. } => Ok(*fence),
+            Seat::Elsewhere(leader) => Err(Error::NotLeader(leader.clone())),
+        }
+    }
+
     fn inbox(&self) -> Result<mpsc::Sender<Input>, Error> {
         match &*self.seat.borrow() {
-            Seat::Here(inbox) => Ok(inbox.clone()),
+            Seat::Here { inbox, .. } => Ok(inbox.clone()),
             Seat::Elsewhere(leader) => Err(Error::NotLeader(leader.clone())),
         }
     }

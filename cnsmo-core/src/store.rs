@@ -197,12 +197,19 @@ impl Store {
         Ok(lease)
     }
 
-    /// `holder` counts this lease down from now on, with a new epoch. None: there is no such lease.
+    /// `holder` counts this lease down from now on, with a new epoch. With `from` (a holder and its epoch): only if it is
+    /// still that holder's. None: it is not, or there is no such lease.
     ///
     /// # Errors
     /// As [`Self::commit`].
-    pub async fn take_lease(&self, id: LeaseId, holder: &str) -> Result<Option<Lease>, StoreError> {
-        let work = Work::TakeLease { id, holder: holder.to_owned() };
+    pub async fn take_lease(
+        &self,
+        id: LeaseId,
+        holder: &str,
+        from: Option<(&str, i64)>,
+    ) -> Result<Option<Lease>, StoreError> {
+        let from = from.map(|(holder, epoch)| (holder.to_owned(), epoch));
+        let work = Work::TakeLease { id, holder: holder.to_owned(), from };
         let Done::Lease(lease) = self.ask(work).await? else { unreachable!() };
         Ok(lease)
     }
