@@ -133,6 +133,15 @@ enum Input {
         token: TokenRecord,
         reply: Reply<Revision>,
     },
+    Tokens {
+        after: String,
+        count: usize,
+        reply: Reply<Vec<(String, TokenRecord)>>,
+    },
+    DeleteToken {
+        id: String,
+        reply: Reply<Revision>,
+    },
     Admit {
         enrolment: Enrolment,
         reply: Reply<Admission>,
@@ -280,6 +289,20 @@ impl Core {
         self.ask(|reply| Input::Token { id, token, reply }).await
     }
 
+    /// At most `count` of the join tokens that have not expired, by id, behind `after`.
+    pub async fn tokens(
+        &self,
+        after: String,
+        count: usize,
+    ) -> Result<Vec<(String, TokenRecord)>, Error> {
+        self.ask(|reply| Input::Tokens { after, count, reply }).await
+    }
+
+    /// Ends a join token.
+    pub async fn delete_token(&self, id: String) -> Result<Revision, Error> {
+        self.ask(|reply| Input::DeleteToken { id, reply }).await
+    }
+
     /// Whether a request to join may be granted.
     pub async fn admit(&self, enrolment: Enrolment) -> Result<Admission, Error> {
         self.ask(|reply| Input::Admit { enrolment, reply }).await
@@ -348,6 +371,14 @@ impl Core {
             mpsc::error::TrySendError::Closed(_) => Error::Stopped,
         })?;
         answer.await.map_err(|_| Error::Stopped)?
+    }
+
+    /// The core that leads. None: this one; an address, if one is known.
+    pub fn leader(&self) -> Option<Option<String>> {
+        match &*self.seat.borrow() {
+            Seat::Here { .. } => None,
+            Seat::Elsewhere(leader) => Some(leader.clone()),
+        }
     }
 
     /// What every write of the leader carries.
@@ -448,6 +479,15 @@ impl Actor {
             }
             Input::Token { id, token, reply } => {
                 let plan = self.state.plan_token(id, token, SystemTime::now());
+                let _ = reply.send(self.commit_plan(plan).await);
+            }
+            Input::Tokens { after, count, reply } => {
+                let tokens = self.state.tokens(&after, SystemTime::now()).take(count);
+                let tokens = tokens.map(|(id, token)| (id.clone(), token.clone()));
+                let _ = reply.send(Ok(tokens.collect()));
+            }
+            Input::DeleteToken { id, reply } => {
+                let plan = self.state.plan_token_removal(&id);
                 let _ = reply.send(self.commit_plan(plan).await);
             }
             Input::Admit { enrolment, reply } => {

@@ -234,6 +234,11 @@ impl Catalog {
         self.inner.state().list(filter)
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.inner.state().set.len()
+    }
+
     /// The set, and then its changes.
     pub fn watch(&self, filter: Filter) -> Watcher {
         Watcher { inner: self.inner.clone(), filter, state: Watching::Begin }

@@ -155,10 +155,13 @@ impl Running {
             leases: leases.clone(),
             catalog: catalog.clone(),
         };
-        let keeper = keep(store.clone(), &id, duties, shared).await?;
-        let messages = BusConfig { holder: id.clone(), ..BusConfig::default() };
+        let advertise = shared.as_ref().map(|shared| shared.advertise.clone());
+        let me = Member { id, address: advertise.unwrap_or_default() };
+        let keeper = keep(store.clone(), me.clone(), duties, shared).await?;
+        let messages = BusConfig { holder: me.id.clone(), ..BusConfig::default() };
         let bus = Bus::start(store.clone(), messages).await?;
         let parts = grpc::Parts {
+            me,
             core: core.clone(),
             issuer: grpc::identity::Issuer { ca, life: config.certificate_life },
             audit: audit.clone(),
@@ -289,14 +292,13 @@ impl Running {
 /// Starts what owns resources and agents: here, or in whichever core leads.
 async fn keep(
     store: Store,
-    id: &str,
+    me: Member,
     duties: Duties,
     shared: Option<Shared>,
 ) -> anyhow::Result<Keeper> {
-    let Some(Shared { database, advertise, takeover }) = shared else {
+    let Some(Shared { database, takeover, .. }) = shared else {
         return Ok(Keeper::Alone(duties.seats.lead(store, duties.timing, None).await?));
     };
-    let me = Member { id: id.to_owned(), address: advertise };
     Ok(Keeper::Cluster(Cluster::start(store, &database, me, duties, takeover)))
 }
 

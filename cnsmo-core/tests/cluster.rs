@@ -9,6 +9,7 @@ use std::{
 };
 
 use cnsmo_proto::pb::{
+    admin::{GetStatusRequest, GetStatusResponse, admin_service_client::AdminServiceClient},
     catalog::{
         AnnounceRequest, Instance, Phase, WatchInstancesRequest, WatchInstancesResponse,
         catalog_service_client::CatalogServiceClient,
@@ -78,6 +79,11 @@ impl Member {
 
     async fn state(&self) -> StateServiceClient<Channel> {
         StateServiceClient::new(self.channel().await)
+    }
+
+    async fn status(&self) -> GetStatusResponse {
+        let mut admin = AdminServiceClient::new(self.channel().await);
+        admin.get_status(GetStatusRequest {}).await.unwrap().into_inner()
     }
 
     fn signal(&self, signal: Signal) {
@@ -160,6 +166,12 @@ async fn one_core_leads_and_the_other_takes_over_when_it_stops() {
     let first = apply_when_leading(&a, "one").await;
     let b = Member::start(&site.b, &site.store);
     follows(&b, "core-a:7443").await;
+    let (leader, follower) = (a.status().await, b.status().await);
+    for (status, leads) in [(&leader, true), (&follower, false)] {
+        assert_eq!((status.leader, &*status.leader_address), (leads, "core-a:7443"));
+        assert_eq!(status.engine, "postgresql");
+    }
+    assert!(!leader.core.is_empty() && leader.core != follower.core, "{leader:?} {follower:?}");
 
     a.signal(Signal::SIGTERM);
     assert!(a.process.wait().unwrap().success());

@@ -1,6 +1,9 @@
 //! How identities come and go: join tokens, enrolment, renewal, revocation.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    ops::Bound,
+    time::{Duration, SystemTime},
+};
 
 use cnsmo_proto::{
     model::{Labels, Name},
@@ -107,6 +110,24 @@ impl State {
         writes.extend(forgotten.map(|(identity, _)| Write::DeleteIdentity(identity.clone())));
         writes.push(Write::Token(id, token));
         Ok(Plan { changes: Vec::new(), writes })
+    }
+
+    /// From now on this join token admits nobody.
+    pub fn plan_token_removal(&self, id: &str) -> Result<Plan, Error> {
+        if !self.tokens.contains_key(id) {
+            return Err(Error::NotFound(format!("id: there is no join token {id}")));
+        }
+        Ok(Plan { changes: Vec::new(), writes: vec![Write::DeleteToken(id.to_owned())] })
+    }
+
+    /// Join tokens that have not expired, by id, behind `after`.
+    pub fn tokens<'a>(
+        &'a self,
+        after: &str,
+        now: SystemTime,
+    ) -> impl Iterator<Item = (&'a String, &'a TokenRecord)> {
+        let behind = (Bound::Excluded(after), Bound::Unbounded);
+        self.tokens.range::<str, _>(behind).filter(move |(_, token)| token.expire_time > now)
     }
 
     /// Whether a request to join may be granted. The same key may come again while the token lives: a lost answer locks
