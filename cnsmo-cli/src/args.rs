@@ -241,6 +241,16 @@ pub(crate) struct DrainArgs {
 pub(crate) enum TokenCommand {
     /// Make a token; it is printed once and kept nowhere
     Create(TokenArgs),
+    /// List the tokens that have not expired; their secrets nobody knows
+    #[command(visible_alias = "ls")]
+    List,
+    /// Withdraw a token; who has joined with it stays
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// As listed; the second part of the token
+        #[arg(allow_hyphen_values = true)]
+        id: String,
+    },
 }
 
 #[derive(clap::Args)]
@@ -347,6 +357,15 @@ pub(crate) struct WatchKeysArgs {
         value_parser = clap::value_parser!(i64).range(0..)
     )]
     pub(crate) from: i64,
+    /// Epoch of that revision, as in `cnsmo status`; if it is past, the keys as they are come after all
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        hide_default_value = true,
+        requires = "from"
+    )]
+    pub(crate) epoch: u64,
     /// With the value before, where the history has it
     #[arg(long)]
     pub(crate) prev: bool,

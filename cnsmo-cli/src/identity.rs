@@ -191,7 +191,7 @@ impl Shown {
     }
 }
 
-fn role_word(role: Role) -> &'static str {
+pub(crate) fn role_word(role: Role) -> &'static str {
     match role {
         Role::Unspecified => output::NONE,
         Role::Agent => "agent",

@@ -156,12 +156,13 @@ fn row(kv: &KeyValue) -> Vec<String> {
 }
 
 async fn watch(client: &Client, format: Format, args: WatchKeysArgs) -> Result<()> {
-    let WatchKeysArgs { prefix, from, prev } = args;
+    let WatchKeysArgs { prefix, from, epoch, prev } = args;
     let request = WatchRequest {
         prefix: prefix.unwrap_or_default(),
         start_revision: from,
         prev_kv: prev,
         bookmark_interval: None,
+        epoch,
     };
     let mut core = client.state().await?;
     let mut stream = core.watch(request).await.map_err(refused)?.into_inner();

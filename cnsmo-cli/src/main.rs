@@ -86,6 +86,8 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Label(label) => label::label(&client, label).await?,
         Command::Drain(drain) => return drain::drain(&client, drain).await,
         Command::Token(TokenCommand::Create(create)) => token::create(&client, create).await?,
+        Command::Token(TokenCommand::List) => token::list(&client, format).await?,
+        Command::Token(TokenCommand::Delete { id }) => token::delete(&client, id).await?,
         Command::Identity(command) => identity::identity(&client, format, command).await?,
         Command::Audit(args) => audit::audit(&client, format, args).await?,
         Command::Login(_) => unreachable!("handled above"),

@@ -133,6 +133,15 @@ enum Input {
         token: TokenRecord,
         reply: Reply<Revision>,
     },
+    Tokens {
+        after: String,
+        count: usize,
+        reply: Reply<Vec<(String, TokenRecord)>>,
+    },
+    DeleteToken {
+        id: String,
+        reply: Reply<Revision>,
+    },
     Admit {
         enrolment: Enrolment,
         reply: Reply<Admission>,
@@ -175,7 +184,8 @@ pub struct Core {
 
 #[derive(Clone, Debug)]
 enum Seat {
-    Here(mpsc::Sender<Input>),
+    /// What this core writes as the leader carries the fence; none: it has the store for itself.
+    Here { inbox: mpsc::Sender<Input>, fence: Option<Fence> },
     /// Address of the core that leads, if one does.
     Elsewhere(Option<String>),
 }
@@ -225,7 +235,7 @@ impl Seats {
             waiters: Vec::new(),
             last_tick: now,
         };
-        self.seat.send_replace(Seat::Here(inbox));
+        self.seat.send_replace(Seat::Here { inbox, fence });
         Ok(tokio::spawn(actor.run(inputs)))
     }
 
@@ -236,17 +246,6 @@ impl Seats {
 }
 
 impl Core {
-    /// Leads, as a core does that has the store for itself.
-    pub async fn start(
-        store: Store,
-        timing: Timing,
-        registry: Arc<Registry>,
-    ) -> anyhow::Result<(Self, JoinHandle<()>)> {
-        let (seats, core) = Seats::new(registry);
-        let task = seats.lead(store, timing, None).await?;
-        Ok((core, task))
-    }
-
     /// Commits all of `wanted`, or says what that would change.
     pub async fn apply(
         &self,
@@ -288,6 +287,20 @@ impl Core {
     /// Keeps a new join token.
     pub async fn create_token(&self, id: String, token: TokenRecord) -> Result<Revision, Error> {
         self.ask(|reply| Input::Token { id, token, reply }).await
+    }
+
+    /// At most `count` of the join tokens that have not expired, by id, behind `after`.
+    pub async fn tokens(
+        &self,
+        after: String,
+        count: usize,
+    ) -> Result<Vec<(String, TokenRecord)>, Error> {
+        self.ask(|reply| Input::Tokens { after, count, reply }).await
+    }
+
+    /// Ends a join token.
+    pub async fn delete_token(&self, id: String) -> Result<Revision, Error> {
+        self.ask(|reply| Input::DeleteToken { id, reply }).await
     }
 
     /// Whether a request to join may be granted.
@@ -360,9 +373,25 @@ impl Core {
         answer.await.map_err(|_| Error::Stopped)?
     }
 
+    /// The core that leads. None: this one; an address, if one is known.
+    pub fn leader(&self) -> Option<Option<String>> {
+        match &*self.seat.borrow() {
+            Seat::Here { .. } => None,
+            Seat::Elsewhere(leader) => Some(leader.clone()),
+        }
+    }
+
+    /// What every write of the leader carries.
+    pub fn fence(&self) -> Result<Option<Fence>, Error> {
+        match &*self.seat.borrow() {
+            Seat::Here { fence, .. } => Ok(*fence),
+            Seat::Elsewhere(leader) => Err(Error::NotLeader(leader.clone())),
+        }
+    }
+
     fn inbox(&self) -> Result<mpsc::Sender<Input>, Error> {
         match &*self.seat.borrow() {
-            Seat::Here(inbox) => Ok(inbox.clone()),
+            Seat::Here { inbox, .. } => Ok(inbox.clone()),
             Seat::Elsewhere(leader) => Err(Error::NotLeader(leader.clone())),
         }
     }
@@ -450,6 +479,15 @@ impl Actor {
             }
             Input::Token { id, token, reply } => {
                 let plan = self.state.plan_token(id, token, SystemTime::now());
+                let _ = reply.send(self.commit_plan(plan).await);
+            }
+            Input::Tokens { after, count, reply } => {
+                let tokens = self.state.tokens(&after, SystemTime::now()).take(count);
+                let tokens = tokens.map(|(id, token)| (id.clone(), token.clone()));
+                let _ = reply.send(Ok(tokens.collect()));
+            }
+            Input::DeleteToken { id, reply } => {
+                let plan = self.state.plan_token_removal(&id);
                 let _ = reply.send(self.commit_plan(plan).await);
             }
             Input::Admit { enrolment, reply } => {

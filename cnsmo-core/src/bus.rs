@@ -209,6 +209,11 @@ impl Bus {
         }
     }
 
+    /// Subscriptions of this core.
+    pub fn subscriptions(&self) -> usize {
+        lock(&self.0.subscribed).outboxes.len()
+    }
+
     /// Gives a message to one subscriber and waits for its reply.
     ///
     /// # Errors

@@ -9,7 +9,9 @@ mod record;
 mod silence;
 
 use std::{
+    borrow::Borrow,
     collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    hash::Hash,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
@@ -33,7 +35,7 @@ use self::{
 };
 use crate::{
     error::Error,
-    store::{Change, Commit, Compare, Op, Range, Revision, Store, StoreError, Target, Txn},
+    store::{Change, Commit, Compare, Fence, Op, Range, Revision, Store, StoreError, Target, Txn},
 };
 
 /// Instances of a deployment; a further one is refused. A core keeps all of them in memory, about 1 KiB each.
@@ -103,6 +105,8 @@ struct Inner {
 struct State {
     set: BTreeMap<String, Record>,
     owned: HashMap<String, usize>,
+    /// Instances of each core that counts some.
+    held: HashMap<Arc<str>, usize>,
     silence: Silence,
     /// Cores whose instances this one judges, because they are gone.
     gone: HashSet<Arc<str>>,
@@ -140,6 +144,7 @@ impl Catalog {
         let state = State {
             set: BTreeMap::new(),
             owned: HashMap::new(),
+            held: HashMap::new(),
             silence: Silence::new(Instant::now()),
             gone: HashSet::new(),
             revision: 0,
@@ -171,7 +176,7 @@ impl Catalog {
         request: AnnounceRequest,
     ) -> Result<(Arc<Instance>, Duration), Error> {
         let record = record::check(request, owner, &self.inner.core)?;
-        let kept = self.inner.keep(record).await?;
+        let kept = self.inner.keep(record, None).await?;
         Ok((kept.instance, kept.ttl))
     }
 
@@ -181,6 +186,16 @@ impl Catalog {
         service: &str,
         name: &str,
         by: Option<&str>,
+    ) -> Result<Revision, Error> {
+        self.remove(service, name, by, None).await
+    }
+
+    async fn remove(
+        &self,
+        service: &str,
+        name: &str,
+        by: Option<&str>,
+        fence: Option<Fence>,
     ) -> Result<Revision, Error> {
         record::check_name("service", service)?;
         record::check_name("name", name)?;
@@ -194,9 +209,14 @@ impl Catalog {
                 )));
             }
             let op = Op::Delete { key: key.clone() };
-            let by = by.unwrap_or("core");
-            if let Some(revision) = self.inner.commit(op, &key, known.instance.revision, by).await?
-            {
+            let write = Write {
+                op,
+                key: &key,
+                expected: known.instance.revision,
+                by: by.unwrap_or("core"),
+                fence,
+            };
+            if let Some(revision) = self.inner.commit(write).await? {
                 return Ok(revision);
             }
         }
@@ -214,26 +234,37 @@ impl Catalog {
         self.inner.state().list(filter)
     }
 
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.inner.state().set.len()
+    }
+
     /// The set, and then its changes.
     pub fn watch(&self, filter: Filter) -> Watcher {
         Watcher { inner: self.inner.clone(), filter, state: Watching::Begin }
     }
 
     /// Judges from now on the instances of these cores, and of no others: they are gone, and this one is the leader.
-    pub fn judge_for(&self, gone: impl IntoIterator<Item = Arc<str>>) {
+    pub fn judge_for(&self, gone: HashSet<Arc<str>>) {
         let mut state = self.inner.state();
-        state.gone = gone.into_iter().collect();
+        let before = std::mem::replace(&mut state.gone, gone);
         let State { set, silence, gone, .. } = &mut *state;
         let now = Instant::now();
         for (key, record) in set.iter() {
-            if record.holder != self.inner.core && !self.inner.alone {
-                if gone.contains(&record.holder) && record.is_counted() {
-                    silence.begin(key, record, now);
-                } else {
-                    silence.end(key);
-                }
+            if record.holder == self.inner.core || self.inner.alone {
+                continue;
+            }
+            match (before.contains(&record.holder), gone.contains(&record.holder)) {
+                (false, true) if record.is_counted() => silence.begin(key, record, now),
+                (true, false) => silence.end(key),
+                _ => {}
             }
         }
+    }
+
+    /// The cores that count instances.
+    pub fn holders(&self) -> HashSet<Arc<str>> {
+        self.inner.state().held.keys().cloned().collect()
     }
 }
 
@@ -375,17 +406,14 @@ impl State {
         let before = match record {
             Some(record) => {
                 *self.owned.entry(record.instance.owner.clone()).or_default() += 1;
+                *self.held.entry(record.holder.clone()).or_default() += 1;
                 self.set.insert(key.to_owned(), record)
             }
             None => self.set.remove(key),
         };
-        if let Some(before) = &before
-            && let Some(owned) = self.owned.get_mut(&before.instance.owner)
-        {
-            *owned -= 1;
-            if *owned == 0 {
-                self.owned.remove(&before.instance.owner);
-            }
+        if let Some(before) = &before {
+            one_less(&mut self.owned, &before.instance.owner);
+            one_less(&mut self.held, &*before.holder);
         }
         before
     }
@@ -410,6 +438,29 @@ impl State {
     }
 }
 
+fn one_less<K, Q>(counts: &mut HashMap<K, usize>, key: &Q)
+where
+    K: Borrow<Q> + Eq + Hash,
+    Q: Eq + Hash + ?Sized,
+{
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+/// A change of one key.
+struct Write<'a> {
+    op: Op,
+    key: &'a str,
+    /// Only if the key is still of this revision.
+    expected: Revision,
+    by: &'a str,
+    fence: Option<Fence>,
+}
+
 impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         // Each change of it is whole before anything can panic.
@@ -421,7 +472,7 @@ impl Inner {
     }
 
     /// Commits what an announcement changes, or renews.
-    async fn keep(&self, announced: Record) -> Result<Record, Error> {
+    async fn keep(&self, announced: Record, fence: Option<Fence>) -> Result<Record, Error> {
         let key = announced.key();
         for _ in 0..ATTEMPTS_MAX {
             let (record, expected) = match self.decide(&key, &announced)? {
@@ -434,8 +485,9 @@ impl Inner {
                 content_type: CONTENT_TYPE.into(),
                 lease: 0,
             };
-            let owner = record.instance.owner.clone();
-            if let Some(revision) = self.commit(op, &key, expected, &owner).await? {
+            let by = &record.instance.owner;
+            let write = Write { op, key: &key, expected, by, fence };
+            if let Some(revision) = self.commit(write).await? {
                 let mut record = record;
                 Arc::make_mut(&mut record.instance).revision = revision;
                 return Ok(record);
@@ -473,17 +525,12 @@ impl Inner {
         }
     }
 
-    /// Writes one key, if it is still of the revision `expected`; none: it is not. Returns once this core has seen it.
-    async fn commit(
-        &self,
-        op: Op,
-        key: &str,
-        expected: Revision,
-        by: &str,
-    ) -> Result<Option<Revision>, Error> {
+    /// None: the key is of another revision than expected. Returns once this core has seen it.
+    async fn commit(&self, write: Write<'_>) -> Result<Option<Revision>, Error> {
+        let Write { op, key, expected, by, fence } = write;
         let compare = Compare { key: key.to_owned(), target: Target::ModRevision(expected) };
-        let txn =
-            Txn { compares: vec![compare], success: vec![op], by: by.to_owned(), ..Txn::default() };
+        let (compares, success, by) = (vec![compare], vec![op], by.to_owned());
+        let txn = Txn { compares, success, by, fence, ..Txn::default() };
         let outcome = self.store.commit(txn).await?;
         let mut seen = self.seen.subscribe();
         let reached = seen.wait_for(|seen| *seen >= outcome.revision);
@@ -524,6 +571,7 @@ impl Inner {
         let mut state = self.state();
         state.set.clear();
         state.owned.clear();
+        state.held.clear();
         // What is counted already goes on; what was deleted meanwhile is found when its time is over.
         for (key, record) in set {
             self.count(&mut state, &key, Some(&record), false);
@@ -581,9 +629,7 @@ impl Inner {
     /// Counts an instance, or ceases to. `anew`: its time begins again.
     fn count(&self, state: &mut State, key: &str, record: Option<&Record>, anew: bool) {
         let State { silence, gone, .. } = state;
-        let ours = |record: &&Record| {
-            self.alone || record.holder == self.core || gone.contains(&record.holder)
-        };
+        let ours = |record: &&Record| self.counts(gone, record);
         match record.filter(ours).filter(|record| record.is_counted()) {
             Some(record) if anew || !silence.counts(key, record.instance.revision) => {
                 silence.begin(key, record, Instant::now());
@@ -591,6 +637,10 @@ impl Inner {
             Some(_) => {}
             None => silence.end(key),
         }
+    }
+
+    fn counts(&self, gone: &HashSet<Arc<str>>, record: &Record) -> bool {
+        self.alone || record.holder == self.core || gone.contains(&record.holder)
     }
 
     /// Marks what is silent, and removes what was over long ago.
@@ -626,7 +676,9 @@ impl Inner {
             content_type: CONTENT_TYPE.into(),
             lease: 0,
         };
-        match self.commit(op, &due.key, due.revision, &self.core).await {
+        let expected = due.revision;
+        let write = Write { op, key: &due.key, expected, by: &self.core, fence: None };
+        match self.commit(write).await {
             // None: it was heard of, here or at another core, which the feed tells.
             Ok(revision) => {
                 tracing::debug!(key = %due.key, phase = ?due.becomes, revision, "judged");
@@ -639,21 +691,22 @@ impl Inner {
     }
 
     async fn forget(&self, now: SystemTime) {
-        let is_old = |record: &Record| {
+        let is_old = |record: &Record, gone: &HashSet<Arc<str>>| {
             let since = record.instance.phase_time.and_then(|time| SystemTime::try_from(time).ok());
             let age = since.and_then(|since| now.duration_since(since).ok());
             matches!(record.phase(), Phase::Stopped | Phase::Lost)
                 && age.is_some_and(|age| age > FORGET_AFTER)
-                && (self.alone || record.holder == self.core)
+                && self.counts(gone, record)
         };
         let old: Vec<_> = {
             let state = self.state();
-            let old = state.set.iter().filter(|(_, record)| is_old(record));
+            let old = state.set.iter().filter(|(_, record)| is_old(record, &state.gone));
             old.map(|(key, record)| (key.clone(), record.instance.revision)).collect()
         };
-        for (key, revision) in old {
+        for (key, expected) in old {
             let op = Op::Delete { key: key.clone() };
-            if let Err(error) = self.commit(op, &key, revision, &self.core).await {
+            let write = Write { op, key: &key, expected, by: &self.core, fence: None };
+            if let Err(error) = self.commit(write).await {
                 tracing::warn!(key, %error, "cannot remove an old instance");
             }
         }

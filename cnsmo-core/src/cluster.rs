@@ -5,13 +5,15 @@
 //! wakes up again changes nothing.
 //!
 //! A core shows that it lives by changing its row in the store with every beat. Clocks of different machines are never
-//! compared: who sees a row unchanged for [`SILENCE`] by its own clock takes its core for dead.
+//! compared: who sees a row unchanged for [`SILENCE`] by its own clock takes its core for dead. The leader then counts that
+//! core's leases and instances in its place.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     io::{self, ErrorKind},
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -25,7 +27,9 @@ use tokio::{
 
 use crate::{
     actor::Seats,
+    catalog::Catalog,
     fleet::Timing,
+    lease::Leases,
     store::{
         Beat, Compare, Feed, Fence, LeaseId, Members, Op, PostgresConfig, Revision, Store,
         StoreError, Target, Txn,
@@ -107,6 +111,19 @@ pub async fn check_ca(store: &Store, spki_sha256: &[u8; 32]) -> anyhow::Result<(
     )
 }
 
+/// What a core keeps going: resources and agents as the leader, leases and instances also beside one.
+#[derive(Debug)]
+pub struct Duties {
+    /// Where resources and agents are.
+    pub seats: Seats,
+    /// Of agents.
+    pub timing: Timing,
+    /// Of clients.
+    pub leases: Leases,
+    /// Of services.
+    pub catalog: Catalog,
+}
+
 /// One core's part in the cluster.
 #[derive(Debug)]
 pub struct Cluster {
@@ -120,13 +137,13 @@ impl Cluster {
         store: Store,
         database: &PostgresConfig,
         me: Member,
-        seats: Seats,
-        timing: Timing,
+        duties: Duties,
         ttl: Duration,
     ) -> Self {
         let (stop, stopped) = watch::channel(false);
-        let (members, seen) = (Members::new(database), HashMap::new());
-        let candidate = Candidate { store, members, me, seats, timing, ttl, seen, term: None };
+        let (members, roll) = (Members::new(database), Roll::new(ttl, Instant::now()));
+        let (term, gone) = (None, HashSet::new());
+        let candidate = Candidate { store, members, me, duties, ttl, roll, term, gone };
         Self { stop, task: tokio::spawn(candidate.run(stopped)) }
     }
 
@@ -153,12 +170,12 @@ struct Candidate {
     store: Store,
     members: Members,
     me: Member,
-    seats: Seats,
-    timing: Timing,
+    duties: Duties,
     ttl: Duration,
-    /// Last beat of each core, and when it was first seen here.
-    seen: HashMap<String, (i64, Instant)>,
+    roll: Roll,
     term: Option<Term>,
+    /// Cores whose leases and instances this one counts as the leader.
+    gone: HashSet<Arc<str>>,
 }
 
 /// A time of leading.
@@ -201,12 +218,9 @@ impl Candidate {
     /// One beat, and what follows from those of the others.
     async fn beat(&mut self) -> Result<(), StoreError> {
         let began = Instant::now();
-        for Beat { core, count } in self.members.beat(&self.me.id).await? {
-            let seen = self.seen.entry(core).or_insert((count, began));
-            if seen.0 != count {
-                *seen = (count, began);
-            }
-        }
+        let beats = self.members.beat(&self.me.id).await?;
+        self.roll.note(beats, began);
+        self.trust_memory(began).await?;
         let (present, _) = self.store.get(LEADER_KEY).await?;
         let Some(entry) = present else {
             self.step_down(None).await;
@@ -214,10 +228,16 @@ impl Candidate {
         };
         if let Some(term) = self.term.as_mut().filter(|term| term.lease == entry.lease) {
             term.until = began + self.ttl * PATIENCE / 10;
+            self.stand_in(began);
             return Ok(());
         }
         let leader: Option<Member> = serde_json::from_slice(&entry.value).ok();
-        if let Some(leader) = leader.as_ref().filter(|leader| self.lives(&leader.id)) {
+        if let Some(leader) = &leader {
+            self.roll.expect(&HashSet::from([leader.id.as_str().into()]), began);
+        }
+        // This core cannot lead by a term that it does not know.
+        let lives = |id: &str| id != self.me.id && self.roll.lives(id, began);
+        if let Some(leader) = leader.as_ref().filter(|leader| lives(&leader.id)) {
             self.step_down(Some(leader.address.clone())).await;
             return Ok(());
         }
@@ -234,11 +254,36 @@ impl Candidate {
         self.campaign(began, left.map_or(0, |entry| entry.mod_revision)).await
     }
 
-    /// Whether another core has shown itself lately. This one cannot lead by a term that it does not know.
-    fn lives(&mut self, id: &str) -> bool {
-        // One that is not known yet has come a moment ago.
-        let (_, since) = self.seen.entry(id.to_owned()).or_insert((0, Instant::now()));
-        id != self.me.id && since.elapsed() < self.ttl * SILENCE / 10
+    /// As long as no other core can take this one for dead, what it remembers of its leases is right.
+    async fn trust_memory(&mut self, began: Instant) -> Result<(), StoreError> {
+        match self.roll.standing(began) {
+            Standing::New => return Ok(()),
+            // From now on nobody takes a lease away.
+            Standing::Settled => self.duties.leases.reconcile().await?,
+            Standing::Known => {}
+        }
+        let until = began + self.ttl * PATIENCE / 10;
+        self.duties.leases.trust(until.into_std());
+        Ok(())
+    }
+
+    /// Counts leases and instances of cores that are gone, as the leader.
+    fn stand_in(&mut self, now: Instant) {
+        let Duties { leases, catalog, .. } = &self.duties;
+        let holders = &leases.holders() | &catalog.holders();
+        self.roll.expect(&holders, now);
+        let gone = self.roll.gone(&self.me.id, now);
+        self.set_gone(gone);
+    }
+
+    fn set_gone(&mut self, gone: HashSet<Arc<str>>) {
+        if gone == self.gone {
+            return;
+        }
+        tracing::info!(cores = ?gone, "this core counts leases and instances of cores that are gone");
+        self.duties.leases.adopt_from(gone.clone());
+        self.duties.catalog.judge_for(gone.clone());
+        self.gone = gone;
     }
 
     /// Tries to lead. Of those that find the same, the first one does.
@@ -263,7 +308,8 @@ impl Candidate {
             self.store.end_lease(lease.id, false, None).await?;
             return Ok(());
         }
-        match self.seats.lead(self.store.clone(), self.timing, Some(fence)).await {
+        let Duties { seats, timing, .. } = &self.duties;
+        match seats.lead(self.store.clone(), *timing, Some(fence)).await {
             Ok(task) => {
                 tracing::info!(lease = lease.id, "this core leads");
                 let until = began + self.ttl * PATIENCE / 10;
@@ -289,7 +335,8 @@ impl Candidate {
 
     /// Sends callers to `leader` and ends the task here, if it runs.
     async fn step_down(&mut self, leader: Option<String>) {
-        self.seats.follow(leader);
+        self.set_gone(HashSet::new());
+        self.duties.seats.follow(leader);
         let Some(mut term) = self.term.take() else { return };
         tracing::warn!("this core leads no more");
         if !term.task.is_finished() && timeout(STOP_TIMEOUT, &mut term.task).await.is_err() {
@@ -312,6 +359,84 @@ impl Candidate {
             Ok(Err(error)) => tracing::warn!(%error, "cannot give the lead back"),
             Err(_) => tracing::warn!("cannot give the lead back: the database does not answer"),
         }
+    }
+}
+
+/// Which cores have shown themselves lately, by this core's clock.
+#[derive(Debug)]
+struct Roll {
+    ttl: Duration,
+    /// Last beat of each core, and when it was first seen here.
+    seen: HashMap<Arc<str>, (i64, Instant)>,
+    /// When this core looked last, and since when it has never missed a look.
+    looked: Option<Instant>,
+    unbroken: Instant,
+    is_settled: bool,
+}
+
+/// How this core stands with the others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// Some core may still take it for dead.
+    New,
+    /// From now on none does.
+    Settled,
+    /// As before.
+    Known,
+}
+
+impl Roll {
+    fn new(ttl: Duration, now: Instant) -> Self {
+        let seen = HashMap::new();
+        Self { ttl, seen, looked: None, unbroken: now, is_settled: false }
+    }
+
+    /// Takes the beats over that are in the store, with one of this core. In a time in which this core did not look itself
+    /// nobody was silent.
+    fn note(&mut self, beats: Vec<Beat>, now: Instant) {
+        let missed = |looked: Instant| now - looked >= self.ttl * PATIENCE / 10;
+        if self.looked.is_none_or(missed) {
+            (self.unbroken, self.is_settled) = (now, false);
+            self.seen.values_mut().for_each(|(_, since)| *since = now);
+        }
+        self.looked = Some(now);
+        for Beat { core, count } in beats {
+            let seen = self.seen.entry(core.into()).or_insert((count, now));
+            if seen.0 != count {
+                *seen = (count, now);
+            }
+        }
+    }
+
+    /// A leader that judges by what it saw before this core's first beat ends its term within the time to take over in.
+    fn standing(&mut self, now: Instant) -> Standing {
+        if now - self.unbroken < self.ttl {
+            return Standing::New;
+        }
+        if std::mem::replace(&mut self.is_settled, true) {
+            Standing::Known
+        } else {
+            Standing::Settled
+        }
+    }
+
+    /// These cores count something, so they were there once. Who has left or never came in this core's time is silent from
+    /// now on.
+    fn expect(&mut self, holders: &HashSet<Arc<str>>, now: Instant) {
+        for core in holders {
+            self.seen.entry(core.clone()).or_insert((0, now));
+        }
+    }
+
+    /// Whether a core has shown itself lately; one that nobody has heard of has not.
+    fn lives(&self, core: &str, now: Instant) -> bool {
+        self.seen.get(core).is_some_and(|(_, since)| now - *since < self.ttl * SILENCE / 10)
+    }
+
+    /// All others that have not.
+    fn gone(&self, me: &str, now: Instant) -> HashSet<Arc<str>> {
+        let is_gone = |core: &&Arc<str>| &***core != me && !self.lives(core, now);
+        self.seen.keys().filter(is_gone).cloned().collect()
     }
 }
 
@@ -345,6 +470,84 @@ async fn leader_changed(commits: &mut Feed, store: &Store) {
             // Too far behind: the next beat reads who leads.
             Err(StoreError::Compacted { .. }) => *commits = store.follow(store.revision()),
             Err(_) => return std::future::pending().await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TTL: Duration = Duration::from_secs(10);
+    const BEAT: Duration = Duration::from_secs(1);
+
+    struct World {
+        roll: Roll,
+        now: Instant,
+        count: i64,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let now = Instant::now();
+            Self { roll: Roll::new(TTL, now), now, count: 0 }
+        }
+
+        /// Beats in which "b" is silent and the others are not.
+        fn pass(&mut self, time: Duration) {
+            let until = self.now + time;
+            while self.now < until {
+                self.now += BEAT;
+                self.count += 1;
+                let beat = |core: &str, count| Beat { core: core.to_owned(), count };
+                let beats = vec![beat("a", self.count), beat("b", 1), beat("me", self.count)];
+                self.roll.note(beats, self.now);
+            }
+        }
+
+        fn gone(&self) -> Vec<String> {
+            let mut gone: Vec<_> =
+                self.roll.gone("me", self.now).iter().map(ToString::to_string).collect();
+            gone.sort();
+            gone
+        }
+    }
+
+    #[test]
+    fn who_is_silent_or_never_comes_is_gone_in_time() {
+        let mut world = World::new();
+        world.pass(BEAT);
+        world.roll.expect(&HashSet::from(["left".into(), "a".into()]), world.now);
+        world.pass(TTL * 7 / 10);
+        assert!(world.gone().is_empty());
+        world.pass(TTL / 10);
+        assert_eq!(world.gone(), ["b", "left"]);
+        assert!(world.roll.lives("a", world.now) && !world.roll.lives("b", world.now));
+    }
+
+    #[test]
+    fn while_this_core_does_not_look_nobody_is_silent() {
+        let mut world = World::new();
+        world.pass(TTL / 2);
+        world.now += TTL * 30;
+        world.pass(TTL * 7 / 10);
+        assert!(world.gone().is_empty());
+        world.pass(TTL / 5);
+        assert_eq!(world.gone(), ["b"]);
+    }
+
+    #[test]
+    fn a_core_settles_once_no_other_can_take_it_for_dead() {
+        let mut world = World::new();
+        for _ in 0..2 {
+            world.pass(TTL);
+            assert_eq!(world.roll.standing(world.now), Standing::New);
+            world.pass(BEAT);
+            assert_eq!(world.roll.standing(world.now), Standing::Settled);
+            world.pass(BEAT);
+            assert_eq!(world.roll.standing(world.now), Standing::Known);
+            // A pause, after which all of that begins anew.
+            world.now += TTL;
         }
     }
 }

@@ -32,8 +32,8 @@ use tower::layer::util::{Identity, Stack};
 
 use self::identity::Issuer;
 use crate::{
-    actor::Core, audit::Audit, bus::Bus, catalog::Catalog, error::Error, http::HttpLayer,
-    identity::registry::Registry, lease::Leases, store::Store,
+    actor::Core, audit::Audit, bus::Bus, catalog::Catalog, cluster::Member, error::Error,
+    http::HttpLayer, identity::registry::Registry, lease::Leases, store::Store,
 };
 
 /// Largest message that the core takes.
@@ -50,6 +50,8 @@ const WINDOW_BYTES: u32 = 1 << 20;
 /// What the services stand on.
 #[derive(Debug)]
 pub struct Parts {
+    /// This core.
+    pub me: Member,
     /// Resources and agents.
     pub core: Core,
     /// Of certificates.
@@ -72,7 +74,7 @@ pub struct Parts {
 
 /// The services; both fronts serve them.
 pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
-    let Parts { core, issuer, audit, store, leases, catalog, bus, state_dir, stopping } = parts;
+    let Parts { me, core, issuer, audit, store, leases, catalog, bus, state_dir, stopping } = parts;
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -82,7 +84,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let agents = agent::Service::new(core.clone());
     let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
-    let watchers = state::watchers();
+    let (watchers, catalogue_watchers) = (state::watchers(), catalog::watchers());
     let state = StateServiceServer::new(state::Service::new(
         store.clone(),
         leases.clone(),
@@ -90,8 +92,17 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         stopping,
     ))
     .max_decoding_message_size(state::MESSAGE_BYTES_MAX);
-    let admin = admin::Service::new(admin::Parts { core, store, leases, watchers, state_dir })?;
-    let instances = CatalogServiceServer::new(catalog::Service::new(catalog))
+    let admin = admin::Service::new(admin::Parts {
+        me,
+        core,
+        store,
+        leases,
+        catalog: catalog.clone(),
+        bus: bus.clone(),
+        watchers: [watchers, catalogue_watchers.clone()],
+        state_dir,
+    })?;
+    let instances = CatalogServiceServer::new(catalog::Service::new(catalog, catalogue_watchers))
         .max_decoding_message_size(catalog::MESSAGE_BYTES_MAX);
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);

@@ -6,9 +6,12 @@
 //! Ending what lives is worse than ending late. So a core that was paused itself (stopped, its machine suspended, its disk
 //! stuck) counts that time for nobody, a core that takes leases over gives each its full time, and when many leases run out
 //! at once, which is more likely a fault of the network than of all clients, only some are ended at a time.
+//!
+//! The leases of a core that died are taken over by the one that leads, or by whichever core their clients come to. A core
+//! that others may have taken for dead asks the store with each renewal, until it knows that they do not.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -17,6 +20,7 @@ use futures::stream::{self, StreamExt as _};
 use tokio::task::JoinHandle;
 
 use crate::{
+    cluster::LEADER_KEY,
     error::Error,
     store::{Lease, LeaseId, Revision, Store, StoreError},
 };
@@ -38,8 +42,8 @@ const PAUSE_MIN: Duration = Duration::from_secs(2);
 const BRAKE_SHARE: usize = 20;
 const BRAKE_MIN: usize = 20;
 const BRAKE_WINDOW: Duration = Duration::from_secs(10);
-/// Ends that are committed at a time: they share commits, and leave room in the store's queue.
-const ENDS_AT_ONCE: usize = 64;
+/// Ends and take-overs that are committed at a time: they share commits, and leave room in the store's queue.
+const COMMITS_AT_ONCE: usize = 64;
 /// A lease whose end could not be committed is tried again after this time.
 const RETRY: Duration = Duration::from_secs(5);
 /// How often a core with others beside it looks for leases that these have ended or taken.
@@ -57,6 +61,20 @@ struct Inner {
     core: String,
     alone: bool,
     table: Mutex<Table>,
+    others: Mutex<Others>,
+}
+
+/// What is known of the other cores.
+#[derive(Debug, Default)]
+struct Others {
+    /// None of them takes this core for dead before then.
+    trusted_until: Option<Instant>,
+    /// Those whose leases this core takes over.
+    gone: HashSet<Arc<str>>,
+    /// Leases are to be compared with the store now.
+    is_due: bool,
+    /// Who counts leases down, as of the last comparison.
+    holders: HashSet<Arc<str>>,
 }
 
 /// For operators.
@@ -76,13 +94,14 @@ impl Leases {
         core: &str,
         alone: bool,
     ) -> Result<(Self, JoinHandle<()>), StoreError> {
-        let table = Mutex::new(Table::new(Instant::now()));
-        let leases = Self { inner: Arc::new(Inner { store, core: core.to_owned(), alone, table }) };
+        let (table, others) = (Mutex::new(Table::new(Instant::now())), Mutex::default());
+        let inner = Inner { store, core: core.to_owned(), alone, table, others };
+        let leases = Self { inner: Arc::new(inner) };
         for lease in leases.inner.store.leases().await? {
             if lease.holder == core {
                 leases.table().insert(&lease);
             } else if alone {
-                leases.inner.take(lease.id).await?;
+                leases.inner.take(lease.id, None).await?;
             }
         }
         let task = tokio::spawn(leases.inner.clone().run());
@@ -110,14 +129,17 @@ impl Leases {
     /// Renews a lease from now on and says for how long; none: it has ended. `by`: the caller, who must be its owner; none:
     /// one who may act for all.
     pub async fn renew(&self, id: LeaseId, by: Option<&str>) -> Result<Option<Duration>, Error> {
-        if let Some(renewed) = self.table().renew(id, by, Instant::now()) {
-            return renewed;
-        }
-        if self.inner.alone {
-            return Ok(None);
+        let now = Instant::now();
+        match self.table().renew(id, by, now) {
+            Some(Ok(Some(ttl))) if self.inner.is_trusted(now) => return Ok(Some(ttl)),
+            // Another core may have taken it over: the store knows. If it does not answer, the lease goes on here.
+            Some(Ok(Some(_))) => {}
+            Some(over) => return over,
+            None if self.inner.alone => return Ok(None),
+            None => {}
         }
         let inner = self.inner.clone();
-        let taking = tokio::spawn(async move { inner.take(id).await });
+        let taking = tokio::spawn(async move { inner.take(id, None).await });
         if !taking.await.map_err(|_| Error::Internal)?? {
             return Ok(None);
         }
@@ -139,15 +161,31 @@ impl Leases {
         Ok(ended)
     }
 
-    /// Takes over the leases of a core that is gone, each with its full time. Returns how many.
-    pub async fn adopt(&self, gone: &str) -> Result<usize, StoreError> {
-        let mut taken = 0;
-        for lease in self.inner.store.leases().await? {
-            if lease.holder == gone && self.inner.take(lease.id).await? {
-                taken += 1;
-            }
-        }
-        Ok(taken)
+    /// From now on takes over the leases of these cores, and of no others, each with its full time: they are gone, and this
+    /// core is the leader.
+    pub fn adopt_from(&self, gone: HashSet<Arc<str>>) {
+        let mut others = self.inner.others();
+        others.is_due |= !gone.is_empty();
+        others.gone = gone;
+    }
+
+    /// Until then no other core takes this one for dead: its memory is right, once it was compared with the store.
+    pub fn trust(&self, until: Instant) {
+        self.inner.others().trusted_until = Some(until);
+    }
+
+    /// Forgets leases that others have ended or taken, counts those that were granted here without an answer, and takes over
+    /// those of cores that are gone.
+    ///
+    /// # Errors
+    /// The store fails.
+    pub async fn reconcile(&self) -> Result<(), StoreError> {
+        self.inner.reconcile().await
+    }
+
+    /// The cores that count leases down, as of some seconds ago.
+    pub fn holders(&self) -> HashSet<Arc<str>> {
+        self.inner.others().holders.clone()
     }
 
     /// How many there are.
@@ -167,6 +205,14 @@ impl Inner {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn others(&self) -> MutexGuard<'_, Others> {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_trusted(&self, now: Instant) -> bool {
+        self.alone || self.others().trusted_until.is_some_and(|until| now < until)
+    }
+
     async fn run(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -175,7 +221,11 @@ impl Inner {
             ticks.tick().await;
             let due = self.table().due(Instant::now());
             self.end(due).await;
-            if !self.alone && reconciled.elapsed() >= RECONCILE_INTERVAL {
+            if self.alone {
+                continue;
+            }
+            let is_due = std::mem::take(&mut self.others().is_due);
+            if is_due || reconciled.elapsed() >= RECONCILE_INTERVAL {
                 if let Err(error) = self.reconcile().await {
                     tracing::warn!(%error, "cannot compare leases with the store");
                 }
@@ -188,7 +238,7 @@ impl Inner {
         let ends = stream::iter(due).map(|Due { id, epoch }| async move {
             (id, self.store.end_lease(id, true, Some((&self.core, epoch))).await)
         });
-        let mut ends = ends.buffer_unordered(ENDS_AT_ONCE);
+        let mut ends = ends.buffer_unordered(COMMITS_AT_ONCE);
         let mut failed: Option<(usize, StoreError)> = None;
         while let Some((id, ended)) = ends.next().await {
             match ended {
@@ -208,34 +258,65 @@ impl Inner {
         }
     }
 
-    /// Counts a lease down from now on, if there is one.
-    async fn take(&self, id: LeaseId) -> Result<bool, StoreError> {
-        let lease = self.store.take_lease(id, &self.core).await?;
+    /// Counts a lease down from now on, if there is one; if `from` is given, only if that is still its holder and epoch.
+    async fn take(&self, id: LeaseId, from: Option<(&str, i64)>) -> Result<bool, StoreError> {
+        let lease = self.store.take_lease(id, &self.core, from).await?;
         if let Some(lease) = &lease {
             self.table().insert(lease);
         }
         Ok(lease.is_some())
     }
 
-    /// Forgets leases that others have ended or taken, and counts those that were granted here without an answer.
     async fn reconcile(&self) -> Result<(), StoreError> {
         let known: Vec<(LeaseId, i64)> =
             self.table().held.iter().map(|(id, held)| (*id, held.epoch)).collect();
-        let leases = self.store.leases().await?;
+        let mut leases = self.store.leases().await?;
+        // These live by the beats of cores.
+        leases.retain(|lease| lease.owner != LEADER_KEY);
         let own: HashMap<LeaseId, &Lease> =
             leases.iter().filter(|lease| lease.holder == self.core).map(|l| (l.id, l)).collect();
+        self.align(&known, &own);
+        self.others().holders = leases.iter().map(|lease| lease.holder.as_str().into()).collect();
+        self.adopt(leases).await
+    }
+
+    fn align(&self, known: &[(LeaseId, i64)], own: &HashMap<LeaseId, &Lease>) {
         let mut table = self.table();
-        for (id, epoch) in known {
+        for &(id, epoch) in known {
             if own.get(&id).is_none_or(|lease| lease.holder_epoch != epoch) {
                 table.remove(id);
             }
         }
-        for lease in own.into_values() {
+        for lease in own.values() {
             if !table.held.contains_key(&lease.id) {
                 table.insert(lease);
             }
         }
+    }
+
+    /// Takes over the leases of cores that are gone.
+    async fn adopt(&self, mut leases: Vec<Lease>) -> Result<(), StoreError> {
+        leases.retain(|lease| self.is_gone(&lease.holder));
+        let taking = stream::iter(leases).map(|lease| async move {
+            // Its core may have come back meanwhile.
+            Ok::<_, StoreError>(
+                self.is_gone(&lease.holder)
+                    && self.take(lease.id, Some((&lease.holder, lease.holder_epoch))).await?,
+            )
+        });
+        let mut taking = taking.buffer_unordered(COMMITS_AT_ONCE);
+        let mut adopted = 0;
+        while let Some(taken) = taking.next().await {
+            adopted += usize::from(taken?);
+        }
+        if adopted > 0 {
+            tracing::info!(leases = adopted, "took over the leases of cores that are gone");
+        }
         Ok(())
+    }
+
+    fn is_gone(&self, core: &str) -> bool {
+        self.others().gone.contains(core)
     }
 }
 
@@ -582,6 +663,34 @@ mod tests {
         assert!(world.table.renew(1, Some("service/a"), world.now).unwrap().is_ok());
     }
 
+    async fn holder_of(store: &Store, id: LeaseId) -> Option<(String, i64)> {
+        let leases = store.leases().await.unwrap();
+        let lease = leases.into_iter().find(|lease| lease.id == id);
+        lease.map(|lease| (lease.holder, lease.holder_epoch))
+    }
+
+    #[tokio::test]
+    async fn a_core_that_may_be_taken_for_dead_asks_the_store_with_each_renewal() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = StoreConfig::sqlite(folder.path().join("state.db"));
+        let store = Store::open(&config).await.unwrap();
+        let (a, counting_a) = Leases::start(store.clone(), "a", false).await.unwrap();
+        let lease = a.grant("service/x", TTL).await.unwrap();
+        assert_eq!(a.renew(lease.id, None).await.unwrap(), Some(TTL));
+        assert_eq!(holder_of(&store, lease.id).await, Some(("a".into(), 2)));
+        a.trust(Instant::now() + TTL * 100);
+        assert_eq!(a.renew(lease.id, None).await.unwrap(), Some(TTL));
+        assert_eq!(holder_of(&store, lease.id).await, Some(("a".into(), 2)), "it is in memory");
+
+        // Another core has taken it over, and ended it, while this one was frozen.
+        a.trust(Instant::now());
+        store.take_lease(lease.id, "b", Some(("a", 2))).await.unwrap().unwrap();
+        store.end_lease(lease.id, true, Some(("b", 3))).await.unwrap().unwrap();
+        assert_eq!(a.renew(lease.id, None).await.unwrap(), None, "it does not believe its memory");
+        counting_a.abort();
+        store.close().await;
+    }
+
     #[tokio::test]
     async fn a_lease_that_another_core_counts_is_not_ended_here() {
         let folder = tempfile::tempdir().unwrap();
@@ -602,8 +711,16 @@ mod tests {
         // b dies, with the lease or without it.
         counting_b.abort();
         let other = b.grant("service/x", TTL_MIN).await.unwrap();
-        assert!(a.adopt("b").await.unwrap() >= 1);
-        assert_eq!(a.renew(other.id, Some("service/x")).await.unwrap(), Some(TTL_MIN));
+        let orphan = b.grant("service/x", TTL_MIN).await.unwrap();
+        a.reconcile().await.unwrap();
+        let kept = holder_of(&store, orphan.id).await;
+        assert_eq!(kept, Some(("b".into(), 1)), "nobody said that b is gone");
+        assert!(a.holders().contains("b"));
+        a.adopt_from(HashSet::from(["b".into()]));
+        while holder_of(&store, orphan.id).await.is_some_and(|(holder, _)| holder == "b") {
+            assert_eq!(a.renew(other.id, Some("service/x")).await.unwrap(), Some(TTL_MIN));
+            tokio::time::sleep(TICK).await;
+        }
         while !store.leases().await.unwrap().is_empty() {
             tokio::time::sleep(TICK).await;
         }

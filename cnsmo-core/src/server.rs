@@ -23,7 +23,7 @@ use crate::{
     audit::Audit,
     bus::{Bus, BusConfig},
     catalog::Catalog,
-    cluster::{self, Cluster, Member},
+    cluster::{self, Cluster, Duties, Member},
     fleet::Timing,
     grpc,
     http::HttpLayer,
@@ -145,14 +145,23 @@ impl Running {
             // Only the core that leads changes identities: the others learn of it.
             helpers.spawn(registry::follow(registry.clone(), store.clone()));
         }
-        let (core, keeper) =
-            keep(store.clone(), config.timing, registry.clone(), &id, shared).await?;
         let stopping = CancellationToken::new();
         let (catalog, instances) = Catalog::start(store.clone(), &id, alone).await?;
         let (leases, counting) = Leases::start(store.clone(), &id, alone).await?;
-        let messages = BusConfig { holder: id.clone(), ..BusConfig::default() };
+        let (seats, core) = Seats::new(registry.clone());
+        let duties = Duties {
+            seats,
+            timing: config.timing,
+            leases: leases.clone(),
+            catalog: catalog.clone(),
+        };
+        let advertise = shared.as_ref().map(|shared| shared.advertise.clone());
+        let me = Member { id, address: advertise.unwrap_or_default() };
+        let keeper = keep(store.clone(), me.clone(), duties, shared).await?;
+        let messages = BusConfig { holder: me.id.clone(), ..BusConfig::default() };
         let bus = Bus::start(store.clone(), messages).await?;
         let parts = grpc::Parts {
+            me,
             core: core.clone(),
             issuer: grpc::identity::Issuer { ca, life: config.certificate_life },
             audit: audit.clone(),
@@ -283,19 +292,14 @@ impl Running {
 /// Starts what owns resources and agents: here, or in whichever core leads.
 async fn keep(
     store: Store,
-    timing: Timing,
-    registry: Arc<Registry>,
-    id: &str,
+    me: Member,
+    duties: Duties,
     shared: Option<Shared>,
-) -> anyhow::Result<(Core, Keeper)> {
-    let Some(Shared { database, advertise, takeover }) = shared else {
-        let (core, task) = Core::start(store, timing, registry).await?;
-        return Ok((core, Keeper::Alone(task)));
+) -> anyhow::Result<Keeper> {
+    let Some(Shared { database, takeover, .. }) = shared else {
+        return Ok(Keeper::Alone(duties.seats.lead(store, duties.timing, None).await?));
     };
-    let me = Member { id: id.to_owned(), address: advertise };
-    let (seats, core) = Seats::new(registry);
-    let cluster = Cluster::start(store, &database, me, seats, timing, takeover);
-    Ok((core, Keeper::Cluster(cluster)))
+    Ok(Keeper::Cluster(Cluster::start(store, &database, me, duties, takeover)))
 }
 
 /// Puts a backup in place of the state of a core that does not run, and returns its revision. A state that is there is only

@@ -133,6 +133,7 @@ struct Inner {
     queued_bytes: Arc<AtomicUsize>,
     readers: Readers,
     hub: Arc<Hub>,
+    epoch: u64,
     writer: Mutex<Option<oneshot::Receiver<()>>>,
     tasks: [JoinHandle<()>; 2],
 }
@@ -162,12 +163,13 @@ impl Store {
         let hub = Arc::new(Hub::default());
         let writer = writer::start(engine.clone(), jobs, queued_bytes.clone(), hub.clone()).await?;
         let readers = Readers::new(engine.clone());
+        let epoch = readers.epoch().await?;
         let tasks = [
             tokio::spawn(compact(readers.clone(), queue.downgrade(), config.retention)),
             tokio::spawn(hub::pump(engine, readers.clone(), hub.clone())),
         ];
         let writer = Mutex::new(Some(writer));
-        let inner = Inner { queue, queued_bytes, readers, hub, writer, tasks };
+        let inner = Inner { queue, queued_bytes, readers, hub, epoch, writer, tasks };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -197,12 +199,19 @@ impl Store {
         Ok(lease)
     }
 
-    /// `holder` counts this lease down from now on, with a new epoch. None: there is no such lease.
+    /// `holder` counts this lease down from now on, with a new epoch. With `from` (a holder and its epoch): only if it is
+    /// still that holder's. None: it is not, or there is no such lease.
     ///
     /// # Errors
     /// As [`Self::commit`].
-    pub async fn take_lease(&self, id: LeaseId, holder: &str) -> Result<Option<Lease>, StoreError> {
-        let work = Work::TakeLease { id, holder: holder.to_owned() };
+    pub async fn take_lease(
+        &self,
+        id: LeaseId,
+        holder: &str,
+        from: Option<(&str, i64)>,
+    ) -> Result<Option<Lease>, StoreError> {
+        let from = from.map(|(holder, epoch)| (holder.to_owned(), epoch));
+        let work = Work::TakeLease { id, holder: holder.to_owned(), from };
         let Done::Lease(lease) = self.ask(work).await? else { unreachable!() };
         Ok(lease)
     }
@@ -262,6 +271,11 @@ impl Store {
     /// The newest revision that this core has seen.
     pub fn revision(&self) -> Revision {
         self.inner.hub.newest()
+    }
+
+    /// Of all revisions while the store is open: a restore from backup raises it.
+    pub fn epoch(&self) -> u64 {
+        self.inner.epoch
     }
 
     /// Waits until this core has seen a revision, or the store closes.

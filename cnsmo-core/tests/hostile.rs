@@ -214,6 +214,7 @@ fn samples() -> Vec<Vec<u8>> {
             start_revision: 1,
             prev_kv: true,
             bookmark_interval: Some(second),
+            epoch: 1,
         }
         .encode_to_vec(),
         GrantLeaseRequest { ttl: Some(second) }.encode_to_vec(),

@@ -5,8 +5,9 @@ use std::time::Duration;
 use cnsmo_core::fleet::Timing;
 use cnsmo_proto::pb::{
     identity::{
-        CreateJoinTokenRequest, ListAuditRequest, ListIdentitiesRequest, RenewRequest, Revocation,
-        RevokeIdentityRequest, Role, identity_service_client::IdentityServiceClient,
+        CreateJoinTokenRequest, DeleteJoinTokenRequest, ListAuditRequest, ListIdentitiesRequest,
+        ListJoinTokensRequest, RenewRequest, Revocation, RevokeIdentityRequest, Role,
+        identity_service_client::IdentityServiceClient,
         join_token_service_client::JoinTokenServiceClient,
     },
     resource::{
@@ -109,6 +110,56 @@ async fn each_role_may_what_the_table_says() {
     let joined = core.join_as(Role::Viewer, "again").await;
     let Err(error) = core.agent(&joined, None).await else { panic!("an operator is an agent") };
     assert_eq!(error.code(), Code::PermissionDenied);
+    core.stop().await;
+}
+
+#[tokio::test]
+async fn tokens_are_listed_without_their_secrets_and_can_be_withdrawn() {
+    let mut core = TestCore::start().await;
+    let request = CreateJoinTokenRequest {
+        max_uses: 2,
+        labels: [("role".to_owned(), "web".to_owned())].into(),
+        ..CreateJoinTokenRequest::default()
+    };
+    let made = core.admin.tokens.create_join_token(request).await.unwrap().into_inner();
+    core.token_for(Role::Viewer, "alice").await;
+    let key = KeyPair::generate().unwrap();
+    core.enrol(&made.token, "web-1", &key).await.unwrap();
+
+    let mut listed = Vec::new();
+    let mut request = ListJoinTokensRequest { page_size: 1, ..ListJoinTokensRequest::default() };
+    loop {
+        let page = core.admin.tokens.list_join_tokens(request.clone()).await.unwrap().into_inner();
+        assert_eq!(page.tokens.len(), 1);
+        request.after.clone_from(&page.tokens[0].id);
+        listed.extend(page.tokens);
+        if !page.more {
+            break;
+        }
+    }
+    assert_eq!(listed.len(), 2);
+    assert!(listed.is_sorted_by(|a, b| a.id < b.id));
+    let one = listed.iter().find(|token| token.id == made.id).unwrap();
+    assert_eq!((one.uses, one.max_uses, one.role(), &*one.name), (1, 2, Role::Agent, ""));
+    assert_eq!((one.labels["role"].as_str(), one.expire_time), ("web", made.expire_time));
+    let alice = listed.iter().find(|token| token.id != made.id).unwrap();
+    assert_eq!((alice.role(), alice.name.as_str(), alice.uses), (Role::Viewer, "alice", 0));
+    let secret = made.token.split('.').nth(2).unwrap();
+    assert!(!format!("{listed:?}").contains(secret));
+
+    let id = made.id.clone();
+    let delete = DeleteJoinTokenRequest { id: id.clone() };
+    let gone = core.admin.tokens.delete_join_token(delete.clone()).await.unwrap().into_inner();
+    assert!(gone.revision > 0);
+    let refused = core.enrol(&made.token, "web-2", &KeyPair::generate().unwrap()).await;
+    assert_eq!(refused.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(core.admin.names(Kind::Node).await, ["web-1"], "who has joined stays");
+    let again = core.admin.tokens.delete_join_token(delete).await.unwrap_err();
+    assert_eq!(again.code(), Code::NotFound);
+    let audit = core.identities().await.list_audit(ListAuditRequest::default()).await.unwrap();
+    let records = audit.into_inner().records;
+    let detail = format!("token {id} deleted");
+    assert!(records.iter().any(|r| r.detail == detail && r.revision == gone.revision));
     core.stop().await;
 }
 

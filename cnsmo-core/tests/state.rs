@@ -824,6 +824,10 @@ async fn a_backup_is_the_state_of_its_revision() {
     let leftover = core.folder.path().join("state/backup.tmp");
     assert!(!leftover.exists());
     let epoch = client.status().await.epoch;
+    let mut watched = client.watch_from("b/", 0).await;
+    let synced = watched.stream.message().await.unwrap().unwrap();
+    assert_eq!(synced.epoch, epoch);
+    drop(watched);
     core.stop().await;
 
     let folder = TempDir::new().unwrap();
@@ -843,6 +847,24 @@ async fn a_backup_is_the_state_of_its_revision() {
     let expected = counted.checked_sub(1).map(|n| n.to_string());
     assert_eq!(client.value("b/count").await, expected);
     assert_eq!(client.put("new", "").await, revision + 1);
+
+    // One that has seen what was taken back, and one whose revision is another one now.
+    for start_revision in [revision + 1_000, revision + 1] {
+        let resume = WatchRequest { epoch, start_revision, ..WatchRequest::default() };
+        let mut stream = client.state.watch(resume.clone()).await.unwrap().into_inner();
+        let mut kinds = Vec::new();
+        while kinds.last() != Some(&Kind::Synced) {
+            let message = stream.message().await.unwrap().unwrap();
+            assert_eq!(message.epoch, status.epoch);
+            kinds.push(message.kind());
+        }
+        assert_eq!((kinds[0], kinds[1]), (Kind::Compacted, Kind::Snapshot));
+        let resume = WatchRequest { epoch: status.epoch, start_revision: revision, ..resume };
+        let mut stream = client.state.watch(resume).await.unwrap().into_inner();
+        assert_eq!(stream.message().await.unwrap().unwrap().kind(), Kind::Synced);
+        let event = stream.message().await.unwrap().unwrap();
+        assert_eq!((event.kind(), event.revision), (Kind::Events, revision + 1));
+    }
     core.stop().await;
 }
 

@@ -17,7 +17,8 @@ use cnsmo_proto::pb::{
         catalog_service_server::{CatalogService, CatalogServiceServer},
     },
     identity::{
-        CreateJoinTokenRequest, CreateJoinTokenResponse,
+        CreateJoinTokenRequest, CreateJoinTokenResponse, DeleteJoinTokenRequest,
+        DeleteJoinTokenResponse, JoinToken, ListJoinTokensRequest, ListJoinTokensResponse, Role,
         join_token_service_server::{JoinTokenService, JoinTokenServiceServer},
     },
     node::Node,
@@ -299,7 +300,44 @@ impl JoinTokenService for Core {
         Ok(Response::new(CreateJoinTokenResponse {
             token: "cnsmo1.id.secret.pin".to_owned(),
             expire_time: Some(prost_types::Timestamp { seconds: 1_900_000_000, nanos: 0 }),
+            id: "id".to_owned(),
         }))
+    }
+
+    /// Two pages.
+    async fn list_join_tokens(
+        &self,
+        request: Request<ListJoinTokensRequest>,
+    ) -> Result<Response<ListJoinTokensResponse>, Status> {
+        let token = |id: &str, role: Role, made: i64| JoinToken {
+            id: id.to_owned(),
+            role: role.into(),
+            create_time: Some(prost_types::Timestamp { seconds: made, nanos: 0 }),
+            expire_time: Some(prost_types::Timestamp { seconds: 1_900_000_000, nanos: 7 }),
+            max_uses: 5,
+            uses: 2,
+            labels: [("role".to_owned(), "web".to_owned())].into(),
+            ..JoinToken::default()
+        };
+        Ok(Response::new(match request.into_inner().after.as_str() {
+            "" => {
+                ListJoinTokensResponse { tokens: vec![token("-late", Role::Agent, 9)], more: true }
+            }
+            _ => ListJoinTokensResponse {
+                tokens: vec![token("early", Role::Viewer, 3)],
+                more: false,
+            },
+        }))
+    }
+
+    async fn delete_join_token(
+        &self,
+        request: Request<DeleteJoinTokenRequest>,
+    ) -> Result<Response<DeleteJoinTokenResponse>, Status> {
+        match request.into_inner().id.as_str() {
+            "-late" => Ok(Response::new(DeleteJoinTokenResponse { revision: 8 })),
+            id => Err(Status::not_found(format!("id: there is no join token {id}"))),
+        }
     }
 }
 

@@ -724,6 +724,25 @@ fn a_token_is_alone_on_standard_output_or_in_a_private_file() {
 }
 
 #[test]
+fn tokens_are_listed_and_withdrawn() {
+    let core = Fake::start();
+    let ran = core.run(&["token", "ls"]);
+    assert_eq!(
+        ran.out,
+        "ID     ROLE    NAME  USES  EXPIRES               LABELS\n\
+         early  viewer  -     2/5   2030-03-17T17:46:40Z  role=web\n\
+         -late  agent   -     2/5   2030-03-17T17:46:40Z  role=web\n"
+    );
+    let listed: Value =
+        serde_json::from_str(&core.run(&["token", "list", "-o", "json"]).out).unwrap();
+    assert_eq!((&listed[1]["id"], &listed[1]["maxUses"]), (&json!("-late"), &json!(5)));
+    let ran = core.run(&["token", "rm", "-late"]);
+    assert_eq!((ran.code, ran.out.as_str()), (0, "token -late deleted (revision 8)\n"));
+    let ran = core.run(&["token", "rm", "other"]);
+    assert_eq!((ran.code, ran.err.as_str()), (1, "error: id: there is no join token other\n"));
+}
+
+#[test]
 fn an_existing_token_file_costs_no_token() {
     let core = Fake::start();
     let file = core.write("token", "old");

@@ -247,8 +247,12 @@ fn a_watch_prints_each_change() {
         }),
         prev_kv: None,
     };
-    let message =
-        |kind: Kind, revision, events| WatchResponse { kind: kind.into(), revision, events };
+    let message = |kind: Kind, revision, events| WatchResponse {
+        kind: kind.into(),
+        revision,
+        events,
+        epoch: 1,
+    };
     core.state().keys.watch = vec![
         message(Kind::Snapshot, 0, vec![event(Type::Put, "a", "1", 3)]),
         message(Kind::Synced, 4, Vec::new()),

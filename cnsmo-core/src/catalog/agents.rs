@@ -16,6 +16,7 @@ use super::{
 use crate::{
     actor::{self, Core},
     error::Error,
+    store::{Fence, StoreError},
 };
 
 /// After an error of the store, and while another core has the agents.
@@ -28,7 +29,9 @@ impl Catalog {
             match self.agents(&core).await {
                 Ok(()) => {}
                 // Another core has the agents now, or none.
-                Err(Error::Stopped | Error::NotLeader(_)) => tokio::time::sleep(RETRY).await,
+                Err(Error::Stopped | Error::NotLeader(_) | Error::Store(StoreError::Fenced)) => {
+                    tokio::time::sleep(RETRY).await;
+                }
                 Err(error) => {
                     tracing::warn!(%error, "cannot keep the agents in the catalogue");
                     tokio::time::sleep(RETRY).await;
@@ -39,16 +42,18 @@ impl Catalog {
 
     /// Ends when changes were missed.
     async fn agents(&self, core: &Core) -> Result<(), Error> {
+        // Before anything is read: what another leader changed later is not overwritten.
+        let fence = core.fence()?;
         let mut view = core.watch(Kind::Node, None).await?;
         let nodes: Vec<_> = view.resources.into_iter().filter_map(node).collect();
         let agents = Filter { service: AGENT.into(), ..Filter::default() };
         for gone in self.list(&agents).0 {
             if !nodes.iter().any(|node| name(node) == gone.name) {
-                self.remove(&gone.name).await?;
+                self.remove_agent(&gone.name, fence).await?;
             }
         }
         for node in nodes {
-            self.see(&node).await?;
+            self.see(&node, fence).await?;
         }
         loop {
             let change = match view.changes.recv().await {
@@ -56,34 +61,38 @@ impl Catalog {
                 Err(RecvError::Lagged(_)) => return Ok(()),
                 Err(RecvError::Closed) => return Err(Error::Stopped),
             };
-            self.follow_change(&change).await?;
+            self.follow_change(&change, fence).await?;
         }
     }
 
-    async fn follow_change(&self, change: &Arc<actor::Change>) -> Result<(), Error> {
+    async fn follow_change(
+        &self,
+        change: &Arc<actor::Change>,
+        fence: Option<Fence>,
+    ) -> Result<(), Error> {
         let Some(node) = change.message.resource.clone().and_then(node) else { return Ok(()) };
         if change.message.event() == watch_response::Event::Delete {
-            return self.remove(name(&node)).await;
+            return self.remove_agent(name(&node), fence).await;
         }
-        self.see(&node).await
+        self.see(&node, fence).await
     }
 
-    async fn remove(&self, node: &str) -> Result<(), Error> {
-        match self.withdraw(AGENT, node, None).await {
+    async fn remove_agent(&self, node: &str, fence: Option<Fence>) -> Result<(), Error> {
+        match self.remove(AGENT, node, None, fence).await {
             // It never connected.
             Ok(_) | Err(Error::NotFound(_)) => Ok(()),
             Err(error) => Err(error),
         }
     }
 
-    async fn see(&self, node: &Node) -> Result<(), Error> {
+    async fn see(&self, node: &Node, fence: Option<Fence>) -> Result<(), Error> {
         let Some(instance) = instance(node) else { return Ok(()) };
         let known = self.inner.known(&record::key(AGENT, &instance.name));
         let is_lost = known.is_some_and(|known| known.phase() == Phase::Lost);
         if is_lost && instance.phase() == Phase::Unreachable {
             return Ok(());
         }
-        self.inner.keep(record::of_agent(instance, &self.inner.core)).await?;
+        self.inner.keep(record::of_agent(instance, &self.inner.core), fence).await?;
         Ok(())
     }
 }

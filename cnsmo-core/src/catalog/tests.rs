@@ -169,8 +169,12 @@ async fn only_the_core_that_heard_the_instance_last_judges_its_silence() {
     assert!(counts(&two) && !counts(&one));
     // That one dies, and the first is the leader.
     two.task.abort();
-    one.catalog.judge_for(["two".into()]);
+    assert_eq!(one.catalog.holders(), HashSet::from(["two".into()]));
+    one.catalog.judge_for(["two".into()].into());
     assert!(counts(&one));
+    one.catalog.judge_for(HashSet::new());
+    assert!(!counts(&one), "it has come back");
+    one.catalog.judge_for(["two".into()].into());
     let mut watcher = one.catalog.watch(Filter::default());
     loop {
         if let Some(Event::Upsert(_, instance)) = watcher.next().await
@@ -179,6 +183,25 @@ async fn only_the_core_that_heard_the_instance_last_judges_its_silence() {
             break;
         }
     }
+}
+
+#[tokio::test]
+async fn a_leader_that_leads_no_more_changes_no_agent() {
+    let world = World::new().await;
+    let lease = world.store.grant("leader", Duration::from_secs(1), "core").await.unwrap();
+    let fence = Some(Fence { lease: lease.id, token: lease.token });
+    let agent = |phase: Phase| {
+        let name = "vm".to_owned();
+        let instance = Instance { name, phase: phase.into(), ..Instance::default() };
+        world.catalog.inner.keep(record::of_agent(instance, "core"), fence)
+    };
+    agent(Phase::Ready).await.unwrap();
+    world.store.end_lease(lease.id, true, None).await.unwrap();
+    let late = agent(Phase::Unreachable).await;
+    assert!(matches!(late, Err(Error::Store(StoreError::Fenced))), "{late:?}");
+    let late = world.catalog.remove(AGENT, "vm", None, fence).await;
+    assert!(matches!(late, Err(Error::Store(StoreError::Fenced))), "{late:?}");
+    assert_eq!(world.catalog.get(AGENT, "vm").unwrap().phase(), Phase::Ready);
 }
 
 #[tokio::test]

@@ -8,16 +8,12 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use cnsmo_proto::{
-    model::Labels,
-    pb::{
-        admin::{
-            BackupRequest, BackupResponse, CompactRequest, CompactResponse, GetStatusRequest,
-            GetStatusResponse, admin_service_server::AdminService,
-        },
-        node::{NodeStatus, node_status::Phase},
-        resource::{Kind, resource::Resource},
+use cnsmo_proto::pb::{
+    admin::{
+        BackupRequest, BackupResponse, CompactRequest, CompactResponse, GetStatusRequest,
+        GetStatusResponse, admin_service_server::AdminService,
     },
+    catalog::{Instance, Phase},
 };
 use futures::{StreamExt as _, stream::BoxStream};
 use tokio::{
@@ -30,27 +26,30 @@ use tonic::{Request, Response, Status};
 use super::quota::Quota;
 use crate::{
     actor::Core,
+    bus::Bus,
+    catalog::{AGENT, Catalog, Filter},
+    cluster::Member,
     error::Error,
     lease::Leases,
-    store::{Range, Revision, Store, StoreStatus},
+    store::{Revision, Store, StoreStatus},
 };
 
 /// Bytes in one message of a backup.
 const PIECE_BYTES: usize = 256 << 10;
 /// Name of a backup in the state folder while it is made.
 const BACKUP_FILE: &str = "backup.tmp";
-/// Where instances are.
-const INSTANCES: &str = "cnsmo/instances/";
-/// Keys that are read at a time to count them.
-const COUNT_ROWS: usize = 10_000;
 
 /// What the service looks at.
 #[derive(Debug)]
 pub(super) struct Parts {
+    pub(super) me: Member,
     pub(super) core: Core,
     pub(super) store: Store,
     pub(super) leases: Leases,
-    pub(super) watchers: Quota,
+    pub(super) catalog: Catalog,
+    pub(super) bus: Bus,
+    /// Of keys and of instances.
+    pub(super) watchers: [Quota; 2],
     /// Has room for a copy of the state.
     pub(super) state_dir: PathBuf,
 }
@@ -70,35 +69,12 @@ impl Service {
         Ok(Self { parts, started: Instant::now(), backups: Arc::new(Semaphore::new(1)) })
     }
 
-    async fn instances(&self) -> Result<usize, Error> {
-        let mut range = Range {
-            prefix: INSTANCES.to_owned(),
-            after: None,
-            at: None,
-            rows: COUNT_ROWS,
-            bytes: usize::MAX,
-            keys_only: true,
-        };
-        let mut count = 0;
-        loop {
-            let mut slice = self.parts.store.range(range.clone()).await?;
-            count += slice.entries.len();
-            match slice.entries.pop() {
-                Some(last) if slice.more => range.after = Some(last.key),
-                _ => return Ok(count),
-            }
-        }
-    }
-
-    /// Agents that are there now.
-    async fn agents(&self) -> Result<usize, Error> {
-        let (nodes, _) = self.parts.core.list(Kind::Node, None, Labels::default()).await?;
-        let is_there = |resource: &&cnsmo_proto::pb::resource::Resource| {
-            let Some(Resource::Node(node)) = &resource.resource else { return false };
-            let phase = node.status.as_ref().map_or(Phase::Unspecified, NodeStatus::phase);
-            !matches!(phase, Phase::Unspecified | Phase::Unreachable)
-        };
-        Ok(nodes.iter().filter(is_there).count())
+    /// Agents that are there now, as the leader keeps them in the catalogue for all cores.
+    fn agents(&self) -> usize {
+        let agents = Filter { service: AGENT.into(), ..Filter::default() };
+        let is_there =
+            |agent: &&Arc<Instance>| !matches!(agent.phase(), Phase::Unreachable | Phase::Lost);
+        self.parts.catalog.list(&agents).0.iter().filter(is_there).count()
     }
 }
 
@@ -135,13 +111,14 @@ impl AdminService for Service {
         &self,
         _: Request<GetStatusRequest>,
     ) -> Result<Response<GetStatusResponse>, Status> {
-        let StoreStatus { revision, compacted, epoch, bytes, wal_bytes, keys } =
+        let StoreStatus { engine, revision, compacted, epoch, bytes, wal_bytes, keys } =
             self.parts.store.status().await.map_err(Error::from)?;
-        let leases = self.parts.leases.summary();
+        let Parts { me, core, leases, catalog, bus, watchers, .. } = &self.parts;
+        let (leader, leases) = (core.leader(), leases.summary());
         Ok(Response::new(GetStatusResponse {
-            core: "core".to_owned(),
+            core: me.id.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            engine: "sqlite".to_owned(),
+            engine: engine.to_owned(),
             revision,
             compact_revision: compacted,
             epoch,
@@ -150,12 +127,12 @@ impl AdminService for Service {
             keys: count(keys),
             leases: count(leases.held),
             leases_held_back: count(leases.held_back),
-            instances: count(self.instances().await?),
-            agents: count(self.agents().await?),
-            watchers: count(self.parts.watchers.taken()),
-            subscribers: 0,
-            leader: true,
-            leader_address: String::new(),
+            instances: count(catalog.count()),
+            agents: count(self.agents()),
+            watchers: count(watchers.iter().map(Quota::taken).sum::<usize>()),
+            subscribers: count(bus.subscriptions()),
+            leader: leader.is_none(),
+            leader_address: leader.map_or_else(|| me.address.clone(), Option::unwrap_or_default),
             uptime: uptime(self.started.elapsed()),
         }))
     }

@@ -23,6 +23,11 @@ const WATCHERS_MAX: usize = 10_000;
 /// Watches of one identity; a further one is refused.
 const WATCHERS_PER_IDENTITY_MAX: usize = 1_000;
 
+/// How many may watch.
+pub(super) fn watchers() -> Quota {
+    Quota::new("catalogue watches", WATCHERS_MAX, WATCHERS_PER_IDENTITY_MAX)
+}
+
 #[derive(Debug)]
 pub(super) struct Service {
     catalog: Catalog,
@@ -30,8 +35,8 @@ pub(super) struct Service {
 }
 
 impl Service {
-    pub(super) fn new(catalog: Catalog) -> Self {
-        let watchers = Quota::new("catalogue watches", WATCHERS_MAX, WATCHERS_PER_IDENTITY_MAX);
+    /// `watchers`: see [`watchers`].
+    pub(super) fn new(catalog: Catalog, watchers: Quota) -> Self {
         Self { catalog, watchers }
     }
 }

@@ -9,14 +9,17 @@ use std::{
 use cnsmo_proto::{
     model::{Labels, Name},
     pb::identity::{
-        CreateJoinTokenRequest, CreateJoinTokenResponse, EnrollRequest, EnrollResponse,
-        Identity as IdentityMessage, ListAuditRequest, ListAuditResponse, ListIdentitiesRequest,
-        ListIdentitiesResponse, RenewRequest, RenewResponse, Revocation, RevokeIdentityRequest,
-        RevokeIdentityResponse, Role as RoleMessage, enrollment_service_server::EnrollmentService,
+        CreateJoinTokenRequest, CreateJoinTokenResponse, DeleteJoinTokenRequest,
+        DeleteJoinTokenResponse, EnrollRequest, EnrollResponse, Identity as IdentityMessage,
+        JoinToken, ListAuditRequest, ListAuditResponse, ListIdentitiesRequest,
+        ListIdentitiesResponse, ListJoinTokensRequest, ListJoinTokensResponse, RenewRequest,
+        RenewResponse, Revocation, RevokeIdentityRequest, RevokeIdentityResponse,
+        Role as RoleMessage, enrollment_service_server::EnrollmentService,
         identity_service_server::IdentityService, join_token_service_server::JoinTokenService,
     },
 };
 use cnsmo_service::token::Token;
+use prost::Message as _;
 use tonic::{Request, Response, Status};
 
 use crate::{
@@ -42,6 +45,10 @@ const GRANTS_MAX: usize = 16;
 /// Bytes of one of them.
 const GRANT_BYTES_MAX: usize = 255;
 
+/// Tokens in one answer.
+const TOKEN_PAGE_MAX: usize = 1_000;
+/// A page ends with the token that reaches so many bytes: clients take 4 MiB unless told otherwise.
+const TOKEN_PAGE_BYTES: usize = 2 << 20;
 /// Records of the audit in one answer: some 300 kB.
 const AUDIT_PAGE_MAX: usize = 1_000;
 
@@ -162,8 +169,43 @@ impl JoinTokenService for Service {
         let response = CreateJoinTokenResponse {
             token: token.to_string(),
             expire_time: Some(expire_time.into()),
+            id: token.id(),
         };
         Ok(noted(response, revision, format!("token {} for {about}", token.id())))
+    }
+
+    async fn list_join_tokens(
+        &self,
+        request: Request<ListJoinTokensRequest>,
+    ) -> Result<Response<ListJoinTokensResponse>, Status> {
+        let ListJoinTokensRequest { after, page_size } = request.into_inner();
+        let rows = match page_size as usize {
+            0 => TOKEN_PAGE_MAX,
+            rows if rows <= TOKEN_PAGE_MAX => rows,
+            _ => return Err(invalid(format!("pageSize: is not within 0 and {TOKEN_PAGE_MAX}"))),
+        };
+        let found = self.core.tokens(after, rows + 1).await?;
+        let (all, mut bytes) = (found.len(), 0);
+        let mut tokens: Vec<_> = found.into_iter().map(join_token).take(rows).collect();
+        // The first one always fits.
+        let fit = tokens.iter().take_while(|token| {
+            let fits = bytes < TOKEN_PAGE_BYTES;
+            bytes += token.encoded_len();
+            fits
+        });
+        let fit = fit.count();
+        tokens.truncate(fit);
+        Ok(Response::new(ListJoinTokensResponse { tokens, more: fit < all }))
+    }
+
+    async fn delete_join_token(
+        &self,
+        request: Request<DeleteJoinTokenRequest>,
+    ) -> Result<Response<DeleteJoinTokenResponse>, Status> {
+        let DeleteJoinTokenRequest { id } = request.into_inner();
+        let revision = self.core.delete_token(id.clone()).await?;
+        tracing::info!(token = id, revision, "join token deleted");
+        Ok(noted(DeleteJoinTokenResponse { revision }, revision, format!("token {id} deleted")))
     }
 }
 
@@ -269,6 +311,24 @@ fn message(identity: &str, enrolled: &Enrolled) -> IdentityMessage {
         revocation: revocation.into(),
         state_prefixes: enrolled.grants.state_prefixes.clone(),
         subjects: enrolled.grants.subjects.clone(),
+    }
+}
+
+/// Nothing in it leads to the secret.
+fn join_token((id, token): (String, TokenRecord)) -> JoinToken {
+    let TokenGrant { role, name, grants } = token.grant;
+    JoinToken {
+        id,
+        create_time: Some(token.create_time.into()),
+        expire_time: Some(token.expire_time.into()),
+        max_uses: token.uses_max,
+        // At most TOKEN_USES_MAX.
+        uses: u32::try_from(token.used_by.len()).unwrap_or(u32::MAX),
+        labels: token.labels.as_map().clone(),
+        role: RoleMessage::from(role).into(),
+        name: name.map(|name| name.to_string()).unwrap_or_default(),
+        state_prefixes: grants.state_prefixes,
+        subjects: grants.subjects,
     }
 }
 

@@ -126,8 +126,8 @@ impl StateService for Service {
         let watch = check::watch(request.into_inner())?;
         access.read_all("prefix", &watch.prefix)?;
         let place = self.watchers.take(access.identity())?;
-        reach(&self.store, "start_revision", watch.start.unwrap_or(0)).await?;
         let watcher = Watcher::new(self.store.clone(), access, watch);
+        reach(&self.store, "start_revision", watcher.start()).await?;
         // Held as long as the stream is.
         let stream = watcher.stream().inspect(move |_| _ = &place);
         Ok(Response::new(until_stopped(stream.boxed(), self.stopping.clone()).boxed()))

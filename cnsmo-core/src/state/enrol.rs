@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeSet,
+    ops::Bound,
     time::{Duration, SystemTime},
 };
 
@@ -104,9 +105,7 @@ impl State {
         }
         let mut writes = Vec::new();
         for (id, token) in expired {
-            writes
-                .extend(token.used_by.iter().map(|spki| Write::DeleteTokenUse(id.clone(), *spki)));
-            writes.push(Write::DeleteToken(id.clone()));
+            writes.extend(token_removal(id, token));
         }
         let forgotten = |enrolled: &Enrolled| {
             let evicted = enrolled.revoked.filter(|revoked| !revoked.banned);
@@ -117,6 +116,24 @@ impl State {
         writes.extend(forgotten.map(|(identity, _)| Write::DeleteIdentity(identity.clone())));
         writes.push(Write::Token(id, token));
         Ok(Plan { changes: Vec::new(), writes })
+    }
+
+    /// From now on this join token admits nobody.
+    pub fn plan_token_removal(&self, id: &str) -> Result<Plan, Error> {
+        let Some(token) = self.tokens.get(id) else {
+            return Err(Error::NotFound(format!("id: there is no join token {id}")));
+        };
+        Ok(Plan { changes: Vec::new(), writes: token_removal(id, token).collect() })
+    }
+
+    /// Join tokens that have not expired, by id, behind `after`.
+    pub fn tokens<'a>(
+        &'a self,
+        after: &str,
+        now: SystemTime,
+    ) -> impl Iterator<Item = (&'a String, &'a TokenRecord)> {
+        let behind = (Bound::Excluded(after), Bound::Unbounded);
+        self.tokens.range::<str, _>(behind).filter(move |(_, token)| token.expire_time > now)
     }
 
     /// Whether a request to join may be granted. The same key may come again while the token lives: a lost answer locks
@@ -282,6 +299,12 @@ impl State {
         let node = rewritten(&old, labels, draining, now);
         Ok(Node { token_labels: token.labels.clone(), ..node })
     }
+}
+
+/// A token goes with its uses.
+fn token_removal(id: &str, token: &TokenRecord) -> impl Iterator<Item = Write> {
+    let uses = token.used_by.iter().map(|spki| Write::DeleteTokenUse(id.to_owned(), *spki));
+    uses.chain([Write::DeleteToken(id.to_owned())])
 }
 
 /// Whether a name that somebody has, or had, may be given to this key by this token.

@@ -209,6 +209,9 @@ pub(super) trait Engine: Send + Sync + 'static {
     /// For messages: file or database, without secrets.
     fn name(&self) -> String;
 
+    /// What it is, in one word.
+    fn kind(&self) -> &'static str;
+
     /// Text of the schema in this database's dialect.
     fn schema(&self) -> String;
 

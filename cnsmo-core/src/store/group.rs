@@ -71,7 +71,7 @@ static DELETE_LEASES: Repeated = Repeated::new("DELETE FROM lease WHERE lease_id
 pub(super) enum Work {
     Commit(Txn),
     Grant { owner: String, ttl: Duration, holder: String },
-    TakeLease { id: LeaseId, holder: String },
+    TakeLease { id: LeaseId, holder: String, from: Option<(String, i64)> },
     EndLease { id: LeaseId, expired: bool, guard: Option<(String, i64)> },
     Audit(AuditRecord),
     Message(message::Ask),
@@ -308,8 +308,10 @@ impl Group {
                 self.change_lease(lease.id, Some(lease.clone()));
                 Ok(Done::Lease(Some(lease)))
             }
-            Work::TakeLease { id, holder } => {
-                let taken = self.leases.get(id).cloned().flatten().map(|mut lease| {
+            Work::TakeLease { id, holder, from } => {
+                let known = self.leases.get(id).cloned().flatten();
+                let known = known.filter(|lease| is_held_by(lease, from.as_ref()));
+                let taken = known.map(|mut lease| {
                     lease.holder.clone_from(holder);
                     lease.holder_epoch += 1;
                     lease
@@ -342,9 +344,7 @@ impl Group {
         guard: Option<&(String, i64)>,
     ) -> Option<Revision> {
         let lease = self.leases.get(&id)?.as_ref()?;
-        if guard
-            .is_some_and(|(holder, epoch)| lease.holder != *holder || lease.holder_epoch != *epoch)
-        {
+        if !is_held_by(lease, guard) {
             return None;
         }
         self.change_lease(id, None);
@@ -651,6 +651,11 @@ async fn select_keys(
 ) -> Result<Vec<Row>, EngineError> {
     let keys: Vec<Value> = keys.iter().map(|key| Value::from(*key)).collect();
     select_in(connection, &KEYS, &keys).await
+}
+
+/// None: whoever holds it.
+fn is_held_by(lease: &Lease, guard: Option<&(String, i64)>) -> bool {
+    guard.is_none_or(|(holder, epoch)| lease.holder == *holder && lease.holder_epoch == *epoch)
 }
 
 /// Of the columns in their order.

@@ -184,6 +184,10 @@ impl Engine for Database {
         format!("database {database} at {}", self.options.get_host())
     }
 
+    fn kind(&self) -> &'static str {
+        "postgresql"
+    }
+
     fn schema(&self) -> String {
         schema::postgres()
     }

@@ -207,7 +207,8 @@ impl Store {
         let keys = count.int()?.cast_unsigned();
         let (bytes, wal_bytes) = reader.size().await?;
         reader.give_back();
-        Ok(StoreStatus { revision, compacted, epoch, keys, bytes, wal_bytes })
+        let engine = self.inner.readers.engine.kind();
+        Ok(StoreStatus { engine, revision, compacted, epoch, keys, bytes, wal_bytes })
     }
 }
 
@@ -251,6 +252,13 @@ impl Readers {
             None => self.engine.reader().await?,
         };
         Ok(Reader { connection, idle: self.idle.clone(), permit })
+    }
+
+    pub(super) async fn epoch(&self) -> Result<u64, StoreError> {
+        let mut reader = self.take().await?;
+        let (_, _, epoch) = meta(&mut **reader).await?;
+        reader.give_back();
+        Ok(epoch)
     }
 
     pub(super) async fn log_after(

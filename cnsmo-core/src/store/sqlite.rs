@@ -110,6 +110,10 @@ impl Engine for File {
         self.path.display().to_string()
     }
 
+    fn kind(&self) -> &'static str {
+        "sqlite"
+    }
+
     fn schema(&self) -> String {
         schema::SQLITE.to_owned()
     }

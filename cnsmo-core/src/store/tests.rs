@@ -273,7 +273,9 @@ async fn a_lease_ends_with_its_keys_as_one_revision(place: &Place) {
     let gone = store.commit(Txn::of(vec![Op::put("z", ""), leased("a", 77)])).await;
     assert!(matches!(gone, Err(StoreError::LeaseGone(77))), "{gone:?}");
 
-    let taken = store.take_lease(lease.id, "core-2").await.unwrap().unwrap();
+    let other_epoch = store.take_lease(lease.id, "core-3", Some(("core-1", 2))).await.unwrap();
+    assert_eq!(other_epoch, None, "it is not of that epoch");
+    let taken = store.take_lease(lease.id, "core-2", Some(("core-1", 1))).await.unwrap().unwrap();
     assert_eq!(
         (taken.holder.as_str(), taken.holder_epoch, taken.token),
         ("core-2", 2, lease.token)
@@ -287,7 +289,7 @@ async fn a_lease_ends_with_its_keys_as_one_revision(place: &Place) {
     assert_eq!(log[0].events.len(), 1);
     assert_eq!((log[0].events[0].change, log[0].events[0].prev_revision), (Change::Expire, 1));
     assert_eq!(store.end_lease(lease.id, true, None).await.unwrap(), None);
-    assert_eq!(store.take_lease(lease.id, "core-1").await.unwrap(), None);
+    assert_eq!(store.take_lease(lease.id, "core-1", None).await.unwrap(), None);
     assert_eq!(store.leases().await.unwrap(), std::slice::from_ref(&other));
     revision(&store, Txn::of(vec![delete("c")])).await;
     assert_eq!(store.end_lease(other.id, false, None).await.unwrap(), Some(4), "no keys");

@@ -307,6 +307,8 @@ pub struct Lease {
 /// Where the store stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoreStatus {
+    /// `sqlite` or `postgresql`.
+    pub engine: &'static str,
     /// Of the last commit; 0: none yet.
     pub revision: Revision,
     /// The history up to here is gone.

@@ -13,6 +13,7 @@ pub struct BackupResponse {
 pub struct GetStatusRequest {}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GetStatusResponse {
+    /// Name of this core among those on one database; "core" if it has its store for itself.
     #[prost(string, tag = "1")]
     pub core: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
@@ -38,16 +39,19 @@ pub struct GetStatusResponse {
     pub leases: i64,
     #[prost(int64, tag = "11")]
     pub instances: i64,
+    /// That are there now, at whichever core.
     #[prost(uint32, tag = "12")]
     pub agents: u32,
+    /// Of keys and of instances, at this core.
     #[prost(uint32, tag = "13")]
     pub watchers: u32,
+    /// Subscriptions of the bus, at this core.
     #[prost(uint32, tag = "14")]
     pub subscribers: u32,
     /// Whether resources and agents are this core's.
     #[prost(bool, tag = "15")]
     pub leader: bool,
-    /// Address of the core that has them, if known.
+    /// Address of the core that has them, if it has one and it is known.
     #[prost(string, tag = "16")]
     pub leader_address: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "17")]

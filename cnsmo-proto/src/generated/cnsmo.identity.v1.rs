@@ -62,6 +62,64 @@ pub struct CreateJoinTokenResponse {
     pub token: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "2")]
     pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Its public part, by which it is listed and deleted.
+    #[prost(string, tag = "3")]
+    pub id: ::prost::alloc::string::String,
+}
+/// What is known of a token.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct JoinToken {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub create_time: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(message, optional, tag = "3")]
+    pub expire_time: ::core::option::Option<::prost_types::Timestamp>,
+    #[prost(uint32, tag = "4")]
+    pub max_uses: u32,
+    /// How many have joined with it.
+    #[prost(uint32, tag = "5")]
+    pub uses: u32,
+    #[prost(btree_map = "string, string", tag = "6")]
+    pub labels: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    #[prost(enumeration = "Role", tag = "7")]
+    pub role: i32,
+    /// The only name that may join with it. Empty: any.
+    #[prost(string, tag = "8")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, repeated, tag = "9")]
+    pub state_prefixes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, repeated, tag = "10")]
+    pub subjects: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListJoinTokensRequest {
+    /// Id of the last one of the page before.
+    #[prost(string, tag = "1")]
+    pub after: ::prost::alloc::string::String,
+    /// 0: 1,000, which is also the most. A page ends earlier rather than take more than 2 MiB.
+    #[prost(uint32, tag = "2")]
+    pub page_size: u32,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListJoinTokensResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub tokens: ::prost::alloc::vec::Vec<JoinToken>,
+    #[prost(bool, tag = "2")]
+    pub more: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeleteJoinTokenRequest {
+    #[prost(string, tag = "1")]
+    pub id: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeleteJoinTokenResponse {
+    #[prost(int64, tag = "1")]
+    pub revision: i64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RenewRequest {
@@ -608,6 +666,42 @@ pub mod join_token_service_client {
                 .insert(GrpcMethod::new("cnsmo.identity.v1.JoinTokenService", "CreateJoinToken"));
             self.inner.unary(req, path, codec).await
         }
+        /// Those that have not expired, used up or not, by id. Their secrets the core does not know.
+        pub async fn list_join_tokens(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListJoinTokensRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListJoinTokensResponse>, tonic::Status>
+        {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/cnsmo.identity.v1.JoinTokenService/ListJoinTokens",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cnsmo.identity.v1.JoinTokenService", "ListJoinTokens"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// From now on it admits nobody; whom it has admitted stays. NOT_FOUND if there is no such token.
+        pub async fn delete_join_token(
+            &mut self,
+            request: impl tonic::IntoRequest<super::DeleteJoinTokenRequest>,
+        ) -> std::result::Result<tonic::Response<super::DeleteJoinTokenResponse>, tonic::Status>
+        {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/cnsmo.identity.v1.JoinTokenService/DeleteJoinToken",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cnsmo.identity.v1.JoinTokenService", "DeleteJoinToken"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -627,6 +721,16 @@ pub mod join_token_service_server {
             &self,
             request: tonic::Request<super::CreateJoinTokenRequest>,
         ) -> std::result::Result<tonic::Response<super::CreateJoinTokenResponse>, tonic::Status>;
+        /// Those that have not expired, used up or not, by id. Their secrets the core does not know.
+        async fn list_join_tokens(
+            &self,
+            request: tonic::Request<super::ListJoinTokensRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListJoinTokensResponse>, tonic::Status>;
+        /// From now on it admits nobody; whom it has admitted stays. NOT_FOUND if there is no such token.
+        async fn delete_join_token(
+            &self,
+            request: tonic::Request<super::DeleteJoinTokenRequest>,
+        ) -> std::result::Result<tonic::Response<super::DeleteJoinTokenResponse>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct JoinTokenServiceServer<T> {
@@ -728,6 +832,90 @@ pub mod join_token_service_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = CreateJoinTokenSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.identity.v1.JoinTokenService/ListJoinTokens" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListJoinTokensSvc<T: JoinTokenService>(pub Arc<T>);
+                    impl<T: JoinTokenService>
+                        tonic::server::UnaryService<super::ListJoinTokensRequest>
+                        for ListJoinTokensSvc<T>
+                    {
+                        type Response = super::ListJoinTokensResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListJoinTokensRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as JoinTokenService>::list_join_tokens(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListJoinTokensSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.identity.v1.JoinTokenService/DeleteJoinToken" => {
+                    #[allow(non_camel_case_types)]
+                    struct DeleteJoinTokenSvc<T: JoinTokenService>(pub Arc<T>);
+                    impl<T: JoinTokenService>
+                        tonic::server::UnaryService<super::DeleteJoinTokenRequest>
+                        for DeleteJoinTokenSvc<T>
+                    {
+                        type Response = super::DeleteJoinTokenResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::DeleteJoinTokenRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as JoinTokenService>::delete_join_token(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = DeleteJoinTokenSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

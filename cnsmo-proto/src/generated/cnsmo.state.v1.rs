@@ -175,6 +175,10 @@ pub struct WatchRequest {
     /// After this time without a message a bookmark is sent. 0: 10 s; at least 100 ms, at most 1 h.
     #[prost(message, optional, tag = "4")]
     pub bookmark_interval: ::core::option::Option<::prost_types::Duration>,
+    /// That of the response from which start_revision is. If it is not the present one, an older state was restored since then:
+    /// the watch begins with COMPACTED and the keys as they are. 0: not checked.
+    #[prost(uint64, tag = "5")]
+    pub epoch: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WatchResponse {
@@ -185,6 +189,9 @@ pub struct WatchResponse {
     pub revision: i64,
     #[prost(message, repeated, tag = "3")]
     pub events: ::prost::alloc::vec::Vec<Event>,
+    /// Of the revision: raised when an older state is restored, so that revisions come anew. Of every message.
+    #[prost(uint64, tag = "4")]
+    pub epoch: u64,
 }
 /// Nested message and enum types in `WatchResponse`.
 pub mod watch_response {
@@ -200,7 +207,8 @@ pub mod watch_response {
         Events = 3,
         /// Nothing that is watched has changed up to `revision`.
         Bookmark = 4,
-        /// The history between what was sent and now is gone; a snapshot follows, and what is not in it was deleted.
+        /// The history between what was sent and now is gone, or of another epoch; a snapshot follows, and what is not in it was
+        /// deleted.
         Compacted = 5,
     }
     impl Kind {

@@ -57,6 +57,8 @@ pub const RULES: &[Rule] = &[
     audited("/cnsmo.identity.v1.IdentityService/Renew", KNOWN),
     audited("/cnsmo.identity.v1.IdentityService/RevokeIdentity", ADMINS),
     audited("/cnsmo.identity.v1.JoinTokenService/CreateJoinToken", ADMINS),
+    audited("/cnsmo.identity.v1.JoinTokenService/DeleteJoinToken", ADMINS),
+    rule("/cnsmo.identity.v1.JoinTokenService/ListJoinTokens", ADMINS),
     audited("/cnsmo.resource.v1.ResourceService/Apply", WRITERS),
     audited("/cnsmo.resource.v1.ResourceService/Delete", WRITERS),
     rule("/cnsmo.resource.v1.ResourceService/Get", READERS),

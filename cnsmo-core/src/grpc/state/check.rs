@@ -38,6 +38,8 @@ pub(super) struct Watch {
     pub(super) prefix: String,
     /// None: first the keys as they are.
     pub(super) start: Option<Revision>,
+    /// Of the start; 0: not known.
+    pub(super) epoch: u64,
     pub(super) prev_kv: bool,
     pub(super) bookmark: Duration,
 }
@@ -74,12 +76,12 @@ pub(super) fn duration(
 }
 
 pub(super) fn watch(request: WatchRequest) -> Result<Watch, Error> {
-    let WatchRequest { prefix, start_revision, prev_kv, bookmark_interval } = request;
+    let WatchRequest { prefix, start_revision, prev_kv, bookmark_interval, epoch } = request;
     self::prefix("prefix", &prefix)?;
     let bookmark = duration("bookmark_interval", bookmark_interval, BOOKMARK_MIN, BOOKMARK_MAX)?;
     let bookmark = bookmark.unwrap_or(BOOKMARK_DEFAULT);
     let start = (start_revision != 0).then_some(start_revision);
-    Ok(Watch { prefix, start, prev_kv, bookmark })
+    Ok(Watch { prefix, start, epoch, prev_kv, bookmark })
 }
 
 pub(super) fn txn(request: TxnRequest, access: &Access) -> Result<Txn, Error> {

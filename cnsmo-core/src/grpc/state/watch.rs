@@ -4,15 +4,11 @@
 //! is served from the log once the changes have left the store's memory, and begins anew with a snapshot once they have left
 //! the log.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::state::{Event, WatchResponse, event, watch_response::Kind};
-use futures::{
-    Stream,
-    future::{Either, select},
-    stream,
-};
-use tokio::time::Instant;
+use futures::{Stream, stream};
+use tokio::time::{Instant, timeout_at};
 use tonic::Status;
 
 use super::{PAGE_BYTES, PAGE_KEYS_MAX, access::Access, check::Watch, key_value};
@@ -56,12 +52,19 @@ enum State {
 
 impl Watcher {
     pub(super) fn new(store: Store, access: Access, watch: Watch) -> Self {
-        let Watch { prefix, start, prev_kv, bookmark } = watch;
-        let state = match start {
-            Some(_) => State::Resume,
-            None => State::Snapshot { at: None, after: None },
+        let Watch { prefix, start, epoch, prev_kv, bookmark } = watch;
+        let (state, revision) = match start {
+            None => (State::Snapshot { at: None, after: None }, 0),
+            // That revision is another one now.
+            Some(_) if epoch != 0 && epoch != store.epoch() => (State::Compacted, 0),
+            Some(start) => (State::Resume, start),
         };
-        Self { store, access, prefix, prev_kv, bookmark, revision: start.unwrap_or(0), state }
+        Self { store, access, prefix, prev_kv, bookmark, revision, state }
+    }
+
+    /// The revision that must be there; 0: any.
+    pub(super) fn start(&self) -> Revision {
+        self.revision
     }
 
     /// Its messages.
@@ -84,7 +87,7 @@ impl Watcher {
                 State::Resume => self.resume().await,
                 State::Compacted => {
                     self.state = State::Snapshot { at: None, after: None };
-                    return Ok(message(Kind::Compacted, 0, Vec::new()));
+                    return Ok(self.message(Kind::Compacted, 0, Vec::new()));
                 }
                 State::Snapshot { .. } => self.snapshot().await,
                 State::Synced => {
@@ -92,7 +95,7 @@ impl Watcher {
                         feed: self.store.follow(self.revision),
                         bookmark_at: Instant::now() + self.bookmark,
                     };
-                    return Ok(message(Kind::Synced, self.revision, Vec::new()));
+                    return Ok(self.message(Kind::Synced, self.revision, Vec::new()));
                 }
                 State::Live { .. } => self.live().await,
                 State::Ended => Err(StoreError::Closed),
@@ -104,6 +107,10 @@ impl Watcher {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    fn message(&self, kind: Kind, revision: Revision, events: Vec<Event>) -> WatchResponse {
+        WatchResponse { kind: kind.into(), revision, events, epoch: self.store.epoch() }
     }
 
     async fn resume(&mut self) -> Result<Option<WatchResponse>, StoreError> {
@@ -141,19 +148,17 @@ impl Watcher {
             })
             .collect();
         // 0: a snapshot cannot be resumed in the middle.
-        Ok((!events.is_empty()).then(|| message(Kind::Snapshot, 0, events)))
+        Ok((!events.is_empty()).then(|| self.message(Kind::Snapshot, 0, events)))
     }
 
     async fn live(&mut self) -> Result<Option<WatchResponse>, StoreError> {
         let State::Live { feed, bookmark_at } = &mut self.state else { return Ok(None) };
-        let quiet = pin!(tokio::time::sleep_until(*bookmark_at));
-        let commits = match select(pin!(feed.next()), quiet).await {
-            Either::Left((commits, _)) => commits?,
-            Either::Right(_) => {
-                *bookmark_at = Instant::now() + self.bookmark;
-                return Ok(Some(message(Kind::Bookmark, self.revision, Vec::new())));
-            }
+        let next = timeout_at(*bookmark_at, feed.next()).await;
+        let Ok(commits) = next else {
+            *bookmark_at = Instant::now() + self.bookmark;
+            return Ok(Some(self.message(Kind::Bookmark, self.revision, Vec::new())));
         };
+        let commits = commits?;
         let events = self.events(&commits).await?;
         if events.is_empty() {
             return Ok(None);
@@ -165,7 +170,7 @@ impl Watcher {
                 *feed = self.store.follow(self.revision);
             }
         }
-        Ok(Some(message(Kind::Events, self.revision, events)))
+        Ok(Some(self.message(Kind::Events, self.revision, events)))
     }
 
     /// Of as many commits as a message takes, up to which the watch has come then.
@@ -209,10 +214,6 @@ impl Watcher {
             found => found,
         }
     }
-}
-
-fn message(kind: Kind, revision: Revision, events: Vec<Event>) -> WatchResponse {
-    WatchResponse { kind: kind.into(), revision, events }
 }
 
 fn wire(event: &store::Event, prev: Option<Entry>) -> Event {
