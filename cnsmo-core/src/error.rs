@@ -96,6 +96,7 @@ fn of_store(text: &str, cause: &StoreError) -> Status {
         StoreError::Open { .. }
         | StoreError::Damaged { .. }
         | StoreError::NotEmpty { .. }
+        | StoreError::InUse { .. }
         | StoreError::Database(_) => {
             tracing::error!(error = cause as &dyn std::error::Error, "store failed");
             Status::unavailable(format!("{text}: the state could not be read or written"))

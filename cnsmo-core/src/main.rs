@@ -52,10 +52,10 @@ struct Arguments {
     #[arg(long, value_name = "PATH", env = "CNSMO_SOCKET", default_value = "/run/cnsmo/core.sock")]
     socket: PathBuf,
     /// Database shared with other cores, postgres://USER@HOST/DATABASE [default: a file in the state folder].
-    #[arg(long, value_name = "URL", env = "CNSMO_STORE", hide_env_values = true)]
+    #[arg(long, global = true, value_name = "URL", env = "CNSMO_STORE", hide_env_values = true)]
     store: Option<String>,
     /// File with the password for --store.
-    #[arg(long, value_name = "FILE", env = "CNSMO_STORE_PASSWORD_FILE", requires = "store")]
+    #[arg(long, global = true, value_name = "FILE", env = "CNSMO_STORE_PASSWORD_FILE")]
     store_password_file: Option<PathBuf>,
     /// Where agents reach this core, of several [default: --listen, if that is an address].
     #[arg(long, value_name = "HOST:PORT", env = "CNSMO_ADVERTISE", requires = "store")]
@@ -81,7 +81,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Put a backup in place of the state. The core must not run.
+    /// Put a backup in place of the state, in the state folder or in the database of --store. No core must run on it.
     ///
     /// Agents and clients notice, and take the older state over.
     Restore {
@@ -146,7 +146,8 @@ fn use_small_pages() {
 #[tokio::main]
 async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
     if let Some(Command::Restore { from, force }) = arguments.command.take() {
-        let revision = server::restore(&arguments.state_dir, &from, force).await?;
+        let database = database(&arguments)?;
+        let revision = server::restore(&arguments.state_dir, database, &from, force).await?;
         tracing::info!(revision, "restored");
         return Ok(());
     }
@@ -190,9 +191,8 @@ async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
 
 /// How the core shares a database, if it does.
 fn shared(arguments: &Arguments) -> anyhow::Result<Option<Shared>> {
-    let Arguments { store, store_password_file, advertise, listen, takeover, .. } = arguments;
-    let Some(url) = store else { return Ok(None) };
-    let database = PostgresConfig::new(url, store_password_file.as_deref()).context("--store")?;
+    let Some(database) = database(arguments)? else { return Ok(None) };
+    let Arguments { advertise, listen, takeover, .. } = arguments;
     let advertise = match advertise {
         Some(address) => address.to_string(),
         None if listen.ip().is_unspecified() || listen.port() == 0 => {
@@ -203,6 +203,18 @@ fn shared(arguments: &Arguments) -> anyhow::Result<Option<Shared>> {
     let fits = (TTL_MIN..=TTL_MAX).contains(takeover);
     ensure!(fits, "--takeover: {takeover:?} is not in {TTL_MIN:?} to {TTL_MAX:?}");
     Ok(Some(Shared { database, advertise, takeover: *takeover }))
+}
+
+fn database(arguments: &Arguments) -> anyhow::Result<Option<PostgresConfig>> {
+    let Arguments { store, store_password_file, .. } = arguments;
+    match store {
+        Some(url) => {
+            let config = PostgresConfig::new(url, store_password_file.as_deref());
+            Ok(Some(config.context("--store")?))
+        }
+        None if store_password_file.is_some() => bail!("--store-password-file: without --store"),
+        None => Ok(None),
+    }
 }
 
 /// A number with one of the units ms, s, m and h.

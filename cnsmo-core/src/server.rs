@@ -302,12 +302,20 @@ async fn keep(
     Ok(Keeper::Cluster(Cluster::start(store, &database, me, duties, takeover)))
 }
 
-/// Puts a backup in place of the state of a core that does not run, and returns its revision. A state that is there is only
-/// replaced if `force` says so.
-pub async fn restore(folder: &Path, from: &Path, force: bool) -> anyhow::Result<Revision> {
+/// Puts a backup in place of the state of a core that does not run, in its folder or in the database that cores share, and
+/// returns its revision. A state that is there is only replaced if `force` says so.
+pub async fn restore(
+    folder: &Path,
+    database: Option<PostgresConfig>,
+    from: &Path,
+    force: bool,
+) -> anyhow::Result<Revision> {
     make_folder(folder)?;
     let _lock = lock(&folder.join("lock"))?;
-    let store = StoreConfig::sqlite(folder.join("state.db"));
+    let store = match database {
+        None => StoreConfig::sqlite(folder.join("state.db")),
+        Some(database) => StoreConfig::postgres(database),
+    };
     match store::restore(&store, from, force).await {
         Err(error @ StoreError::NotEmpty { .. }) => {
             Err(anyhow::Error::new(error).context("nothing was restored: --force replaces it"))

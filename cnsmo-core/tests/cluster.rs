@@ -37,13 +37,13 @@ use crate::{
 const TAKEOVER: &str = "2s";
 
 /// A core as a program of its own, killed when dropped.
-struct Member {
+pub(crate) struct Member {
     folder: PathBuf,
-    process: Child,
+    pub(crate) process: Child,
 }
 
 impl Member {
-    fn command(folder: &Path, store: &str) -> Command {
+    pub(crate) fn command(folder: &Path, store: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cnsmo-core"));
         command
             .args(["--listen", "127.0.0.1:0", "--store", store, "--takeover", TAKEOVER])
@@ -58,7 +58,7 @@ impl Member {
     }
 
     /// Returns when it says that it is ready.
-    fn start(folder: &Path, store: &str) -> Self {
+    pub(crate) fn start(folder: &Path, store: &str) -> Self {
         let mut process = Self::command(folder, store).spawn().unwrap();
         let log = process.stderr.take().unwrap();
         let member = Self { folder: folder.to_owned(), process };
@@ -73,7 +73,7 @@ impl Member {
         Admin::connect(&self.folder.join("core.sock")).await
     }
 
-    async fn channel(&self) -> Channel {
+    pub(crate) async fn channel(&self) -> Channel {
         unix(&self.folder.join("core.sock")).await.unwrap()
     }
 
@@ -86,7 +86,7 @@ impl Member {
         admin.get_status(GetStatusRequest {}).await.unwrap().into_inner()
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.process.id().try_into().unwrap()), signal).unwrap();
     }
 }
@@ -261,7 +261,7 @@ async fn renewed(state: &mut StateServiceClient<Channel>, lease_id: i64) -> Keep
 }
 
 /// The next key that goes because its lease has ended.
-async fn expired(watch: &mut Streaming<WatchResponse>) -> String {
+pub(crate) async fn expired(watch: &mut Streaming<WatchResponse>) -> String {
     let expired = async {
         loop {
             let message = watch.message().await.unwrap().expect("the watch ended");

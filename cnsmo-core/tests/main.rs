@@ -19,6 +19,7 @@ mod overlay;
 mod pause;
 mod postgres;
 mod program;
+mod restore;
 #[path = "../../tests/harness/postgres.rs"]
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod server;

@@ -1,6 +1,7 @@
 //! The store on PostgreSQL: several cores at once, and what may break.
 
 use std::{
+    fs,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -10,9 +11,12 @@ use std::{
 
 use cnsmo_core::store::{Fence, Op, PostgresConfig, Range, Store, StoreConfig, StoreError, Txn};
 
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+
 use crate::{
+    cluster::Member,
     harness::PATIENCE,
-    server::{Postgres, Sync},
+    server::{Postgres, Sync, Tls},
 };
 
 /// One server for all tests of this process; each has a database of its own.
@@ -143,4 +147,69 @@ async fn killed_connections_lose_no_acknowledged_put_and_stop_nobody_for_long() 
     for put in &acknowledged {
         assert!(seen.contains(put), "{put:?} is lost");
     }
+}
+
+/// A CA, and what a server with a certificate of it needs.
+fn authority() -> (String, Tls) {
+    let mut ca = CertificateParams::default();
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    let ca_pem = ca.self_signed(&key).unwrap().pem();
+    let issuer = Issuer::new(ca, key);
+    let key = KeyPair::generate().unwrap();
+    let server = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    let certificate = server.signed_by(&key, &issuer).unwrap().pem();
+    (ca_pem, Tls { certificate, key: key.serialize_pem() })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_network_is_crossed_by_tls_and_each_wrong_setting_is_named() {
+    const PASSWORD: &str = "correct-horse";
+    let (ca, tls) = authority();
+    let server = Postgres::start_with(Sync::None, Some(&tls)).unwrap();
+    let url = server.create_database().unwrap();
+    let name = url.split(['/', '?']).nth(3).unwrap().to_owned();
+    let port = url.split("port=").nth(1).unwrap().split('&').next().unwrap();
+    server.sql(&name, &format!("CREATE ROLE app LOGIN SUPERUSER PASSWORD '{PASSWORD}'")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let (right_ca, other_ca) = (file("ca", &ca), file("other-ca", &authority().0));
+    let (right, wrong) = (file("password", PASSWORD), file("wrong", "battery-staple"));
+    let none = "/none".to_owned();
+    let url = |host: &str, mode: &str, ca: &str| {
+        format!("postgres://app@{host}:{port}/{name}?sslmode={mode}&sslrootcert={ca}")
+    };
+    let with = |url: &str, password: &str| {
+        let mut command = Member::command(folder.path(), url);
+        command.args(["--store-password-file", password]);
+        command
+    };
+    for (url, password, why) in [
+        (url("localhost", "verify-full", &other_ca), &right, "invalid peer certificate"),
+        (url("127.0.0.1", "verify-full", &right_ca), &right, "not valid for name"),
+        (url("localhost", "verify-full", "/none"), &right, "cannot read the file of sslrootcert"),
+        (url("localhost", "disable", &right_ca), &right, "no encryption"),
+        (url("localhost", "always", &right_ca), &right, "always"),
+        (url("localhost", "verify-full", &right_ca), &wrong, "password authentication failed"),
+        (url("localhost", "verify-full", &right_ca), &none, "cannot read the password file"),
+        (format!("postgres://app:{PASSWORD}@localhost/x"), &right, "must not contain the password"),
+    ] {
+        let refused = with(&url, password).output().unwrap();
+        let log = String::from_utf8(refused.stderr).unwrap();
+        assert!(refused.status.code() == Some(1) && log.contains(why), "{url}: {why}: {log}");
+        for secret in [PASSWORD, "battery-staple"] {
+            assert!(!log.contains(secret), "{log}");
+        }
+    }
+    let url = url("localhost", "verify-full", &right_ca);
+    let config = PostgresConfig::new(&url, Some(right.as_ref())).unwrap();
+    let store = Store::open(&StoreConfig::postgres(config)).await.unwrap();
+    store.commit(put("over TLS".into())).await.unwrap();
+    let encrypted = "SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
+        WHERE application_name = 'cnsmo-core'";
+    assert_eq!(server.sql(&name, encrypted).unwrap(), "t");
 }

@@ -762,7 +762,7 @@ async fn many_leases_that_end_at_once_are_held_back() {
     let (mut leases, mut puts) = (Vec::new(), Vec::new());
     for n in 0..100 {
         // Long enough for all of them to be granted before the first is over.
-        let lease = client.grant(Duration::from_secs(5)).await.lease_id;
+        let lease = client.grant(Duration::from_secs(10)).await.lease_id;
         puts.push(put_with(&format!("m/{n}"), "", lease));
         leases.push(lease);
     }
@@ -834,9 +834,9 @@ async fn a_backup_is_the_state_of_its_revision() {
     let path = folder.path().join("backup");
     std::fs::write(&path, file).unwrap();
     let state_dir = folder.path().join("state");
-    let restored = cnsmo_core::server::restore(&state_dir, &path, false).await.unwrap();
+    let restored = cnsmo_core::server::restore(&state_dir, None, &path, false).await.unwrap();
     assert_eq!(restored, revision);
-    let refused = cnsmo_core::server::restore(&state_dir, &path, false).await.unwrap_err();
+    let refused = cnsmo_core::server::restore(&state_dir, None, &path, false).await.unwrap_err();
     assert!(format!("{refused:#}").contains("force"), "{refused:#}");
     let core = TestCore::start_in(folder, cnsmo_core::fleet::Timing::default()).await;
     let mut client = Client::connect(&core.folder).await;

@@ -6,7 +6,8 @@
 use std::{
     env, fs,
     io::{BufRead as _, BufReader, Read as _},
-    os::unix::process::CommandExt as _,
+    net::TcpListener,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{self, Child, Command, Stdio},
     sync::atomic::{AtomicU32, Ordering},
@@ -17,6 +18,8 @@ use nix::unistd::Uid;
 
 /// Where Debian's package postgresql-15 puts the server's programs.
 pub const PROGRAMS: &str = "/usr/lib/postgresql/15/bin";
+/// The default one of PostgreSQL: it is part of the socket's name.
+const PORT: u16 = 5432;
 /// PostgreSQL refuses to run as root; the package makes this user.
 const USER: &str = "postgres";
 /// Arguments: folder, programs, options of the server, then what makes a command run as another user.
@@ -47,11 +50,21 @@ pub enum Sync {
     None,
 }
 
+/// With what a server proves who it is.
+#[derive(Debug)]
+pub struct Tls {
+    /// PEM.
+    pub certificate: String,
+    /// PEM.
+    pub key: String,
+}
+
 /// A server with databases of its own, reached by a unix socket. Dropping it stops it and removes its folder.
 #[derive(Debug)]
 pub struct Postgres {
     guard: Child,
     folder: PathBuf,
+    port: u16,
     databases: AtomicU32,
 }
 
@@ -61,6 +74,14 @@ impl Postgres {
     /// # Errors
     /// The programs are not installed, or the server does not start.
     pub fn start(sync: Sync) -> anyhow::Result<Self> {
+        Self::start_with(sync, None)
+    }
+
+    /// As [`Self::start`]; with `tls` it is also reached at a port of 127.0.0.1, by TLS and with a password alone.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(sync: Sync, tls: Option<&Tls>) -> anyhow::Result<Self> {
         ensure!(
             Path::new(PROGRAMS).join("postgres").exists(),
             "there is no PostgreSQL in {PROGRAMS}: `cargo xtask setup` as root installs it"
@@ -76,8 +97,13 @@ impl Postgres {
             vec!["env".into()]
         };
         let fsync = if sync == Sync::Disk { "on" } else { "off" };
+        let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let network = match tls {
+            None => "-c listen_addresses=".to_owned(),
+            Some(tls) => tls_options(&folder, port, tls)?,
+        };
         let options = format!(
-            "-c listen_addresses= -c unix_socket_directories={0} -c fsync={fsync} -c max_connections=100",
+            "{network} -c unix_socket_directories={0} -c fsync={fsync} -c max_connections=100",
             folder.display()
         );
         let guard = Command::new("sh")
@@ -93,7 +119,8 @@ impl Postgres {
             .stderr(Stdio::piped())
             .spawn()
             .context("starting a shell for PostgreSQL")?;
-        let mut postgres = Self { guard, folder, databases: AtomicU32::new(0) };
+        let port = if tls.is_some() { port } else { PORT };
+        let mut postgres = Self { guard, folder, port, databases: AtomicU32::new(0) };
         postgres.wait_until_ready()?;
         Ok(postgres)
     }
@@ -110,7 +137,8 @@ impl Postgres {
 
     /// For sqlx and for `cnsmo-core --store`.
     pub fn url(&self, database: &str) -> String {
-        format!("postgres:///{database}?host={}&user=cnsmo", self.folder.display())
+        let (folder, port) = (self.folder.display(), self.port);
+        format!("postgres:///{database}?host={folder}&port={port}&user=cnsmo")
     }
 
     /// Runs a statement by psql, and returns the rows, one a line.
@@ -121,6 +149,7 @@ impl Postgres {
         let output = Command::new(Path::new(PROGRAMS).join("psql"))
             .args(["--no-psqlrc", "--quiet", "--tuples-only", "--no-align", "--username=cnsmo"])
             .arg(format!("--host={}", self.folder.display()))
+            .arg(format!("--port={}", self.port))
             .args(["--dbname", database, "--command", statement])
             .output()
             .context("starting psql")?;
@@ -150,6 +179,24 @@ impl Drop for Postgres {
         // The folder is gone when the shell is.
         let _ = self.guard.wait();
     }
+}
+
+/// Writes what the server reads of TLS, as its user, and says so.
+fn tls_options(folder: &Path, port: u16, tls: &Tls) -> anyhow::Result<String> {
+    const RULES: &str = "local all all trust\nhostssl all all 127.0.0.1/32 scram-sha-256\n";
+    for (name, text) in [("tls.crt", &*tls.certificate), ("tls.key", &*tls.key), ("hba", RULES)] {
+        let path = folder.join(name);
+        fs::write(&path, text)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        if Uid::effective().is_root() {
+            std::os::unix::fs::chown(&path, Some(user_id()?), None)?;
+        }
+    }
+    let folder = folder.display();
+    Ok(format!(
+        "-c listen_addresses=127.0.0.1 -c port={port} -c ssl=on -c ssl_cert_file={folder}/tls.crt \
+         -c ssl_key_file={folder}/tls.key -c hba_file={folder}/hba"
+    ))
 }
 
 /// Short: a socket's path has at most 107 bytes.

@@ -44,8 +44,9 @@ pub(super) async fn backup(readers: &Readers, to: &Path) -> Result<Revision, Sto
 /// Puts a backup in place of the state, with a new epoch. The core must be down.
 ///
 /// # Errors
-/// [`StoreError::Damaged`] and [`StoreError::Open`] for a backup that is no sound one, [`StoreError::NotEmpty`] for a
-/// state that is there already, unless `force` replaces it. The state is as before then.
+/// [`StoreError::Damaged`] and [`StoreError::Open`] for a backup that is no sound one, [`StoreError::InUse`] for a database
+/// on which cores run, [`StoreError::NotEmpty`] for a state that is there already, unless `force` replaces it. The state is
+/// as before then.
 pub async fn restore(
     config: &StoreConfig,
     from: &Path,
@@ -66,6 +67,9 @@ pub async fn restore(
     let engine = config.open();
     let failed = |error| schema::open_error(engine.as_ref(), error);
     let mut target = engine.writer().await.map_err(failed)?;
+    if !target.exclude().await.map_err(failed)? {
+        return Err(StoreError::InUse { name: engine.name() });
+    }
     schema::prepare(engine.as_ref(), target.as_mut()).await?;
     target.begin(Mode::Write).await.map_err(failed)?;
     let (revision, epoch) = meta_of(target.as_mut()).await.map_err(failed)?;

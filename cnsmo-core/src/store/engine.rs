@@ -193,6 +193,9 @@ pub(super) trait Connection: Send {
     /// Bytes that the database takes, and bytes of its write-ahead log (0: not known).
     async fn size(&mut self) -> Result<(u64, u64), EngineError>;
 
+    /// Keeps all other writers out until it is closed. False: there are some.
+    async fn exclude(&mut self) -> Result<bool, EngineError>;
+
     /// Ends the connection in good order.
     async fn close(self: Box<Self>) -> Result<(), EngineError>;
 }

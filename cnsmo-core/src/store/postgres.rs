@@ -43,8 +43,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Key of the advisory lock under which tables are made: any number that nobody else uses.
 const SCHEMA_LOCK: i64 = 0x636e_736d_6f00;
+/// Key of the advisory lock that every core shares with the others as long as it writes.
+const WRITERS_LOCK: i64 = SCHEMA_LOCK + 1;
 /// Pause between attempts to ask again.
 const RETRY: Duration = Duration::from_millis(50);
+/// Settings of the URL that name a file.
+const FILES: [&str; 3] = ["sslrootcert", "sslcert", "sslkey"];
 /// A password file has one line; more is another file.
 const PASSWORD_BYTES_MAX: usize = 1_024;
 /// The transaction's id, to ask for it later, and the notification that its commit sends.
@@ -80,6 +84,15 @@ pub enum InvalidUrl {
     /// Anybody on the machine can read arguments.
     #[error("must not contain the password: put it into a password file, PGPASSFILE or PGPASSWORD")]
     Password,
+    /// A file that the URL names.
+    #[error("cannot read the file of {setting}")]
+    File {
+        /// In the URL.
+        setting: &'static str,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
     /// The password file.
     #[error("cannot read the password file")]
     PasswordFile(#[source] io::Error),
@@ -98,6 +111,7 @@ impl PostgresConfig {
             return Err(InvalidUrl::Password);
         }
         let mut options: PgConnectOptions = url.parse().map_err(InvalidUrl::Url)?;
+        check_files(url)?;
         if let Some(path) = password_file {
             let text = Zeroizing::new(fs::read(path).map_err(InvalidUrl::PasswordFile)?);
             options = options.password(&password(&text)?);
@@ -128,6 +142,21 @@ fn has_password(url: &str) -> bool {
     user.contains(':') || query.split('&').any(|pair| pair.starts_with("password="))
 }
 
+/// When it connects, it would be told that some file is not there.
+fn check_files(url: &str) -> Result<(), InvalidUrl> {
+    let (_, query) = url.split_once('?').unwrap_or_default();
+    let named = |(name, path)| Some((FILES.into_iter().find(|file| *file == name)?, path));
+    for (setting, path) in
+        query.split('&').filter_map(|pair| pair.split_once('=')).filter_map(named)
+    {
+        let is_plain = !path.contains('%');
+        if is_plain && let Err(source) = fs::File::open(path) {
+            return Err(InvalidUrl::File { setting, source });
+        }
+    }
+    Ok(())
+}
+
 fn password(bytes: &[u8]) -> Result<Zeroizing<String>, InvalidUrl> {
     if bytes.len() > PASSWORD_BYTES_MAX {
         return Err(InvalidUrl::PasswordLine);
@@ -144,26 +173,38 @@ fn password(bytes: &[u8]) -> Result<Zeroizing<String>, InvalidUrl> {
 #[derive(Debug)]
 pub(super) struct Database {
     options: PgConnectOptions,
-    newest: Mutex<watch::Receiver<Revision>>,
+    newest: Mutex<Option<Newest>>,
+}
+
+/// The newest revision of all cores, and the task that learns of it.
+#[derive(Debug)]
+struct Newest {
+    seen: watch::Receiver<Revision>,
     listener: JoinHandle<()>,
+}
+
+impl Newest {
+    fn of(options: PgConnectOptions) -> Self {
+        let (newest, seen) = watch::channel(0);
+        Self { seen, listener: tokio::spawn(listen(options, newest)) }
+    }
 }
 
 impl Database {
     /// Connects when it is needed.
     pub(super) fn new(config: &PostgresConfig) -> Self {
-        let (newest, seen) = watch::channel(0);
-        let listener = tokio::spawn(listen(config.options.clone(), newest));
-        Self { options: config.options.clone(), newest: Mutex::new(seen), listener }
+        Self { options: config.options.clone(), newest: Mutex::default() }
     }
 
-    async fn session(&self) -> Result<Box<dyn Connection>, EngineError> {
-        let connection = connect(&self.options).await?;
+    async fn session(&self, writes: bool) -> Result<Box<dyn Connection>, EngineError> {
         let options = self.options.clone();
-        Ok(Box::new(Session { options, connection: Some(connection), in_transaction: false }))
+        let mut session = Session { options, writes, connection: None, in_transaction: false };
+        session.live().await?;
+        Ok(Box::new(session))
     }
 }
 
-impl Drop for Database {
+impl Drop for Newest {
     fn drop(&mut self) {
         self.listener.abort();
     }
@@ -172,11 +213,11 @@ impl Drop for Database {
 #[async_trait]
 impl Engine for Database {
     async fn writer(&self) -> Result<Box<dyn Connection>, EngineError> {
-        self.session().await
+        self.session(true).await
     }
 
     async fn reader(&self) -> Result<Box<dyn Connection>, EngineError> {
-        self.session().await
+        self.session(false).await
     }
 
     fn name(&self) -> String {
@@ -194,17 +235,20 @@ impl Engine for Database {
 
     async fn wake(&self) -> Revision {
         let mut newest = self.newest.lock().await;
-        if newest.changed().await.is_err() {
+        let Newest { seen, .. } = newest.get_or_insert_with(|| Newest::of(self.options.clone()));
+        if seen.changed().await.is_err() {
             // The listener is gone with its runtime, and so are we.
             std::future::pending::<()>().await;
         }
-        *newest.borrow_and_update()
+        *seen.borrow_and_update()
     }
 }
 
 /// A connection, and how to get another when it breaks.
 struct Session {
     options: PgConnectOptions,
+    /// It holds its share of [`WRITERS_LOCK`].
+    writes: bool,
     connection: Option<PgConnection>,
     in_transaction: bool,
 }
@@ -322,6 +366,16 @@ impl Connection for Session {
         Ok((bytes.cast_unsigned(), 0))
     }
 
+    /// Others wait with their first statement. What this one does may take its time.
+    async fn exclude(&mut self) -> Result<bool, EngineError> {
+        let connection = self.live().await?;
+        let lock = sqlx::query_scalar("SELECT pg_try_advisory_lock($1)").bind(WRITERS_LOCK);
+        let alone = lock.fetch_one(&mut *connection).await;
+        let slow = "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0";
+        sqlx::raw_sql(slow).execute(connection).await?;
+        self.checked(alone)
+    }
+
     async fn close(mut self: Box<Self>) -> Result<(), EngineError> {
         match self.connection.take() {
             Some(connection) => Ok(connection.close().await?),
@@ -341,8 +395,12 @@ impl Session {
                 ));
             }
             None => {
-                let connection = connect(&self.options).await?;
-                tracing::info!("connected to the database again");
+                let mut connection = connect(&self.options).await?;
+                if self.writes {
+                    let share = sqlx::query("SELECT pg_advisory_lock_shared($1)");
+                    share.bind(WRITERS_LOCK).execute(&mut connection).await?;
+                }
+                tracing::debug!("connected to the database");
                 connection
             }
         };

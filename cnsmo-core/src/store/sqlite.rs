@@ -249,6 +249,11 @@ impl Connection for Sqlite {
         Ok((of(&self.path), of(&wal(&self.path))))
     }
 
+    /// Cores keep each other out by the lock of the state folder.
+    async fn exclude(&mut self) -> Result<bool, EngineError> {
+        Ok(true)
+    }
+
     async fn close(mut self: Box<Self>) -> Result<(), EngineError> {
         match self.connection.take() {
             Some(connection) => connection.close().map_err(|(_, error)| failed(error)),

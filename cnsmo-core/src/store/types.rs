@@ -384,6 +384,12 @@ pub enum StoreError {
         /// File or database.
         name: String,
     },
+    /// The restore's target is in use.
+    #[error("cores run on {name}: stop them first")]
+    InUse {
+        /// Database.
+        name: String,
+    },
     /// The connection broke during the commit.
     #[error("the connection to the database broke: it is not known whether this was committed")]
     Unknown(#[source] Arc<dyn std::error::Error + Send + Sync>),
