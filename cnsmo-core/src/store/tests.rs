@@ -2,9 +2,11 @@
 
 mod full;
 mod model;
+mod statements;
 
 use std::collections::BTreeMap;
 
+use self::statements::every_statement_is_understood;
 use super::{engine::Sql, *};
 
 /// A database of a test's own.
@@ -65,6 +67,7 @@ on_each_engine! {
     feeds_get_every_commit_once_from_memory_or_from_the_log
     the_audit_is_a_chain
     a_backup_taken_while_writing_is_one_state_and_can_be_restored
+    every_statement_is_understood
 }
 
 fn put(key: &str, value: &str) -> Txn {
