@@ -78,9 +78,10 @@ impl From<Error> for Status {
 
 fn of_store(text: &str, cause: &StoreError) -> Status {
     match cause {
-        StoreError::Full | StoreError::Busy | StoreError::TooMany { .. } => {
-            Status::resource_exhausted(format!("{text}: {cause}"))
-        }
+        StoreError::Full
+        | StoreError::Busy
+        | StoreError::TooMany { .. }
+        | StoreError::LeaseFull(_) => Status::resource_exhausted(format!("{text}: {cause}")),
         StoreError::Invalid(_) => Status::invalid_argument(cause.to_string()),
         StoreError::Fenced => Status::failed_precondition(format!("{text}: {cause}")),
         StoreError::LeaseGone(_) => Status::not_found(format!("{text}: {cause}")),

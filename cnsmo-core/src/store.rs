@@ -54,6 +54,8 @@ pub const QUEUE_BYTES_MAX: usize = 64 << 20;
 pub const KEY_BYTES_MAX: usize = 512;
 /// Keys that one operation deletes.
 pub const DELETE_KEYS_MAX: usize = 10_000;
+/// Keys of one lease: its end deletes them as one revision.
+pub const LEASE_KEYS_MAX: i64 = 10_000;
 /// Bytes of values that one transaction reads.
 pub const READ_BYTES_MAX: usize = 4 << 20;
 /// How long the answer to a request with an id is kept.

@@ -10,8 +10,9 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::{
-    AuditRecord, Change, Commit, Compare, DELETE_KEYS_MAX, Entry, Event, Lease, LeaseId, Op,
-    Outcome, READ_BYTES_MAX, REQUEST_TTL, Read, Revision, StoreError, Target, Txn, audit,
+    AuditRecord, Change, Commit, Compare, DELETE_KEYS_MAX, Entry, Event, LEASE_KEYS_MAX, Lease,
+    LeaseId, Op, Outcome, READ_BYTES_MAX, REQUEST_TTL, Read, Revision, StoreError, Target, Txn,
+    audit,
     engine::{Connection, EngineError, Repeated, Row, Sql, Value, insert, select_in},
     message,
     read::prefix_end,
@@ -31,6 +32,12 @@ const KEYS_OF_PREFIX: Sql = Sql::Fixed(
 );
 const KEYS_OF_LEASE: Sql = Sql::Fixed(
     "SELECT key, create_rev, mod_rev, version, lease_id FROM kv WHERE lease_id = $1 AND lease_id <> 0",
+);
+/// The end of the text lets it use the index of keys with a lease.
+static BOUND: Repeated = Repeated::new(
+    "SELECT lease_id, count(*) FROM kv WHERE lease_id IN (",
+    0,
+    ") AND lease_id <> 0 GROUP BY lease_id",
 );
 static CONTENTS: Repeated =
     Repeated::new("SELECT key, value, content_type FROM kv WHERE key IN (", 0, ")");
@@ -194,6 +201,8 @@ struct Group {
     /// All leases that the group may touch, and those it made; none: it ended.
     leases: BTreeMap<LeaseId, Option<Lease>>,
     changed_leases: BTreeSet<LeaseId>,
+    /// Keys of each lease with which the group puts one.
+    bound: BTreeMap<LeaseId, i64>,
     /// Answers to the requests of this group, by caller and id.
     replies: HashMap<(String, String), Reply>,
     commits: Vec<(Commit, String)>,
@@ -217,6 +226,7 @@ impl Group {
     ) -> Result<(), EngineError> {
         let (mut keys, mut prefixes) = (BTreeSet::new(), BTreeSet::new());
         let (mut leases, mut ending) = (BTreeSet::new(), BTreeSet::new());
+        let mut binding = BTreeSet::new();
         for work in work {
             match work {
                 Work::Commit(txn) => {
@@ -226,7 +236,7 @@ impl Group {
                         match op {
                             Op::Put { key, lease, .. } => {
                                 keys.insert(key);
-                                leases.extend((*lease != 0).then_some(*lease));
+                                binding.extend((*lease != 0).then_some(*lease));
                             }
                             Op::Delete { key } | Op::Get { key } => drop(keys.insert(key)),
                             Op::DeletePrefix { prefix } => drop(prefixes.insert(prefix)),
@@ -261,6 +271,11 @@ impl Group {
             let rows = connection.fetch(&KEYS_OF_LEASE, vec![lease.into()], usize::MAX).await?.rows;
             rows.into_iter().try_for_each(|row| self.know(row))?;
         }
+        let ids: Vec<Value> = binding.iter().copied().map(Value::Int).collect();
+        for mut row in select_in(connection, &BOUND, &ids).await? {
+            self.bound.insert(row.int()?, row.int()?);
+        }
+        leases.extend(binding);
         let ids: Vec<Value> = leases.iter().copied().map(Value::Int).collect();
         self.leases.extend(leases.into_iter().map(|id| (id, None)));
         for row in select_in(connection, &LEASES, &ids).await? {
@@ -398,12 +413,43 @@ impl Group {
                 return Ok(Err(error));
             }
         }
+        if let Err(error) = self.bind(&step) {
+            step.undo(&mut self.keys);
+            return Ok(Err(error));
+        }
         self.take_over(step, &txn.by);
         let outcome = Outcome { succeeded, revision: self.revision, reads };
         if let Some(id) = &txn.request_id {
             self.replies.insert((txn.by.clone(), id.clone()), outcome.clone().into());
         }
         Ok(Ok(outcome))
+    }
+
+    /// Counts the keys that a transaction has given to leases and taken from them, unless one has too many then.
+    fn bind(&mut self, step: &Step) -> Result<(), StoreError> {
+        let puts = step.events.iter().any(|event| event.entry.lease != 0);
+        if !puts && self.bound.is_empty() {
+            return Ok(());
+        }
+        let (mut changed, mut seen) = (BTreeMap::<LeaseId, i64>::new(), BTreeSet::new());
+        for (key, before) in &step.before {
+            if seen.insert(key) {
+                let after = self.keys.get(key).and_then(Option::as_ref);
+                *changed.entry(before.as_ref().map_or(0, |p| p.lease)).or_default() -= 1;
+                *changed.entry(after.map_or(0, |p| p.lease)).or_default() += 1;
+            }
+        }
+        let known = |lease: &LeaseId| self.bound.get(lease).copied().unwrap_or_default();
+        let is_full = |(lease, more): &(&LeaseId, &i64)| {
+            **lease != 0 && **more > 0 && known(lease) + **more > LEASE_KEYS_MAX
+        };
+        if let Some((lease, _)) = changed.iter().find(is_full) {
+            return Err(StoreError::LeaseFull(*lease));
+        }
+        for (lease, more) in changed {
+            *self.bound.entry(lease).or_default() += more;
+        }
+        Ok(())
     }
 
     fn step(

@@ -61,6 +61,7 @@ on_each_engine! {
     pages_are_of_one_revision
     a_repeated_request_is_answered_with_the_first_outcome
     a_lease_ends_with_its_keys_as_one_revision
+    a_lease_takes_so_many_keys_and_no_more
     a_fence_of_an_ended_lease_is_refused
     what_no_database_takes_is_refused_before
     compaction_keeps_the_newest_put_of_each_key_and_all_above_the_cut
@@ -296,6 +297,38 @@ async fn a_lease_ends_with_its_keys_as_one_revision(place: &Place) {
     assert_eq!(store.leases().await.unwrap(), std::slice::from_ref(&other));
     revision(&store, Txn::of(vec![delete("c")])).await;
     assert_eq!(store.end_lease(other.id, false, None).await.unwrap(), Some(4), "no keys");
+}
+
+async fn a_lease_takes_so_many_keys_and_no_more(place: &Place) {
+    let store = place.open().await;
+    let lease = store.grant("me", Duration::from_secs(9), "core").await.unwrap().id;
+    let other = store.grant("me", Duration::from_secs(9), "core").await.unwrap().id;
+    let puts = |numbers: std::ops::Range<i64>| {
+        Txn::of(numbers.map(|n| leased(&format!("k/{n:05}"), lease)).collect())
+    };
+    for start in (0..LEASE_KEYS_MAX).step_by(1_000) {
+        revision(&store, puts(start..start + 1_000)).await;
+    }
+    let last = revision(&store, puts(0..2)).await;
+    let full = |refused: Result<Outcome, StoreError>| {
+        assert!(matches!(refused, Err(StoreError::LeaseFull(id)) if id == lease), "{refused:?}");
+    };
+    full(store.commit(puts(LEASE_KEYS_MAX..LEASE_KEYS_MAX + 1)).await);
+    full(store.commit(Txn::of(vec![leased("x", lease), delete("k/none"), leased("y", 0)])).await);
+    assert_eq!((store.revision(), keys(&store, "x").await.len()), (last, 0), "nothing was done");
+
+    // A key that goes makes room, also in the same transaction, and so does one that changes its lease.
+    revision(&store, Txn::of(vec![leased("x", lease), delete("k/00000")])).await;
+    revision(&store, Txn::of(vec![leased("k/00001", other), leased("y", lease)])).await;
+    let (first, second) = tokio::join!(
+        store.commit(Txn::of(vec![delete("k/00002"), leased("z", lease)])),
+        store.commit(Txn::of(vec![leased("w", lease)]))
+    );
+    first.unwrap();
+    full(second);
+    let ended = store.end_lease(lease, true, None).await.unwrap().unwrap();
+    let left = store.range(Range::prefix("")).await.unwrap();
+    assert_eq!((left.revision, left.entries.len()), (ended, 1));
 }
 
 async fn a_fence_of_an_ended_lease_is_refused(place: &Place) {

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
-use super::{KEY_BYTES_MAX, QUEUE_MAX, engine::EngineError};
+use super::{KEY_BYTES_MAX, LEASE_KEYS_MAX, QUEUE_MAX, engine::EngineError};
 
 /// A number given to each committed transaction that writes: 1 and up, without gaps.
 pub type Revision = i64;
@@ -358,6 +358,9 @@ pub enum StoreError {
     /// A put names a lease that is not there.
     #[error("there is no lease {0}")]
     LeaseGone(LeaseId),
+    /// A put would bind one more key to a lease than it may have.
+    #[error("lease {0} has {LEASE_KEYS_MAX} keys already")]
+    LeaseFull(LeaseId),
     /// The history does not reach back so far.
     #[error("the history up to revision {at} is gone")]
     Compacted {
