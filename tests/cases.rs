@@ -12,6 +12,8 @@ mod programs;
 mod s04_actors;
 mod s05_protocols;
 mod s09_recovery;
+mod s10_stateless;
+mod s12_python;
 mod s14_announce;
 mod s16_agents;
 mod swap;
