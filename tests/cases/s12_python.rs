@@ -38,7 +38,7 @@ fn s12_a_python_program_announces_subscribes_and_serves() {
     for number in 0..8 {
         let text = format!("Grüße {number}");
         let reply = core.cnsmo_json(&["bus", "request", "svc.echo", &text]);
-        assert_eq!(reply["text"], text, "{reply}");
+        assert_eq!(reply["payload"], text, "{reply}");
     }
     // They have shared the requests.
     for instance in [&mut local, &mut remote] {
