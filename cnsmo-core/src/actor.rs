@@ -26,7 +26,10 @@ use crate::{
     error::Error,
     fleet::{DownSender, Fleet, Timing},
     identity::{Enrolled, Issued, Peer, Subject, registry::Registry},
-    state::{Admission, Announcement, Enrolment, Event, FOLDERS, Plan, State, TokenRecord, Wanted},
+    state::{
+        Admission, Announcement, Enrolment, Event, FOLDERS, Plan, State, TokenRecord, TokenSummary,
+        Wanted,
+    },
     store::{Fence, Range, Revision, Store, StoreError, Txn},
 };
 
@@ -136,7 +139,7 @@ enum Input {
     Tokens {
         after: String,
         count: usize,
-        reply: Reply<Vec<(String, TokenRecord)>>,
+        reply: Reply<Vec<TokenSummary>>,
     },
     DeleteToken {
         id: String,
@@ -290,11 +293,7 @@ impl Core {
     }
 
     /// At most `count` of the join tokens that have not expired, by id, behind `after`.
-    pub async fn tokens(
-        &self,
-        after: String,
-        count: usize,
-    ) -> Result<Vec<(String, TokenRecord)>, Error> {
+    pub async fn tokens(&self, after: String, count: usize) -> Result<Vec<TokenSummary>, Error> {
         self.ask(|reply| Input::Tokens { after, count, reply }).await
     }
 
@@ -483,7 +482,6 @@ impl Actor {
             }
             Input::Tokens { after, count, reply } => {
                 let tokens = self.state.tokens(&after, SystemTime::now()).take(count);
-                let tokens = tokens.map(|(id, token)| (id.clone(), token.clone()));
                 let _ = reply.send(Ok(tokens.collect()));
             }
             Input::DeleteToken { id, reply } => {

@@ -31,7 +31,7 @@ use uuid::Uuid;
 
 pub use enrol::{
     Admission, Enrolment, IDENTITIES_MAX, TOKEN_TTL_MAX, TOKEN_USES_MAX, TOKENS_MAX, TokenGrant,
-    TokenRecord,
+    TokenRecord, TokenSummary,
 };
 pub use node::{Announcement, Membership, NODES_MAX, Node};
 pub use overlay::MEMBERS_MAX;

@@ -31,7 +31,9 @@ use crate::{
         ca::{Ca, SigningRequest},
         caller::{Caller, RESERVED},
     },
-    state::{Admission, Enrolment, TOKEN_TTL_MAX, TOKEN_USES_MAX, TokenGrant, TokenRecord},
+    state::{
+        Admission, Enrolment, TOKEN_TTL_MAX, TOKEN_USES_MAX, TokenGrant, TokenRecord, TokenSummary,
+    },
     store::Revision,
 };
 
@@ -315,15 +317,15 @@ fn message(identity: &str, enrolled: &Enrolled) -> IdentityMessage {
 }
 
 /// Nothing in it leads to the secret.
-fn join_token((id, token): (String, TokenRecord)) -> JoinToken {
+fn join_token(token: TokenSummary) -> JoinToken {
     let TokenGrant { role, name, grants } = token.grant;
     JoinToken {
-        id,
+        id: token.id,
         create_time: Some(token.create_time.into()),
         expire_time: Some(token.expire_time.into()),
         max_uses: token.uses_max,
         // At most TOKEN_USES_MAX.
-        uses: u32::try_from(token.used_by.len()).unwrap_or(u32::MAX),
+        uses: u32::try_from(token.uses).unwrap_or(u32::MAX),
         labels: token.labels.as_map().clone(),
         role: RoleMessage::from(role).into(),
         name: name.map(|name| name.to_string()).unwrap_or_default(),

@@ -66,6 +66,25 @@ pub struct TokenRecord {
     pub grant: TokenGrant,
 }
 
+/// What is told of a join token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenSummary {
+    /// Its public part.
+    pub id: String,
+    /// When it was made.
+    pub create_time: SystemTime,
+    /// End of its life.
+    pub expire_time: SystemTime,
+    /// Names that it may admit.
+    pub uses_max: u32,
+    /// How many it has admitted.
+    pub uses: usize,
+    /// Labels for each node that joins with it.
+    pub labels: Labels,
+    /// Whom it admits.
+    pub grant: TokenGrant,
+}
+
 /// A request to join.
 #[derive(Clone, Debug)]
 pub struct Enrolment {
@@ -127,13 +146,18 @@ impl State {
     }
 
     /// Join tokens that have not expired, by id, behind `after`.
-    pub fn tokens<'a>(
-        &'a self,
-        after: &str,
-        now: SystemTime,
-    ) -> impl Iterator<Item = (&'a String, &'a TokenRecord)> {
+    pub fn tokens(&self, after: &str, now: SystemTime) -> impl Iterator<Item = TokenSummary> {
         let behind = (Bound::Excluded(after), Bound::Unbounded);
-        self.tokens.range::<str, _>(behind).filter(move |(_, token)| token.expire_time > now)
+        let all = self.tokens.range::<str, _>(behind);
+        all.filter(move |(_, token)| token.expire_time > now).map(|(id, token)| TokenSummary {
+            id: id.clone(),
+            create_time: token.create_time,
+            expire_time: token.expire_time,
+            uses_max: token.uses_max,
+            uses: token.used_by.len(),
+            labels: token.labels.clone(),
+            grant: token.grant.clone(),
+        })
     }
 
     /// Whether a request to join may be granted. The same key may come again while the token lives: a lost answer locks
