@@ -147,6 +147,11 @@ fn prove(fleet: &mut Fleet, report: &mut Report, take_apart: bool) -> anyhow::Re
     scenarios::deploy::absent(fleet, report)?;
     progress::heading("Who may do what");
     scenarios::identity::operators(fleet, report)?;
+    progress::heading("What services keep in the core");
+    scenarios::state::kept(fleet, report)?;
+    scenarios::state::announced(fleet, report)?;
+    progress::heading("cnsmo backup, cnsmo-core restore");
+    scenarios::state::restored(fleet, report)?;
     progress::heading("SIGKILL to the core and all agents under traffic");
     scenarios::outage::control(fleet, report)?;
     progress::heading("SIGKILL to the gateway's tunnel process under traffic");

@@ -7,6 +7,7 @@ pub(crate) mod outage;
 pub(crate) mod overlay;
 pub(crate) mod policy;
 pub(crate) mod secrets;
+pub(crate) mod state;
 
 use std::time::Duration;
 

@@ -47,23 +47,27 @@ fn word(ok: bool) -> &'static str {
     if ok { "allowed" } else { "refused" }
 }
 
-/// An operator at the client's host, outside of the core's machine.
-struct Operator<'a> {
+/// Who uses `cnsmo` at the client's host, outside of the core's machine.
+pub(super) struct Operator<'a> {
     fleet: &'a Fleet,
     dir: String,
     core: String,
 }
 
 impl<'a> Operator<'a> {
-    fn log_in(fleet: &'a Fleet, name: &str, role: &str) -> anyhow::Result<Self> {
-        let file = |end: &str| fleet.control().dir().join(format!("{name}{end}"));
-        let token = file(".token").display().to_string();
+    pub(super) fn log_in(fleet: &'a Fleet, name: &str, role: &str) -> anyhow::Result<Self> {
+        let token = fleet.control().dir().join(format!("{name}.token")).display().to_string();
         fleet.cli_ok(&["token", "create", "--role", role, "--name", name, "--output", &token])?;
-        let core = fleet.socket_address(To::Underlay("core"), CORE_PORT)?.to_string();
-        let operator = Self { fleet, dir: file("").display().to_string(), core };
+        let operator = Self::again(fleet, name)?;
         let (ok, said) = operator.run(&["login", "--name", name, &token])?;
         ensure!(ok, "cnsmo login failed: {said}");
         Ok(operator)
+    }
+
+    /// One that has logged in.
+    pub(super) fn again(fleet: &'a Fleet, name: &str) -> anyhow::Result<Self> {
+        let core = fleet.socket_address(To::Underlay("core"), CORE_PORT)?.to_string();
+        Ok(Self { fleet, dir: fleet.control().dir().join(name).display().to_string(), core })
     }
 
     fn command(&self, arguments: &[&str]) -> anyhow::Result<std::process::Command> {
@@ -74,7 +78,7 @@ impl<'a> Operator<'a> {
     }
 
     /// Whether it succeeded, and what it said.
-    fn run(&self, arguments: &[&str]) -> anyhow::Result<(bool, String)> {
+    pub(super) fn run(&self, arguments: &[&str]) -> anyhow::Result<(bool, String)> {
         let output = shell::capture(&mut self.command(arguments)?).context("running cnsmo")?;
         Ok((output.status.success(), crate::fleet::said(&output)))
     }
