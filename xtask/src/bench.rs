@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Deserialize, Serialize};
 
-use crate::{Json, netns, setup, shell};
+use crate::{Json, netns, progress, setup, shell};
 
 #[derive(clap::Args)]
 pub(crate) struct Options {
@@ -82,6 +82,11 @@ impl Row {
         };
         let finite = [row.ours, row.peer, row.ratio].iter().all(|value| value.is_finite());
         ensure!(finite, "{id}: nothing came through in a round ({row:?})");
+        // What comes later may fail, and the table comes last.
+        progress::say(&format!(
+            "        {id}: {:.1} {unit}, {peer_name} {:.1}, ratio {:.3}",
+            row.ours, row.peer, row.ratio
+        ));
         Ok(row)
     }
 }

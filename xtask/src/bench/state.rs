@@ -8,9 +8,9 @@ mod store;
 use super::Row;
 
 pub(super) fn measure() -> anyhow::Result<Vec<Row>> {
-    let mut rows = fleet::measure()?;
-    rows.extend(store::measure()?);
+    let mut rows = store::measure()?;
     rows.extend(bus::measure()?);
     rows.extend(postgres::measure()?);
+    rows.extend(fleet::measure()?);
     Ok(rows)
 }
