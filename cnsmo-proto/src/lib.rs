@@ -103,6 +103,22 @@ pub mod pb {
         }
         pub use v1::*;
     }
+    /// Instances of services on VMs, kept running.
+    pub mod deployment {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.deployment.v1.rs");
+        }
+        pub use v1::*;
+    }
+    /// Steering services.
+    pub mod service {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.service.v1.rs");
+        }
+        pub use v1::*;
+    }
     /// Keys, revisions, leases.
     pub mod state {
         /// Version 1.
