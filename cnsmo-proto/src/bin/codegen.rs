@@ -6,8 +6,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let proto = root.join("proto");
     let areas = [
-        "admin", "agent", "balancer", "bus", "catalog", "identity", "meta", "network", "node",
-        "policy", "resource", "state",
+        "admin", "agent", "balancer", "bus", "catalog", "event", "identity", "meta", "network",
+        "node", "policy", "resource", "state",
     ];
     let files = areas.map(|area| proto.join(format!("cnsmo/{area}/v1/{area}.proto")));
     let out = env::args_os().nth(1).ok_or("the argument must be the folder to write to")?;
