@@ -56,6 +56,8 @@ pub struct Status {
     pub drops: Vec<(Direction, &'static str, Count)>,
     /// Live flows from virtual addresses to each backend, as of the last sweep.
     pub backend_flows: BTreeMap<IpAddr, u64>,
+    /// Kernel ids of the loaded programs, ascending.
+    pub program_ids: Vec<u32>,
 }
 
 /// One network device with the data path on it.

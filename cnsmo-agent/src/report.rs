@@ -44,6 +44,7 @@ pub fn status_report(vm: VmStatus, trouble: Option<(&'static str, String)>) -> S
             drops: status.drops.into_iter().map(drop_counter).collect(),
         }),
         overlay: tunnel.map(|tunnel| overlay(tunnel, public_key)),
+        program_ids: status.program_ids,
         ..NodeStatus::default()
     };
     let policies = status.counters.into_iter().map(policy_counters).collect();

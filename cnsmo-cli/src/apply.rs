@@ -124,7 +124,7 @@ struct AppliedChange {
     outcome: &'static str,
 }
 
-fn print_changes(format: Format, response: &ApplyResponse, dry_run: bool) -> Result<()> {
+pub(crate) fn print_changes(format: Format, response: &ApplyResponse, dry_run: bool) -> Result<()> {
     let change = |change: &Change| AppliedChange {
         kind: kind_word(change.kind()),
         name: change.name.clone(),
@@ -160,7 +160,7 @@ fn line(change: &Change) -> String {
     format!("{}/{} {}", kind_word(change.kind()), change.name, outcome_word(change.outcome()))
 }
 
-fn outcome_word(outcome: Outcome) -> &'static str {
+pub(crate) fn outcome_word(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::Unspecified => "unknown",
         Outcome::Created => "created",

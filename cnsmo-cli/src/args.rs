@@ -60,6 +60,16 @@ pub(crate) enum Command {
     Delete(DeleteArgs),
     /// Print resources and then each change, until interrupted
     Watch { kind: KindArg, name: Option<Name> },
+    /// What was changed, when and by whom; the latest first
+    History {
+        /// At most so many changes
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        last: u32,
+    },
+    /// What happened, in order, with reasons
+    Events(EventsArgs),
+    /// Make networks, policies and balancers what they were at a revision, as one new revision
+    Rollback(RollbackArgs),
     /// Wait until VMs enforce a revision; exit code 3 if they do not in time
     Wait(WaitArgs),
     /// List the VMs
@@ -133,6 +143,39 @@ pub(crate) struct ApplyArgs {
     #[command(flatten)]
     pub(crate) files: FileArgs,
     /// Validate and say what would change; commit nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Return when every VM enforces it; exit code 3 if one does not in time
+    #[arg(long, conflicts_with = "dry_run")]
+    pub(crate) wait: bool,
+    /// For --wait, at most 1h
+    #[arg(long, default_value = "60s", value_parser = wait_time)]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct EventsArgs {
+    /// The first revision [default: the last 1,000 revisions]
+    #[arg(long, default_value_t = 0, hide_default_value = true, value_name = "REVISION",
+          value_parser = clap::value_parser!(i64).range(0..))]
+    pub(crate) from: i64,
+    /// Go on with what happens, until interrupted
+    #[arg(long)]
+    pub(crate) follow: bool,
+    /// Only these kinds: firewall-policy, instance, load-balancer, network, node; repeatable
+    #[arg(long = "kind", value_name = "KIND", value_delimiter = ',')]
+    pub(crate) kinds: Vec<String>,
+    /// Only about this VM, resource, service or instance
+    #[arg(default_value = "", hide_default_value = true)]
+    pub(crate) name: String,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct RollbackArgs {
+    /// As `cnsmo history` shows
+    #[arg(value_parser = clap::value_parser!(i64).range(1..))]
+    pub(crate) revision: i64,
+    /// Say what would change; commit nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
     /// Return when every VM enforces it; exit code 3 if one does not in time

@@ -12,6 +12,7 @@ use cnsmo_proto::pb::{
     admin::admin_service_client::AdminServiceClient,
     bus::bus_service_client::BusServiceClient,
     catalog::catalog_service_client::CatalogServiceClient,
+    event::event_service_client::EventServiceClient,
     identity::{
         identity_service_client::IdentityServiceClient,
         join_token_service_client::JoinTokenServiceClient,
@@ -74,6 +75,10 @@ impl Client {
     pub(crate) async fn catalog(&self) -> Result<CatalogServiceClient<Channel>> {
         let client = CatalogServiceClient::new(self.connect().await?);
         Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
+    }
+
+    pub(crate) async fn events(&self) -> Result<EventServiceClient<Channel>> {
+        Ok(EventServiceClient::new(self.connect().await?))
     }
 
     pub(crate) async fn state(&self) -> Result<StateServiceClient<Channel>> {

@@ -10,7 +10,9 @@ mod client;
 mod describe;
 mod diff;
 mod drain;
+mod events;
 mod get;
+mod history;
 mod identity;
 mod kv;
 mod label;
@@ -80,6 +82,9 @@ async fn run(args: Args) -> Result<ExitCode> {
             )
             .await?;
         }
+        Command::Events(args) => events::events(&client, format, args).await?,
+        Command::History { last } => history::history(&client, format, last).await?,
+        Command::Rollback(args) => return history::rollback(&client, format, args).await,
         Command::Wait(wait) => return wait::wait(&client, wait).await,
         Command::Nodes { selector } => get::nodes(&client, format, selector).await?,
         Command::Services(args) => services::services(&client, format, args).await?,

@@ -11,8 +11,8 @@ use cnsmo_proto::{
     pb::{
         agent::{Hello, connect_request},
         resource::{
-            ApplyResponse, Kind, Resource, WaitAppliedResponse, WatchResponse, apply_request::Mode,
-            watch_response,
+            ApplyResponse, HistoryEntry, Kind, Resource, WaitAppliedResponse, WatchResponse,
+            apply_request::Mode, watch_response,
         },
     },
 };
@@ -27,10 +27,10 @@ use crate::{
     fleet::{DownSender, Fleet, Timing},
     identity::{Enrolled, Issued, Peer, Subject, registry::Registry},
     state::{
-        Admission, Announcement, Enrolment, Event, FOLDERS, Plan, State, TokenRecord, TokenSummary,
-        Wanted,
+        Admission, Announcement, Enrolment, Event, FOLDERS, Note, Plan, State, TokenRecord,
+        TokenSummary, Wanted,
     },
-    store::{Fence, Range, Revision, Store, StoreError, Txn},
+    store::{Entry, Fence, Range, Revision, Store, StoreError, Txn},
 };
 
 /// Requests and agents' messages that wait. Operators are refused beyond it, agents wait.
@@ -109,11 +109,25 @@ enum Input {
         wanted: Vec<Wanted>,
         mode: Mode,
         dry_run: bool,
+        note: Note,
         reply: Reply<ApplyResponse>,
+    },
+    Rollback {
+        entries: Vec<Entry>,
+        dry_run: bool,
+        note: Note,
+        reply: Reply<ApplyResponse>,
+    },
+    History {
+        before: Revision,
+        limit: usize,
+        kept: Revision,
+        reply: Reply<Vec<HistoryEntry>>,
     },
     Delete {
         kind: Kind,
         name: String,
+        note: Note,
         reply: Reply<Revision>,
     },
     List {
@@ -255,13 +269,35 @@ impl Core {
         wanted: Vec<Wanted>,
         mode: Mode,
         dry_run: bool,
+        note: Note,
     ) -> Result<ApplyResponse, Error> {
-        self.ask(|reply| Input::Apply { wanted, mode, dry_run, reply }).await
+        self.ask(|reply| Input::Apply { wanted, mode, dry_run, note, reply }).await
+    }
+
+    /// Makes the resources what they were at a revision: `entries`, of [`crate::state::ROLLBACK_FOLDERS`]. Or says what
+    /// that would change.
+    pub async fn roll_back(
+        &self,
+        entries: Vec<Entry>,
+        dry_run: bool,
+        note: Note,
+    ) -> Result<ApplyResponse, Error> {
+        self.ask(|reply| Input::Rollback { entries, dry_run, note, reply }).await
+    }
+
+    /// The latest changes before a revision, see [`State::history`].
+    pub async fn history(
+        &self,
+        before: Revision,
+        limit: usize,
+        kept: Revision,
+    ) -> Result<Vec<HistoryEntry>, Error> {
+        self.ask(|reply| Input::History { before, limit, kept, reply }).await
     }
 
     /// Removes one resource.
-    pub async fn delete(&self, kind: Kind, name: String) -> Result<Revision, Error> {
-        self.ask(|reply| Input::Delete { kind, name, reply }).await
+    pub async fn delete(&self, kind: Kind, name: String, note: Note) -> Result<Revision, Error> {
+        self.ask(|reply| Input::Delete { kind, name, note, reply }).await
     }
 
     /// Resources by name, and the revision they are at.
@@ -460,11 +496,21 @@ impl Actor {
     async fn handle(&mut self, input: Input) {
         // A caller that went away needs no answer.
         match input {
-            Input::Apply { wanted, mode, dry_run, reply } => {
-                let _ = reply.send(self.apply(wanted, mode, dry_run).await);
+            Input::Apply { wanted, mode, dry_run, note, reply } => {
+                let plan = self.state.plan_apply(wanted, mode, SystemTime::now());
+                let _ = reply.send(self.change(plan, dry_run, &note).await);
             }
-            Input::Delete { kind, name, reply } => {
-                let _ = reply.send(self.delete(kind, &name).await);
+            Input::Rollback { entries, dry_run, note, reply } => {
+                let plan = self.state.plan_rollback(&entries, SystemTime::now());
+                let _ = reply.send(self.change(plan, dry_run, &note).await);
+            }
+            Input::History { before, limit, kept, reply } => {
+                let _ = reply.send(Ok(self.state.history(before, limit, kept)));
+            }
+            Input::Delete { kind, name, note, reply } => {
+                let plan = self.state.plan_delete(kind, &name);
+                let changed = self.change(plan, false, &note).await;
+                let _ = reply.send(changed.map(|answer| answer.revision));
             }
             Input::List { kind, name, labels, reply } => {
                 let resources = self.list(kind, name.as_deref(), &labels);
@@ -518,24 +564,19 @@ impl Actor {
         }
     }
 
-    async fn apply(
+    /// What an operator asks for.
+    async fn change(
         &mut self,
-        wanted: Vec<Wanted>,
-        mode: Mode,
+        plan: Result<Plan, Error>,
         dry_run: bool,
+        note: &Note,
     ) -> Result<ApplyResponse, Error> {
-        let plan = self.state.plan_apply(wanted, mode, SystemTime::now())?;
+        let plan = plan?;
         let changes = plan.changes.clone();
         if !dry_run {
-            self.commit(plan).await?;
+            self.commit(self.state.noted(plan, note, SystemTime::now())).await?;
         }
         Ok(ApplyResponse { revision: self.state.revision(), changes })
-    }
-
-    async fn delete(&mut self, kind: Kind, name: &str) -> Result<Revision, Error> {
-        let plan = self.state.plan_delete(kind, name)?;
-        self.commit(plan).await?;
-        Ok(self.state.revision())
     }
 
     async fn connect(

@@ -27,6 +27,7 @@ use tokio::{
     time::timeout,
 };
 
+pub(crate) use record::seen;
 pub use record::{AGENT, INSTANCES};
 
 use self::{

@@ -5,6 +5,7 @@ mod agent;
 pub mod auth;
 mod bus;
 mod catalog;
+mod event;
 pub mod identity;
 pub mod listen;
 mod quota;
@@ -17,6 +18,7 @@ use cnsmo_proto::pb::{
     admin::admin_service_server::AdminServiceServer,
     bus::bus_service_server::{self, BusServiceServer},
     catalog::catalog_service_server::{self, CatalogServiceServer},
+    event::event_service_server::EventServiceServer,
     identity::{
         enrollment_service_server::{self, EnrollmentServiceServer},
         identity_service_server::{self, IdentityServiceServer},
@@ -80,7 +82,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
-    let resources = ResourceServiceServer::new(resource::Service::new(core.clone()))
+    let resources = ResourceServiceServer::new(resource::Service::new(core.clone(), store.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let agents = agent::Service::new(core.clone());
     let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
@@ -89,13 +91,13 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         store.clone(),
         leases.clone(),
         watchers.clone(),
-        stopping,
+        stopping.clone(),
     ))
     .max_decoding_message_size(state::MESSAGE_BYTES_MAX);
     let admin = admin::Service::new(admin::Parts {
         me,
         core,
-        store,
+        store: store.clone(),
         leases,
         catalog: catalog.clone(),
         bus: bus.clone(),
@@ -106,6 +108,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .max_decoding_message_size(catalog::MESSAGE_BYTES_MAX);
     let enrolment = EnrollmentServiceServer::from_arc(identity.clone())
         .max_decoding_message_size(ENROLL_BYTES_MAX);
+    let events = event::Service::new(store.clone(), stopping.clone());
     let buses = BusServiceServer::new(bus::Service::new(bus))
         .max_decoding_message_size(bus::MESSAGE_BYTES_MAX);
     let mut routes = Routes::builder();
@@ -116,6 +119,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .add_service(agents)
         .add_service(buses)
         .add_service(enrolment)
+        .add_service(EventServiceServer::new(events))
         .add_service(state)
         .add_service(AdminServiceServer::new(admin))
         .add_service(instances)

@@ -11,6 +11,7 @@
 //! - [`catalog`]: which instance of which service runs where.
 //! - [`bus`]: messages between services.
 //! - [`identity`]: who calls, and what that one may do.
+//! - `events`: what happened, told from the commits.
 //! - [`audit`]: what was done and refused.
 //! - [`grpc`]: the API and who may use it.
 //! - [`http`]: the same API by HTTP and JSON.
@@ -24,6 +25,7 @@ pub mod bus;
 pub mod catalog;
 pub mod cluster;
 pub mod error;
+mod events;
 pub mod fleet;
 pub mod grpc;
 pub mod http;

@@ -5,6 +5,7 @@
 
 mod check;
 mod enrol;
+mod history;
 mod node;
 mod overlay;
 mod record;
@@ -33,9 +34,11 @@ pub use enrol::{
     Admission, Enrolment, IDENTITIES_MAX, TOKEN_TTL_MAX, TOKEN_USES_MAX, TOKENS_MAX, TokenGrant,
     TokenRecord, TokenSummary,
 };
+pub use history::{HISTORY_MAX, Note, Remembered};
 pub use node::{Announcement, Membership, NODES_MAX, Node};
 pub use overlay::MEMBERS_MAX;
-pub use record::FOLDERS;
+pub use record::{FOLDERS, ROLLBACK_FOLDERS};
+pub(crate) use record::{asked, seen};
 pub use request::{Body, Wanted, parse_apply};
 
 use crate::{
@@ -88,6 +91,9 @@ enum Write {
     DeleteTokenUse(String, [u8; 32]),
     Identity(String, Box<Enrolled>),
     DeleteIdentity(String),
+    Remember(Box<Remembered>),
+    /// Of the change that made this revision, by its id.
+    Forget(Revision, String),
 }
 
 /// What a request will change, all of it or nothing.
@@ -156,6 +162,8 @@ pub struct State {
     owners: HashMap<IpAddr, String>,
     /// Nodes by the tunnel keys they have announced.
     keys: HashMap<PublicKey, String>,
+    /// By the revision that they made.
+    history: BTreeMap<Revision, Remembered>,
 }
 
 impl State {
@@ -342,6 +350,14 @@ impl State {
             }
             Write::DeleteIdentity(identity) => {
                 self.identities.remove(&identity);
+                None
+            }
+            Write::Remember(remembered) => {
+                self.history.insert(revision, *remembered);
+                None
+            }
+            Write::Forget(at, _) => {
+                self.history.remove(&at);
                 None
             }
         }

@@ -8,7 +8,10 @@ use cnsmo_proto::pb::{
     node::node_status::Phase,
     resource::{Kind, WatchRequest, resource, watch_response},
 };
-use nix::sys::signal::Signal;
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    signal::Signal,
+};
 use rcgen::{CertificateParams, KeyPair};
 use tempfile::TempDir;
 use tokio::task::JoinSet;
@@ -19,15 +22,19 @@ use crate::{
     program::Program,
 };
 
-const AGENTS: usize = 200;
-const HEARTBEAT: Duration = Duration::from_secs(1);
-const LEASE: Duration = Duration::from_secs(5);
+const AGENTS: usize = 1_000;
+const HEARTBEAT: Duration = Duration::from_secs(2);
+const LEASE: Duration = Duration::from_secs(10);
+/// Files that this process has open at a time: a connection of each agent, and some room.
+const FILES: u64 = 4_096;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_agent_is_taken_for_dead_because_its_core_stood_still() {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, soft.max(FILES), hard.max(FILES)).unwrap();
     let folder = TempDir::new().unwrap();
     let mut command = Program::command(folder.path());
-    command.args(["--heartbeat", "1s", "--lease", "5s"]);
+    command.args(["--heartbeat", "2s", "--lease", "10s"]);
     let program = Program::start_with(&mut command);
     let mut admin = Admin::connect(&folder.path().join("core.sock")).await;
     let mut agents = beating_agents(folder.path(), program.address(), &mut admin).await;

@@ -119,6 +119,14 @@ pub mod pb {
         }
         pub use v1::*;
     }
+    /// What happened.
+    pub mod event {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.event.v1.rs");
+        }
+        pub use v1::*;
+    }
     /// Keys, revisions, leases.
     pub mod state {
         /// Version 1.

@@ -7,7 +7,6 @@
 //! holds an [`Address`] and does not see whether the actor is in this program or behind the bus.
 
 use std::{
-    error::Error,
     fmt,
     future::Future,
     sync::{
@@ -24,11 +23,8 @@ use tokio::{
 
 use crate::{
     lifecycle::{Lifecycle, Phase},
-    supervise::{GaveUp, Limits, Stop, Stopper, stop_pair, supervise},
+    supervise::{Failure, GaveUp, Limits, Stop, Stopper, stop_pair, supervise},
 };
-
-/// Why a message ended an actor's task.
-pub type Failure = Box<dyn Error + Send + Sync>;
 
 /// What an actor is: state, and what a message does to it.
 pub trait Actor: Send + 'static {

@@ -7,6 +7,7 @@ pub mod backoff;
 pub mod bus;
 pub mod channel;
 pub mod durable;
+pub mod host;
 pub mod identity;
 pub mod lifecycle;
 pub mod needs;

@@ -28,24 +28,45 @@ pub struct Limits {
     pub stop_deadline: Duration,
 }
 
+/// Why a task ended before it was asked to.
+pub type Failure = Box<dyn Error + Send + Sync>;
+
 /// Asks tasks to stop; dropping it asks too.
 #[derive(Debug)]
-pub struct Stopper(watch::Sender<bool>);
+pub struct Stopper(watch::Sender<Asked>);
 
 /// Told when to stop. Clones are told alike.
 #[derive(Clone, Debug)]
-pub struct Stop(watch::Receiver<bool>);
+pub struct Stop(watch::Receiver<Asked>);
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Asked {
+    is_asked: bool,
+    /// In place of the one of the limits.
+    deadline: Option<Duration>,
+}
 
 /// A pair that belongs together.
 pub fn stop_pair() -> (Stopper, Stop) {
-    let (sender, receiver) = watch::channel(false);
+    let (sender, receiver) = watch::channel(Asked::default());
     (Stopper(sender), Stop(receiver))
 }
 
 impl Stopper {
     /// Asks. A second time does nothing more.
     pub fn stop(&self) {
-        self.0.send_replace(true);
+        self.stop_within(None);
+    }
+
+    /// As [`Self::stop`]; a task that takes longer is dropped. None: as its supervisor's limits say. The first time counts.
+    pub fn stop_within(&self, deadline: Option<Duration>) {
+        self.0.send_if_modified(|asked| {
+            let is_first = !asked.is_asked;
+            if is_first {
+                *asked = Asked { is_asked: true, deadline };
+            }
+            is_first
+        });
     }
 }
 
@@ -53,12 +74,16 @@ impl Stop {
     /// Ends when a stop is asked for.
     pub async fn asked(&mut self) {
         // An error is a dropped `Stopper`: nobody is left who wants the task.
-        let _ = self.0.wait_for(|asked| *asked).await;
+        let _ = self.0.wait_for(|asked| asked.is_asked).await;
     }
 
     /// Whether a stop was asked for.
     pub fn is_asked(&self) -> bool {
-        *self.0.borrow() || self.0.has_changed().is_err()
+        self.0.borrow().is_asked || self.0.has_changed().is_err()
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        self.0.borrow().deadline
     }
 }
 
@@ -66,7 +91,7 @@ impl Stop {
 #[derive(Debug, thiserror::Error)]
 #[error("{task} failed {failures} times within {window:?}, last: {last}")]
 pub struct GaveUp {
-    task: &'static str,
+    task: String,
     failures: usize,
     window: Duration,
     last: String,
@@ -80,7 +105,7 @@ pub struct GaveUp {
 /// # Errors
 /// More failures than `limits` allow; the phase stays failed.
 pub async fn supervise<S, F>(
-    task: &'static str,
+    task: &str,
     limits: Limits,
     life: Lifecycle,
     mut stop: Stop,
@@ -88,11 +113,14 @@ pub async fn supervise<S, F>(
 ) -> Result<(), GaveUp>
 where
     S: FnMut(Stop) -> F,
-    F: Future<Output = Result<(), Box<dyn Error + Send + Sync>>> + Send + 'static,
+    F: Future<Output = Result<(), Failure>> + Send + 'static,
 {
     let mut backoff = Backoff::new(limits.first_delay, limits.longest_delay);
     let mut failures = VecDeque::new();
-    let mut reason = "Installed";
+    let mut reason = match life.phase() {
+        Phase::Installing => "Installed",
+        _ => "Start",
+    };
     while !stop.is_asked() {
         step(task, &life, Phase::Starting, reason, String::new());
         let mut run = Running(tokio::spawn(start(stop.clone())));
@@ -109,7 +137,7 @@ where
         }
         failures.push_back(now);
         if failures.len() > limits.restarts_max {
-            let (failures, window) = (failures.len(), limits.window);
+            let (task, failures, window) = (task.to_owned(), failures.len(), limits.window);
             return Err(GaveUp { task, failures, window, last: failure });
         }
         let delay = backoff.after_failure();
@@ -126,7 +154,7 @@ where
 
 /// Why the run failed; `None`: it ended as asked.
 async fn run_to_failure(
-    task: &'static str,
+    task: &str,
     run: &mut Running,
     limits: &Limits,
     life: &Lifecycle,
@@ -143,7 +171,7 @@ async fn run_to_failure(
         }
         () = stop.asked() => {
             step(task, life, Phase::Draining, "Stop", String::new());
-            let reason = match timeout(limits.stop_deadline, &mut run.0).await {
+            let reason = match timeout(stop.deadline().unwrap_or(limits.stop_deadline), &mut run.0).await {
                 Ok(Ok(Ok(()))) => "Drained",
                 Ok(ended) => {
                     tracing::warn!(task, failure = failure_of(ended), "task failed while stopping");
@@ -160,7 +188,7 @@ async fn run_to_failure(
     None
 }
 
-type Ended = Result<Result<(), Box<dyn Error + Send + Sync>>, tokio::task::JoinError>;
+type Ended = Result<Result<(), Failure>, tokio::task::JoinError>;
 
 fn failure_of(ended: Ended) -> String {
     match ended {
@@ -186,7 +214,7 @@ fn step(task: &str, life: &Lifecycle, to: Phase, reason: &'static str, message: 
 }
 
 /// A task that does not outlive its supervisor.
-struct Running(JoinHandle<Result<(), Box<dyn Error + Send + Sync>>>);
+struct Running(JoinHandle<Result<(), Failure>>);
 
 impl Drop for Running {
     fn drop(&mut self) {

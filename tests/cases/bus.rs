@@ -204,3 +204,40 @@ async fn s13_a_killed_member_loses_nothing_and_a_slow_one_gets_fewer() {
     let counts = counts(&members);
     assert!(counts[2] < counts[1] / 2, "the slow one gets fewer: {counts:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn s13_what_a_killed_member_held_goes_to_another_one_because_it_is_gone() {
+    let core = CoreProcess::start("s13-held").unwrap();
+    // Nothing is due by time while this test runs.
+    let ack_wait = Some(prost_types::Duration { seconds: 3_600, nanos: 0 });
+    let patient = || Subscription { ack_wait, ..subscription("jobs") };
+    let dying = Bus::new(channel(&core).await);
+    let mut subscriber = dying.subscribe(patient(), 5);
+    publish(&Bus::new(channel(&core).await), 0..5).await;
+    let mut held = BTreeSet::new();
+    let mut unanswered = Vec::new();
+    while held.len() < 5 {
+        let incoming = next(&mut subscriber).await;
+        held.insert(number(&incoming));
+        unanswered.push(incoming);
+    }
+    let heir = Bus::new(channel(&core).await);
+    let mut heirs = heir.subscribe(patient(), 5);
+    let joined = until(&core, "jobs", "two members", |_, members| members == 2);
+    tokio::select! {
+        _ = next(&mut heirs) => panic!("what is held is not given to another"),
+        () = joined => {}
+    }
+
+    // Its connection goes, as with its process.
+    drop((unanswered, subscriber, dying));
+    let mut inherited = BTreeSet::new();
+    while inherited.len() < 5 {
+        let incoming = next(&mut heirs).await;
+        assert_eq!(incoming.delivery.attempt, 2);
+        inherited.insert(number(&incoming));
+        incoming.ack().await;
+    }
+    assert_eq!(inherited, held);
+    until(&core, "jobs", "all is acknowledged", |pending, _| pending == 0).await;
+}

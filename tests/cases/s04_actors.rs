@@ -3,9 +3,9 @@
 use std::{sync::Arc, time::Duration};
 
 use cnsmo_service::{
-    actor::{Actor, Address as _, CallError, Failure, Mailbox, Running, Settings, start},
+    actor::{Actor, Address as _, CallError, Mailbox, Running, Settings, start},
     lifecycle::Phase,
-    supervise::Limits,
+    supervise::{Failure, Limits},
 };
 use tokio::{sync::Semaphore, task::JoinSet, time::Instant};
 

@@ -2,7 +2,8 @@
 
 usage: s05_call.py PROTO-FOLDER {SOCKET | HOST:PORT IDENTITY-FOLDER}
 
-Reads lines of JSON, [file, service, method, request], and answers each with one line: the message, or code and message.
+Reads lines of JSON, [file, service, method, request], and answers each with one line: the message, or code and message. Of a
+stream all messages, in one line.
 Each request carries a field more than the core knows.
 """
 
@@ -32,15 +33,20 @@ def connect(where, *identity):
 def call(channel, file, service, method, request):
     messages, _ = grpc.protos_and_services(file)
     descriptor = messages.DESCRIPTOR.services_by_name[service].methods_by_name[method]
+    is_stream = descriptor.server_streaming
+    make = channel.unary_stream if is_stream else channel.unary_unary
     message = getattr(messages, descriptor.input_type.name)()
     json_format.ParseDict(request, message)
-    made = channel.unary_unary(
+    made = make(
         f"/{messages.DESCRIPTOR.package}.{service}/{method}",
         request_serializer=lambda message: message.SerializeToString() + UNKNOWN_FIELD,
         response_deserializer=getattr(messages, descriptor.output_type.name).FromString,
     )
     try:
-        return json_format.MessageToDict(made(message, timeout=30, wait_for_ready=True))
+        answer = made(message, timeout=30, wait_for_ready=True)
+        if is_stream:
+            return [json_format.MessageToDict(one) for one in answer]
+        return json_format.MessageToDict(answer)
     except grpc.RpcError as error:
         return {"code": error.code().name, "message": error.details()}
 

@@ -14,6 +14,7 @@ use super::programs::{Core, json, python, root, run};
 const STATE: (&str, &str, &str) = ("cnsmo/state/v1/state.proto", "cnsmo.state.v1", "StateService");
 const CATALOG: (&str, &str, &str) =
     ("cnsmo/catalog/v1/catalog.proto", "cnsmo.catalog.v1", "CatalogService");
+const EVENT: (&str, &str, &str) = ("cnsmo/event/v1/event.proto", "cnsmo.event.v1", "EventService");
 const RESOURCE: (&str, &str, &str) =
     ("cnsmo/resource/v1/resource.proto", "cnsmo.resource.v1", "ResourceService");
 
@@ -59,6 +60,10 @@ fn calls() -> Vec<Call> {
             "PERMISSION_DENIED",
         ),
         call(STATE, "RevokeLease", json!({"leaseId": "77"}), "NOT_FOUND"),
+        call(EVENT, "WatchEvents", json!({"kinds": ["firewall-policy", "instance"]}), ""),
+        call(EVENT, "WatchEvents", json!({"fromRevision": "1", "name": "web"}), ""),
+        call(EVENT, "WatchEvents", json!({"fromRevision": "987654"}), "OUT_OF_RANGE"),
+        call(EVENT, "WatchEvents", json!({"kinds": ["pod"]}), "INVALID_ARGUMENT"),
         call(RESOURCE, "List", json!({"kind": "KIND_FIREWALL_POLICY"}), ""),
         call(RESOURCE, "Get", json!({"kind": "KIND_NODE", "name": "none"}), "NOT_FOUND"),
         call(RESOURCE, "List", json!({"kind": 99}), "INVALID_ARGUMENT"),
@@ -126,6 +131,15 @@ fn s05_every_way_gives_the_same_message_or_the_same_error() {
         let more = Call { request: more, ..*call };
         assert_eq!(by_json(&unix, &more), *answer, "{what}: with an unknown field");
     }
+    let streams: Vec<_> =
+        calls.iter().zip(&answers).filter(|(call, _)| call.service == EVENT).collect();
+    let lengths: Vec<_> =
+        streams.iter().filter_map(|(_, all)| Some(all.as_array()?.len())).collect();
+    assert_eq!(lengths, [3, 2], "events, then that this is all");
+    assert_eq!(streams[0].1[0]["event"]["name"], "web");
+
+    written_alike(&core, &identity);
+
     // The comparison can fail: what is asked and who asks make a difference.
     assert_ne!(answers[0], answers[1]);
     let viewer = core.identity("viewer", "eve");
@@ -134,6 +148,47 @@ fn s05_every_way_gives_the_same_message_or_the_same_error() {
     // In JSON an enum may also be named; gRPC has only its number.
     let named = call(RESOURCE, "List", json!({"kind": "KIND_NONSENSE"}), "");
     assert_eq!(by_json(&over_unix(&core), &named)["code"], "INVALID_ARGUMENT");
+}
+
+/// Makes a call.
+type Way<'a> = &'a dyn Fn(&Call) -> Value;
+
+/// What is written one way is there for all, and each way gives the same answer.
+fn written_alike(core: &Core, identity: &Path) {
+    let value = |n: usize| ["eA==", "eQ=="][n % 2];
+    let put = |n: usize| {
+        let put = json!({"key": "a/written", "value": value(n), "contentType": "text/x"});
+        call(STATE, "Txn", json!({"success": [{"put": put}]}), "")
+    };
+    let get = call(STATE, "Get", json!({"key": "a/written"}), "");
+    let socket = core.socket().to_str().unwrap().to_owned();
+    let tls = [core.address().to_string(), identity.to_str().unwrap().to_owned()];
+    let (unix_json, tls_json) = (over_unix(core), over_tls(core, identity));
+    let ways: [(&str, Way<'_>); 4] = [
+        ("gRPC, unix", &|call| by_grpc(std::slice::from_ref(call), &[&socket]).remove(0)),
+        ("gRPC, TLS", &|call| {
+            by_grpc(std::slice::from_ref(call), &tls.each_ref().map(String::as_str)).remove(0)
+        }),
+        ("JSON, unix", &|call| by_json(&unix_json, call)),
+        ("JSON, TLS", &|call| by_json(&tls_json, call)),
+    ];
+    let mut before: Option<(Value, i64)> = None;
+    for (n, (way, ask)) in ways.iter().enumerate() {
+        let mut answer = ask(&put(n));
+        let revision: i64 = answer["revision"].as_str().unwrap().parse().unwrap();
+        answer["revision"] = json!("-");
+        if let Some((other, last)) = &before {
+            assert_eq!(answer, *other, "{way}");
+            assert_eq!(revision, last + 1, "{way}");
+        }
+        for (reader, read) in &ways {
+            let kv = &read(&get)["kv"];
+            assert_eq!(kv["value"], value(n), "written by {way}, read by {reader}");
+            assert_eq!(kv["modRevision"], json!(revision.to_string()), "{way}, {reader}");
+            assert_eq!(kv["version"], json!((n + 1).to_string()), "{way}, {reader}");
+        }
+        before = Some((answer, revision));
+    }
 }
 
 /// What a refusal says of the caller, who over TLS is another one.
@@ -190,5 +245,11 @@ fn by_json(way: &[String], call: &Call) -> Value {
     let mut curl = Command::new("curl");
     curl.args(["--silent", "--show-error", "--max-time", "30"]).args(options);
     curl.args(["--json", &call.request.to_string()]);
-    json(&run(curl.arg(format!("{url}/{package}.{service}/{}", call.method))))
+    let answer = run(curl.arg(format!("{url}/{package}.{service}/{}", call.method)));
+    // A stream has a message a line. One that is refused before it begins is answered as any other call.
+    let refused = |answer: &str| json(answer)["code"].is_string();
+    if call.service == EVENT && !(answer.lines().count() == 1 && refused(&answer)) {
+        return answer.lines().map(json).collect();
+    }
+    json(&answer)
 }

@@ -78,6 +78,23 @@ async fn s16_an_agent_is_announced_when_it_starts_and_an_impostor_is_not() {
         assert_eq!(announced.pointer(pointer), Some(&value.into()), "{pointer}: {announced}");
     }
 
+    let node = core.cnsmo_json(&["get", "node", "vm1"]);
+    let mut reported: Vec<_> = node["status"]["programIds"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().unwrap())
+        .collect();
+    let joined: Vec<_> = reported.iter().map(ToString::to_string).collect();
+    assert_eq!(announced["attributes"]["programs"], joined.join("/"));
+    let mut held = programs_held_by(process.id());
+    for ids in [&mut reported, &mut held] {
+        ids.sort_unstable();
+        ids.dedup();
+    }
+    assert!(!held.is_empty());
+    assert_eq!(reported, held, "as the kernel says of the agent's file descriptors");
+
     // Another deployment, which certifies the same name.
     let foreign = Core::start("s16-foreign");
     let certificate = foreign.identity("agent", "vm2");
@@ -103,6 +120,52 @@ async fn s16_an_agent_is_announced_when_it_starts_and_an_impostor_is_not() {
     let nodes = core.cnsmo(&["nodes"]);
     assert!(nodes.contains("vm1") && !nodes.contains("vm2"), "{nodes}");
     assert!(core.cnsmo(&["audit", "--verify"]).contains("each follows"));
+}
+
+/// Ids of the eBPF programs that a process holds open.
+fn programs_held_by(pid: u32) -> Vec<u64> {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap();
+    let infos = files.filter_map(|file| std::fs::read_to_string(file.unwrap().path()).ok());
+    let program = |info: String| {
+        let field =
+            |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        // A link names the program too, but has no type of one.
+        field("prog_type:").and(field("prog_id:"))
+    };
+    infos.filter_map(program).collect()
+}
+
+/// Beyond the life of the certificate that it began with, on one stream.
+#[tokio::test]
+async fn s16_an_agent_renews_its_certificate_on_the_live_stream() {
+    sweep();
+    let lab = Lab::new("s16r");
+    let core = Core::start_by("s16-renew", |path: PathBuf| {
+        let mut command = lab.peer.command(path).unwrap();
+        command.args(["--listen", &SocketAddr::new(PEER4, 0).to_string()]);
+        command.args(["--certificate-life", "12s"]);
+        command
+    });
+    let token = core.token("agent", "vm1");
+    let state = core.folder().join("vm1");
+    let arguments = ["--node", "vm1", "--token-file"].map(OsStr::new);
+    let process =
+        agent(&lab, core.address(), &state, &[&arguments[..], &[token.as_os_str()]].concat());
+    let certificate = || std::fs::read(state.join("identity.crt")).ok();
+    let first = until("a certificate", async || certificate()).await;
+    let mut seen = vec![first];
+    // The third one comes after the end of the first one's life.
+    while seen.len() < 3 {
+        let next = until("another certificate", async || {
+            certificate().filter(|now| seen.last() != Some(now))
+        })
+        .await;
+        seen.push(next);
+    }
+    let log = process.output().unwrap();
+    assert_eq!(log.matches("connected to the core").count(), 1, "one stream all along: {log}");
+    assert!(!log.contains("no connection to the core"), "{log}");
+    assert_eq!(agents(&core)[0]["phase"], "ready");
 }
 
 fn refusals(core: &Core) -> Vec<Value> {

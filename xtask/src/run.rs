@@ -141,6 +141,7 @@ fn prove(fleet: &mut Fleet, report: &mut Report, take_apart: bool) -> anyhow::Re
     progress::heading("Changing policy");
     scenarios::policy::update(fleet, report)?;
     scenarios::policy::counters(fleet, report)?;
+    scenarios::policy::rolled_back(fleet, report)?;
     progress::heading("What cannot be applied");
     scenarios::policy::refusals(fleet, report)?;
     scenarios::deploy::too_many(fleet, report)?;

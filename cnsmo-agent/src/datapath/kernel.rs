@@ -276,6 +276,14 @@ impl Kernel {
         }
     }
 
+    /// Of those that are loaded: some are when they are needed first.
+    fn program_ids(&self) -> Vec<u32> {
+        let infos = self.ebpf.programs().filter_map(|(_, program)| program.info().ok());
+        let mut ids: Vec<_> = infos.map(|info| info.id()).collect();
+        ids.sort_unstable();
+        ids
+    }
+
     fn half_words(&self) -> usize {
         load::half_words(&self.options)
     }
@@ -695,6 +703,7 @@ impl Datapath for Kernel {
             counters,
             drops,
             backend_flows,
+            program_ids: self.program_ids(),
         }
     }
 

@@ -26,6 +26,8 @@ pub(super) fn describe(node: &Node, balancers: &[Resource]) -> Result<()> {
     field("Addresses", &or_none(status.addresses.join(", ")))?;
     field("Kernel", &or_none(&status.kernel))?;
     field("Agent", &or_none(&status.agent_version))?;
+    let programs: Vec<_> = status.program_ids.iter().map(ToString::to_string).collect();
+    field("eBPF programs", &or_none(programs.join(", ")))?;
     let interface = |i: &Interface| vec![i.name.clone(), or_none(&i.ingress), or_none(&i.egress)];
     let interfaces = status.interfaces.iter().map(interface).collect();
     section("Interfaces", &["NAME", "INGRESS", "EGRESS"], interfaces)?;

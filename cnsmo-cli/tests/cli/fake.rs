@@ -16,6 +16,11 @@ use cnsmo_proto::pb::{
         WithdrawRequest, WithdrawResponse,
         catalog_service_server::{CatalogService, CatalogServiceServer},
     },
+    event::{
+        Event, Synced, WatchEventsRequest, WatchEventsResponse,
+        event_service_server::{EventService, EventServiceServer},
+        watch_events_response,
+    },
     identity::{
         CreateJoinTokenRequest, CreateJoinTokenResponse, DeleteJoinTokenRequest,
         DeleteJoinTokenResponse, JoinToken, ListJoinTokensRequest, ListJoinTokensResponse, Role,
@@ -24,7 +29,8 @@ use cnsmo_proto::pb::{
     node::Node,
     resource::{
         ApplyRequest, ApplyResponse, Change, DeleteRequest, DeleteResponse, GetRequest,
-        GetResponse, Kind, ListRequest, ListResponse, Resource, WaitAppliedRequest,
+        GetResponse, HistoryEntry, Kind, ListHistoryRequest, ListHistoryResponse, ListRequest,
+        ListResponse, Resource, RollbackRequest, RollbackResponse, WaitAppliedRequest,
         WaitAppliedResponse, WatchRequest, WatchResponse,
         apply_request::Mode,
         change::Outcome,
@@ -51,6 +57,11 @@ pub(crate) struct State {
     pub(crate) instances: Vec<Instance>,
     /// What a watch of instances sends before it ends.
     pub(crate) instance_events: Vec<WatchInstancesResponse>,
+    /// The latest change first.
+    pub(crate) history: Vec<HistoryEntry>,
+    /// What a watch of events sends before it ends.
+    pub(crate) events: Vec<Event>,
+    pub(crate) events_asked: Option<WatchEventsRequest>,
     pub(crate) refuse: Option<Status>,
     pub(crate) waited: Option<WaitAppliedRequest>,
     pub(crate) token: Option<CreateJoinTokenRequest>,
@@ -82,6 +93,7 @@ impl Fake {
         let server = Server::builder()
             .add_service(ResourceServiceServer::new(Core(state.clone())))
             .add_service(CatalogServiceServer::new(Core(state.clone())))
+            .add_service(EventServiceServer::new(Core(state.clone())))
             .add_service(JoinTokenServiceServer::new(Core(state.clone())))
             .add_service(StateServiceServer::new(Core(state.clone())))
             .add_service(AdminServiceServer::new(Core(state.clone())))
@@ -263,6 +275,29 @@ impl ResourceService for Core {
         Ok(Response::new(DeleteResponse { revision: state.revision }))
     }
 
+    async fn list_history(
+        &self,
+        request: Request<ListHistoryRequest>,
+    ) -> Result<Response<ListHistoryResponse>, Status> {
+        let limit = request.into_inner().limit as usize;
+        let entries = self.0.lock().unwrap().history.iter().take(limit).cloned().collect();
+        Ok(Response::new(ListHistoryResponse { entries }))
+    }
+
+    async fn rollback(
+        &self,
+        request: Request<RollbackRequest>,
+    ) -> Result<Response<RollbackResponse>, Status> {
+        let RollbackRequest { revision, dry_run } = request.into_inner();
+        let mut state = self.0.lock().unwrap();
+        let entry = state.history.iter().find(|entry| entry.revision == revision).cloned();
+        let entry = entry.ok_or_else(|| Status::out_of_range("the history is gone"))?;
+        if !dry_run {
+            state.revision += 1;
+        }
+        Ok(Response::new(RollbackResponse { revision: state.revision, changes: entry.changes }))
+    }
+
     type WatchStream = tokio_stream::wrappers::ReceiverStream<Result<WatchResponse, Status>>;
 
     async fn watch(&self, _: Request<WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
@@ -287,6 +322,25 @@ impl ResourceService for Core {
         state.waited = Some(request.into_inner());
         let answers: Vec<_> = state.wait.iter().cloned().map(Ok).collect();
         Ok(Response::new(tokio_stream::iter(answers)))
+    }
+}
+
+#[tonic::async_trait]
+impl EventService for Core {
+    type WatchEventsStream =
+        tokio_stream::Iter<std::vec::IntoIter<Result<WatchEventsResponse, Status>>>;
+
+    async fn watch_events(
+        &self,
+        request: Request<WatchEventsRequest>,
+    ) -> Result<Response<Self::WatchEventsStream>, Status> {
+        let mut state = self.0.lock().unwrap();
+        state.events_asked = Some(request.into_inner());
+        let events = state.events.iter().cloned().map(watch_events_response::Message::Event);
+        let synced = watch_events_response::Message::Synced(Synced { revision: 9 });
+        let messages = events.chain([synced]);
+        let answers = messages.map(|message| Ok(WatchEventsResponse { message: Some(message) }));
+        Ok(Response::new(tokio_stream::iter(answers.collect::<Vec<_>>())))
     }
 }
 

@@ -15,6 +15,7 @@ use std::{
 
 use cnsmo_proto::pb::{
     balancer::{Backend, BackendStatus, LoadBalancer, LoadBalancerStatus, NodeBalancerStatus},
+    event::{self, WatchEventsRequest},
     meta::Metadata,
     network::{Member, Network, NetworkStatus, Refused},
     node::{
@@ -23,8 +24,8 @@ use cnsmo_proto::pb::{
     },
     policy::{FirewallPolicyStatus, NodePolicyStatus, RuleCounter},
     resource::{
-        Kind, PendingNode, Resource, WaitAppliedResponse, WatchResponse,
-        resource::Resource as Inner, watch_response::Event,
+        Change, HistoryEntry, Kind, PendingNode, Resource, WaitAppliedResponse, WatchResponse,
+        change::Outcome, resource::Resource as Inner, watch_response::Event,
     },
 };
 use fake::{Fake, Ran, cnsmo};
@@ -104,6 +105,117 @@ fn a_second_apply_changes_nothing_and_says_so() {
             "changes": [{"kind": "firewallpolicy", "name": "web", "outcome": "updated"}],
         })
     );
+}
+
+fn changed(revision: i64, to_revision: i64, names: &[(&str, Outcome)]) -> HistoryEntry {
+    let change = |(name, outcome): &(&str, Outcome)| Change {
+        kind: Kind::FirewallPolicy.into(),
+        name: (*name).to_owned(),
+        outcome: (*outcome).into(),
+    };
+    HistoryEntry {
+        revision,
+        by: "operator/jo".to_owned(),
+        call: if to_revision > 0 { "Rollback" } else { "Apply" }.to_owned(),
+        changes: names.iter().map(change).collect(),
+        to_revision,
+        available: revision > 3,
+        ..HistoryEntry::default()
+    }
+}
+
+#[test]
+fn history_is_shown_and_a_rollback_says_what_it_changes() {
+    let core = Fake::start();
+    core.state().history = vec![
+        changed(9, 4, &[("web", Outcome::Updated), ("test", Outcome::Deleted)]),
+        changed(3, 0, &["a", "b", "c", "d", "e"].map(|name| (name, Outcome::Created))),
+    ];
+    let shown = core.ok(&["history"]);
+    let lines: Vec<Vec<&str>> =
+        shown.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["REVISION", "AGE", "BY", "CALL", "CHANGES"]);
+    assert_eq!(
+        lines[1].join(" "),
+        "9 - operator/jo rollback to 4 updated firewallpolicy/web; deleted firewallpolicy/test"
+    );
+    assert_eq!(
+        lines[2].join(" "),
+        "3 (history gone) - operator/jo apply created firewallpolicy/a, firewallpolicy/b, \
+         firewallpolicy/c and 2 more"
+    );
+    let one = json_of(&core.ok(&["-o", "json", "history", "--last", "1"]));
+    assert_eq!(one[0]["toRevision"], 4);
+    assert_eq!(
+        one[0]["changes"][1],
+        json!({"kind": "firewallpolicy", "name": "test", "outcome": "deleted"})
+    );
+
+    assert_eq!(
+        core.ok(&["rollback", "9", "--dry-run"]),
+        "firewallpolicy/web updated (dry run)\nfirewallpolicy/test deleted (dry run)\n\
+         nothing committed (revision 0)\n"
+    );
+    assert_eq!(
+        core.ok(&["rollback", "9"]),
+        "firewallpolicy/web updated\nfirewallpolicy/test deleted\nrevision 1\n"
+    );
+    let refused = core.run(&["rollback", "4"]);
+    assert_eq!((refused.code, refused.err.as_str()), (1, "error: the history is gone\n"));
+    assert_eq!(core.run(&["rollback", "0"]).code, 2);
+}
+
+#[test]
+fn events_are_lines_for_people_and_objects_for_programs() {
+    let core = Fake::start();
+    let time = Some(prost_types::Timestamp { seconds: 1_700_000_000, nanos: 5_000_000 });
+    core.state().events = vec![
+        event::Event {
+            revision: 7,
+            time,
+            kind: "instance".to_owned(),
+            name: "db/db-1".to_owned(),
+            what: "Failed".to_owned(),
+            reason: "Crashed".to_owned(),
+            message: "signal 9".to_owned(),
+            node: "vm1".to_owned(),
+            by: String::new(),
+        },
+        event::Event {
+            revision: 8,
+            kind: "node".to_owned(),
+            name: "vm1".to_owned(),
+            what: "Updated".to_owned(),
+            node: "vm1".to_owned(),
+            by: "operator/jo".to_owned(),
+            ..event::Event::default()
+        },
+    ];
+    let shown = core.ok(&["events", "vm1", "--from", "7", "--kind", "instance,node"]);
+    let lines: Vec<_> = shown.lines().map(str::trim).collect();
+    assert_eq!(
+        lines,
+        [
+            "7  2023-11-14T22:13:20  instance/db/db-1 Failed Crashed node=vm1: signal 9",
+            "8  -                    node/vm1 Updated by=operator/jo",
+        ]
+    );
+    let asked = WatchEventsRequest {
+        from_revision: 7,
+        follow: false,
+        kinds: vec!["instance".to_owned(), "node".to_owned()],
+        name: "vm1".to_owned(),
+    };
+    assert_eq!(core.state().events_asked, Some(asked));
+    let shown = core.ok(&["-o", "json", "events"]);
+    let objects: Vec<_> = shown.lines().map(json_of).collect();
+    assert_eq!(objects.len(), 2, "the end of history is no event");
+    assert_eq!(
+        (&objects[0]["reason"], &objects[1]["by"]),
+        (&json!("Crashed"), &json!("operator/jo"))
+    );
+    let ended = core.run(&["events", "--follow"]);
+    assert_eq!((ended.code, ended.err.as_str()), (1, "error: the core ended the stream\n"));
 }
 
 #[test]

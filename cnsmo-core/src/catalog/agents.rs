@@ -2,10 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
-use cnsmo_proto::pb::{
-    catalog::{Instance, Phase},
-    node::{Node, node_status},
-    resource::{Kind, Resource, resource::Resource as Inner, watch_response},
+use cnsmo_proto::{
+    model::LABEL_BYTES_MAX,
+    pb::{
+        catalog::{Instance, Phase},
+        node::{Node, node_status},
+        resource::{Kind, Resource, resource::Resource as Inner, watch_response},
+    },
 };
 use tokio::sync::broadcast::error::RecvError;
 
@@ -118,9 +121,14 @@ fn instance(node: &Node) -> Option<Instance> {
         node_status::Phase::Unreachable => Phase::Unreachable,
     };
     let mut attributes = std::collections::BTreeMap::new();
-    for (key, value) in [("kernel", &status.kernel), ("version", &status.agent_version)] {
+    let programs: Vec<_> = status.program_ids.iter().map(ToString::to_string).collect();
+    let programs = programs.join("/");
+    for (key, value) in
+        [("kernel", &status.kernel), ("version", &status.agent_version), ("programs", &programs)]
+    {
         // An attribute is a label: what it cannot be is left out, as it is for people only.
-        let fits = value.bytes().all(|b| b.is_ascii_graphic() && b != b'=' && b != b',');
+        let fits = value.len() <= LABEL_BYTES_MAX
+            && value.bytes().all(|b| b.is_ascii_graphic() && b != b'=' && b != b',');
         if !value.is_empty() && fits {
             attributes.insert(key.to_owned(), value.clone());
         }

@@ -13,7 +13,11 @@ use cnsmo_proto::{
 use cnsmo_service::lifecycle;
 use prost::Message as _;
 
-use crate::{error::Error, store::Revision};
+use crate::{
+    error::Error,
+    events::Seen,
+    store::{Entry, Revision},
+};
 
 /// How the keys of instances begin.
 pub const INSTANCES: &str = "cnsmo/instances/";
@@ -116,6 +120,17 @@ impl Record {
         instance.revision = 0;
         Self { instance: Arc::new(instance), ..self.clone() }
     }
+}
+
+/// What an entry of the store, or of a deleted key, is about. None: no instance.
+pub(crate) fn seen(entry: &Entry) -> Option<Seen> {
+    let name = entry.key.strip_prefix(INSTANCES)?.to_owned();
+    let seen = Seen { kind: "instance", name, ..Seen::default() };
+    let Some(record) = Record::decode(&entry.value, entry.mod_revision) else { return Some(seen) };
+    let Instance { phase_time, reason, message, node, .. } = (*record.instance).clone();
+    let word = record.phase().as_str_name().trim_start_matches("PHASE_").to_lowercase();
+    let what = word.get(..1).map(str::to_uppercase).unwrap_or_default() + word.get(1..)?;
+    Some(Seen { what: Some(what), time: phase_time, reason, message, node, ..seen })
 }
 
 /// Of an instance.

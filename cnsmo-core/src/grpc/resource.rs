@@ -6,7 +6,8 @@ use cnsmo_proto::{
     model::Labels,
     pb::resource::{
         ApplyRequest, ApplyResponse, DeleteRequest, DeleteResponse, GetRequest, GetResponse, Kind,
-        ListRequest, ListResponse, Resource, WaitAppliedRequest, WaitAppliedResponse, WatchRequest,
+        ListHistoryRequest, ListHistoryResponse, ListRequest, ListResponse, Resource,
+        RollbackRequest, RollbackResponse, WaitAppliedRequest, WaitAppliedResponse, WatchRequest,
         WatchResponse, apply_request::Mode, change::Outcome, resource,
         resource_service_server::ResourceService, watch_response::Event,
     },
@@ -20,25 +21,29 @@ use crate::{
     audit::Note,
     error::Error,
     identity::{Role, caller::Caller},
-    state::{parse_apply, word},
+    state::{self, HISTORY_MAX, ROLLBACK_FOLDERS, parse_apply, word},
+    store::{Range, Store},
 };
 
 /// Watchers at a time. Each remembers the set as it was last sent.
 const WATCHERS_MAX: usize = 256;
 /// Messages that wait for one watcher; after that it lags, and is later sent the difference.
 const WATCH_QUEUE: usize = 16;
+/// Entries of the history that are sent if no number is asked for.
+const HISTORY_DEFAULT: usize = 20;
 const WAIT_DEFAULT: Duration = Duration::from_secs(60);
 const WAIT_MAX: Duration = Duration::from_secs(3_600);
 
 #[derive(Debug)]
 pub(super) struct Service {
     core: Core,
+    store: Store,
     watchers: Arc<Semaphore>,
 }
 
 impl Service {
-    pub(super) fn new(core: Core) -> Self {
-        Self { core, watchers: Arc::new(Semaphore::new(WATCHERS_MAX)) }
+    pub(super) fn new(core: Core, store: Store) -> Self {
+        Self { core, store, watchers: Arc::new(Semaphore::new(WATCHERS_MAX)) }
     }
 }
 
@@ -51,6 +56,7 @@ impl ResourceService for Service {
         &self,
         request: Request<ApplyRequest>,
     ) -> Result<Response<ApplyResponse>, Status> {
+        let by = note(&request, "Apply")?;
         let request = request.into_inner();
         let mode =
             Mode::try_from(request.mode).map_err(|e| Error::Invalid(format!("mode: {e}")))?;
@@ -58,7 +64,7 @@ impl ResourceService for Service {
             .await
             .map_err(|_| Error::Internal)??;
         let about = format!("{} resources", wanted.len());
-        let answer = self.core.apply(wanted, mode, request.dry_run).await?;
+        let answer = self.core.apply(wanted, mode, request.dry_run, by).await?;
         let changed = answer.changes.iter().any(|change| change.outcome() != Outcome::Unchanged);
         let revision = if changed && !request.dry_run { answer.revision } else { 0 };
         let mut response = Response::new(answer);
@@ -88,6 +94,7 @@ impl ResourceService for Service {
         request: Request<DeleteRequest>,
     ) -> Result<Response<DeleteResponse>, Status> {
         let role = Caller::of(&request)?.role;
+        let by = note(&request, "Delete")?;
         let DeleteRequest { kind, name } = request.into_inner();
         let kind = kind_of(kind)?;
         if kind == Kind::Node && role != Role::Admin {
@@ -95,7 +102,7 @@ impl ResourceService for Service {
             return Err(Error::Denied(why).into());
         }
         let about = format!("{} {name}", word(kind));
-        let revision = self.core.delete(kind, name).await?;
+        let revision = self.core.delete(kind, name, by).await?;
         let mut response = Response::new(DeleteResponse { revision });
         response.extensions_mut().insert(Note { revision, detail: about });
         Ok(response)
@@ -145,6 +152,54 @@ impl ResourceService for Service {
         let wait = Wait { revision: request.revision, selector, timeout };
         Ok(Response::new(ReceiverStream::new(self.core.wait(wait).await?)))
     }
+
+    async fn list_history(
+        &self,
+        request: Request<ListHistoryRequest>,
+    ) -> Result<Response<ListHistoryResponse>, Status> {
+        let ListHistoryRequest { limit, before_revision } = request.into_inner();
+        let limit = if limit == 0 { HISTORY_DEFAULT } else { limit as usize };
+        if limit > HISTORY_MAX {
+            let why = format!("limit: {limit} is above {HISTORY_MAX}");
+            return Err(Error::Invalid(why).into());
+        }
+        if before_revision < 0 {
+            return Err(Error::Invalid("before_revision: is negative".into()).into());
+        }
+        let kept = self.store.status().await.map_err(Error::from)?.compacted;
+        let entries = self.core.history(before_revision, limit, kept).await?;
+        Ok(Response::new(ListHistoryResponse { entries }))
+    }
+
+    async fn rollback(
+        &self,
+        request: Request<RollbackRequest>,
+    ) -> Result<Response<RollbackResponse>, Status> {
+        let by = note(&request, "Rollback")?;
+        let RollbackRequest { revision, dry_run } = request.into_inner();
+        let by = state::Note { to_revision: revision, ..by };
+        if revision < 1 {
+            return Err(Error::Invalid(format!("revision: {revision} is below 1")).into());
+        }
+        let mut entries = Vec::new();
+        for folder in ROLLBACK_FOLDERS {
+            let range = Range { at: Some(revision), ..Range::prefix(folder) };
+            entries.extend(self.store.range(range).await.map_err(Error::from)?.entries);
+        }
+        let answer = self.core.roll_back(entries, dry_run, by).await?;
+        let ApplyResponse { revision: now, changes } = answer;
+        let committed = !changes.is_empty() && !dry_run;
+        let mut response = Response::new(RollbackResponse { revision: now, changes });
+        let detail = format!("to revision {revision}");
+        let revision = if committed { now } else { 0 };
+        response.extensions_mut().insert(Note { revision, detail });
+        Ok(response)
+    }
+}
+
+/// Who asks, for the history.
+fn note<T>(request: &Request<T>, call: &'static str) -> Result<state::Note, Status> {
+    Ok(state::Note { by: Caller::of(request)?.identity.to_string(), call, to_revision: 0 })
 }
 
 fn kind_of(kind: i32) -> Result<Kind, Error> {

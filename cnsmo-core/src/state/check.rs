@@ -51,7 +51,9 @@ impl<'a> Next<'a> {
                 | Write::DeleteToken(_)
                 | Write::DeleteTokenUse(..)
                 | Write::Identity(..)
-                | Write::DeleteIdentity(_) => {}
+                | Write::DeleteIdentity(_)
+                | Write::Remember(_)
+                | Write::Forget(..) => {}
             }
         }
         next
@@ -224,7 +226,9 @@ impl Write {
             | Self::DeleteToken(_)
             | Self::DeleteTokenUse(..)
             | Self::Identity(..)
-            | Self::DeleteIdentity(_) => false,
+            | Self::DeleteIdentity(_)
+            | Self::Remember(_)
+            | Self::Forget(..) => false,
         }
     }
 }

@@ -5,15 +5,21 @@ use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 use cnsmo_proto::{
     model::{Addresses, Invalid, Labels, LoadBalancer, Name, Network},
     pb::{
-        agent, balancer, identity, meta::Metadata, network, policy::FirewallPolicy, resource::Kind,
+        agent, balancer, identity,
+        meta::Metadata,
+        network,
+        policy::FirewallPolicy,
+        resource::{Change, Kind},
     },
 };
 use prost::Message;
+use prost_types::Timestamp;
 
 use super::{
-    Announcement, Entry, Membership, Node, Op, Stored, StoredBalancer, StoredNetwork, StoredPolicy,
-    TokenGrant, TokenRecord, Write,
+    Announcement, Entry, Membership, Node, Op, Remembered, Revision, Stored, StoredBalancer,
+    StoredNetwork, StoredPolicy, TokenGrant, TokenRecord, Write,
 };
+use crate::events::Seen;
 use crate::identity::{Enrolled, Grants, Role, from_ms, registry::IDENTITIES, to_ms};
 
 const POLICIES: &str = "cnsmo/firewall-policies/";
@@ -23,8 +29,12 @@ const NODES: &str = "cnsmo/nodes/";
 /// A token's uses are below it, so they are read after it.
 const TOKENS: &str = "cnsmo/tokens/";
 
+const HISTORY: &str = "cnsmo/history/";
+
 /// How the keys begin that make up the state; other keys are not its own.
-pub const FOLDERS: [&str; 6] = [POLICIES, NETWORKS, BALANCERS, NODES, TOKENS, IDENTITIES];
+pub const FOLDERS: [&str; 7] = [POLICIES, NETWORKS, BALANCERS, NODES, TOKENS, IDENTITIES, HISTORY];
+/// Those with the resources that a rollback is about.
+pub const ROLLBACK_FOLDERS: [&str; 3] = [POLICIES, NETWORKS, BALANCERS];
 
 /// Revision 0 in the metadata: that of this put.
 #[derive(Clone, PartialEq, Message)]
@@ -80,6 +90,22 @@ struct JoinTokenRecord {
     subjects: Vec<String>,
 }
 
+#[derive(Clone, PartialEq, Message)]
+struct HistoryRecord {
+    #[prost(uint64, tag = "1")]
+    time_ms: u64,
+    #[prost(string, tag = "2")]
+    by: String,
+    #[prost(string, tag = "3")]
+    call: String,
+    #[prost(message, repeated, tag = "4")]
+    changes: Vec<Change>,
+    #[prost(uint32, tag = "5")]
+    changes_left_off: u32,
+    #[prost(int64, tag = "6")]
+    to_revision: Revision,
+}
+
 pub(super) fn op(write: &Write) -> Op {
     let put = |folder: &str, name: &str, value: Vec<u8>| Op::put(format!("{folder}{name}"), value);
     match write {
@@ -101,6 +127,8 @@ pub(super) fn op(write: &Write) -> Op {
             Op::Delete { key: format!("{TOKENS}{}", use_name(id, spki)) }
         }
         Write::DeleteToken(id) => Op::Delete { key: format!("{TOKENS}{id}") },
+        Write::Remember(one) => put(HISTORY, &one.id, history_record(one).encode_to_vec()),
+        Write::Forget(_, id) => Op::Delete { key: format!("{HISTORY}{id}") },
         Write::Identity(identity, enrolled) => put(IDENTITIES, identity, enrolled.encode()),
         Write::DeleteIdentity(identity) => Op::Delete { key: format!("{IDENTITIES}{identity}") },
     }
@@ -145,10 +173,42 @@ pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
         }
         return Ok(Write::Token(name.to_owned(), token(decode(value)?)?));
     }
+    if let Some(id) = entry.key.strip_prefix(HISTORY) {
+        return Ok(Write::Remember(Box::new(remembered(id, decode(value)?))));
+    }
     if let Some(identity) = entry.key.strip_prefix(IDENTITIES) {
         return Ok(Write::Identity(identity.to_owned(), Box::new(Enrolled::decode(value)?)));
     }
     Err(Invalid::new("no resource of this kind is known: was it written by a newer version?"))
+}
+
+/// What an entry of the store, or of a deleted key, is about. None: nothing that is told of.
+pub(crate) fn seen(entry: &Entry) -> Option<Seen> {
+    let of = |folder: &str, kind| Some((kind, entry.key.strip_prefix(folder)?));
+    let (kind, name) = of(POLICIES, "firewall-policy")
+        .or_else(|| of(NETWORKS, "network"))
+        .or_else(|| of(BALANCERS, "load-balancer"))
+        .or_else(|| of(NODES, "node"))?;
+    // All of these records begin with the metadata.
+    let record = Headed::decode(entry.value.as_ref()).unwrap_or_default();
+    let metadata = record.metadata.unwrap_or_default();
+    let node = if kind == "node" { name.to_owned() } else { String::new() };
+    let time = metadata.update_time;
+    Some(Seen { kind, name: name.to_owned(), time, node, ..Seen::default() })
+}
+
+/// Who asked for the change that an entry of the history tells of, and when. None: it is no such entry.
+pub(crate) fn asked(entry: &Entry) -> Option<(String, Timestamp)> {
+    entry.key.strip_prefix(HISTORY)?;
+    let record = HistoryRecord::decode(entry.value.as_ref()).ok()?;
+    Some((record.by, from_ms(record.time_ms).ok()?.into()))
+}
+
+/// The beginning of every resource.
+#[derive(Clone, PartialEq, Message)]
+struct Headed {
+    #[prost(message, optional, tag = "1")]
+    metadata: Option<Metadata>,
 }
 
 fn decode<M: Message + Default>(value: &[u8]) -> Result<M, Invalid> {
@@ -260,6 +320,29 @@ fn token(record: JoinTokenRecord) -> Result<TokenRecord, Invalid> {
         labels: Labels::new(record.labels)?,
         grant: TokenGrant { role, name: name.map_err(|e| e.at("name"))?, grants },
     })
+}
+
+fn history_record(one: &Remembered) -> HistoryRecord {
+    HistoryRecord {
+        time_ms: one.time_ms,
+        by: one.by.clone(),
+        call: one.call.clone(),
+        changes: one.changes.clone(),
+        changes_left_off: one.changes_left_off,
+        to_revision: one.to_revision,
+    }
+}
+
+fn remembered(id: &str, record: HistoryRecord) -> Remembered {
+    Remembered {
+        id: id.to_owned(),
+        time_ms: record.time_ms,
+        by: record.by,
+        call: record.call,
+        changes: record.changes,
+        changes_left_off: record.changes_left_off,
+        to_revision: record.to_revision,
+    }
 }
 
 fn hash(bytes: &[u8]) -> Result<[u8; 32], Invalid> {

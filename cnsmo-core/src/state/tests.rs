@@ -248,3 +248,22 @@ fn the_store_gives_back_what_was_committed() {
     let error = State::load(1, vec![broken]).unwrap_err();
     assert_eq!(error.field(), "cnsmo/nodes/x");
 }
+
+#[test]
+fn the_history_forgets_the_oldest_changes() {
+    let mut state = State::default();
+    let note = Note { by: "operator/jo".into(), call: "Apply", to_revision: 0 };
+    let changes = HISTORY_MAX + 2;
+    for n in 0..changes {
+        let wanted = parse_apply(vec![policy("web", 80 + (n % 2) as u32)]).unwrap();
+        let plan = state.plan_apply(wanted, Mode::Unspecified, SystemTime::now()).unwrap();
+        let plan = state.noted(plan, &note, SystemTime::now());
+        assert_eq!(plan.txn().success.len(), if n < HISTORY_MAX { 2 } else { 3 });
+        state.commit(plan, state.revision() + 1);
+    }
+    let told = state.history(0, usize::MAX, 5);
+    assert_eq!(told.len(), HISTORY_MAX);
+    let ends = |n: usize| (told[n].revision, told[n].available);
+    assert_eq!((ends(0), ends(HISTORY_MAX - 1)), ((changes as i64, true), (3, false)));
+    assert_eq!(told[0].by, "operator/jo");
+}

@@ -186,7 +186,7 @@ pub mod systemd {
         Name(::prost::alloc::string::String),
         /// A transient one.
         #[prost(message, tag = "2")]
-        Process(super::Process),
+        Process(::prost::alloc::boxed::Box<super::Process>),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

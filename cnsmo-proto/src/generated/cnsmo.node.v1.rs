@@ -43,6 +43,9 @@ pub struct NodeStatus {
     pub firewall: ::core::option::Option<FirewallStatus>,
     #[prost(message, optional, tag = "11")]
     pub overlay: ::core::option::Option<OverlayStatus>,
+    /// Of the data path: the programs that the kernel has loaded for it, by their ids, ascending.
+    #[prost(uint32, repeated, tag = "12")]
+    pub program_ids: ::prost::alloc::vec::Vec<u32>,
 }
 /// Nested message and enum types in `NodeStatus`.
 pub mod node_status {

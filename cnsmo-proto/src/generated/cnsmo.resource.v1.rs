@@ -258,6 +258,63 @@ pub struct PendingNode {
     #[prost(string, tag = "3")]
     pub message: ::prost::alloc::string::String,
 }
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListHistoryRequest {
+    /// 0: 20; at most 1,000.
+    #[prost(uint32, tag = "1")]
+    pub limit: u32,
+    /// Only what is older than this revision. 0: from the latest.
+    #[prost(int64, tag = "2")]
+    pub before_revision: i64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ListHistoryResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub entries: ::prost::alloc::vec::Vec<HistoryEntry>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct HistoryEntry {
+    #[prost(int64, tag = "1")]
+    pub revision: i64,
+    #[prost(message, optional, tag = "2")]
+    pub time: ::core::option::Option<::prost_types::Timestamp>,
+    /// The identity that asked.
+    #[prost(string, tag = "3")]
+    pub by: ::prost::alloc::string::String,
+    /// Apply, Delete or Rollback.
+    #[prost(string, tag = "4")]
+    pub call: ::prost::alloc::string::String,
+    /// At most 100, without those that changed nothing.
+    #[prost(message, repeated, tag = "5")]
+    pub changes: ::prost::alloc::vec::Vec<Change>,
+    /// Changes beyond those.
+    #[prost(uint32, tag = "6")]
+    pub changes_left_off: u32,
+    /// Of a rollback: the revision gone back to.
+    #[prost(int64, tag = "7")]
+    pub to_revision: i64,
+    /// One can go back to this revision: the history of the store reaches so far.
+    #[prost(bool, tag = "8")]
+    pub available: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RollbackRequest {
+    /// OUT_OF_RANGE if it is not there yet, or if the history of the store does not reach so far.
+    #[prost(int64, tag = "1")]
+    pub revision: i64,
+    /// Say what would change; commit nothing.
+    #[prost(bool, tag = "2")]
+    pub dry_run: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RollbackResponse {
+    /// The revision of the commit; the current one if nothing changed.
+    #[prost(int64, tag = "1")]
+    pub revision: i64,
+    /// Without those that would change nothing.
+    #[prost(message, repeated, tag = "2")]
+    pub changes: ::prost::alloc::vec::Vec<Change>,
+}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum Kind {
@@ -473,6 +530,40 @@ pub mod resource_service_client {
                 .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "WaitApplied"));
             self.inner.server_streaming(req, path, codec).await
         }
+        /// What operators have changed, the latest first. The last 1,000 changes are kept.
+        pub async fn list_history(
+            &mut self,
+            request: impl tonic::IntoRequest<super::ListHistoryRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListHistoryResponse>, tonic::Status>
+        {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/cnsmo.resource.v1.ResourceService/ListHistory",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "ListHistory"));
+            self.inner.unary(req, path, codec).await
+        }
+        /// Makes everything that operators write as a whole, nodes thus excepted, what it was at a revision, in ONE new one.
+        pub async fn rollback(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RollbackRequest>,
+        ) -> std::result::Result<tonic::Response<super::RollbackResponse>, tonic::Status> {
+            self.inner.ready().await.map_err(|e| {
+                tonic::Status::unknown(format!("Service was not ready: {}", e.into()))
+            })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path =
+                http::uri::PathAndQuery::from_static("/cnsmo.resource.v1.ResourceService/Rollback");
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("cnsmo.resource.v1.ResourceService", "Rollback"));
+            self.inner.unary(req, path, codec).await
+        }
     }
 }
 /// Generated server implementations.
@@ -526,6 +617,16 @@ pub mod resource_service_server {
             &self,
             request: tonic::Request<super::WaitAppliedRequest>,
         ) -> std::result::Result<tonic::Response<Self::WaitAppliedStream>, tonic::Status>;
+        /// What operators have changed, the latest first. The last 1,000 changes are kept.
+        async fn list_history(
+            &self,
+            request: tonic::Request<super::ListHistoryRequest>,
+        ) -> std::result::Result<tonic::Response<super::ListHistoryResponse>, tonic::Status>;
+        /// Makes everything that operators write as a whole, nodes thus excepted, what it was at a revision, in ONE new one.
+        async fn rollback(
+            &self,
+            request: tonic::Request<super::RollbackRequest>,
+        ) -> std::result::Result<tonic::Response<super::RollbackResponse>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct ResourceServiceServer<T> {
@@ -835,6 +936,86 @@ pub mod resource_service_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.resource.v1.ResourceService/ListHistory" => {
+                    #[allow(non_camel_case_types)]
+                    struct ListHistorySvc<T: ResourceService>(pub Arc<T>);
+                    impl<T: ResourceService> tonic::server::UnaryService<super::ListHistoryRequest>
+                        for ListHistorySvc<T>
+                    {
+                        type Response = super::ListHistoryResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::ListHistoryRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ResourceService>::list_history(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ListHistorySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/cnsmo.resource.v1.ResourceService/Rollback" => {
+                    #[allow(non_camel_case_types)]
+                    struct RollbackSvc<T: ResourceService>(pub Arc<T>);
+                    impl<T: ResourceService> tonic::server::UnaryService<super::RollbackRequest> for RollbackSvc<T> {
+                        type Response = super::RollbackResponse;
+                        type Future = BoxFuture<tonic::Response<Self::Response>, tonic::Status>;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RollbackRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ResourceService>::rollback(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RollbackSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

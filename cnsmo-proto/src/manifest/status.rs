@@ -92,6 +92,8 @@ pub(super) struct NodeStatusDocument {
     kernel: String,
     agent_version: String,
     interfaces: Vec<InterfaceDocument>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    program_ids: Vec<u32>,
     applied_revision: i64,
     #[serde(skip_serializing_if = "Option::is_none")]
     last_seen_time: Option<String>,
@@ -330,6 +332,7 @@ impl StatusDocument {
             kernel: status.kernel.clone(),
             agent_version: status.agent_version.clone(),
             interfaces: status.interfaces.iter().map(interface).collect(),
+            program_ids: status.program_ids.clone(),
             applied_revision: status.applied_revision,
             last_seen_time: status.last_seen_time.map(|t| t.to_string()),
             firewall: status.firewall.as_ref().map(|firewall| FirewallStatusDocument {

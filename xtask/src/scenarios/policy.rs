@@ -3,6 +3,7 @@
 use std::{fmt::Write as _, path::Path, time::Duration};
 
 use anyhow::Context as _;
+use serde_json::Value;
 
 use super::{ANSWER_LIMIT, REPORT_LIMIT, apply, get, manifest, number, settle, unchanged};
 use crate::{
@@ -74,6 +75,28 @@ pub(crate) fn counters(fleet: &Fleet, report: &mut Report) -> anyhow::Result<()>
     let sent = format!("grew by {DATAGRAMS}");
     let seen = format!("grew by {}", after - before);
     report.add("counter of a deny rule after 25 datagrams", &sent, &seen);
+    Ok(())
+}
+
+/// An earlier state comes back as a new revision, in all VMs, and so does the later one.
+pub(crate) fn rolled_back(fleet: &Fleet, report: &mut Report) -> anyhow::Result<()> {
+    let history = fleet.cli_ok(&["history", "-o", "json"])?;
+    let history: Value = serde_json::from_str(&history).context("cnsmo history is not JSON")?;
+    let revision = |n: usize| history[n]["revision"].to_string();
+    let (closed, opened) = (revision(0), revision(1));
+    let (client, web1) =
+        (fleet.netns("client")?, fleet.socket_address(To::Underlay("web1"), SSH_PORT)?);
+    let look = |limit| Probe::Tcp { port: SSH_PORT }.run(client, web1.ip(), limit);
+    let back = |to: &str| fleet.cli_ok(&["rollback", to, "--wait"]).map(drop);
+
+    back(&opened)?;
+    report.add_result("port 22 after the way back to when it was open", "web1", look(ANSWER_LIMIT));
+    back(&closed)?;
+    let seen = look(SILENCE_LIMIT);
+    report.add_result("and after the way back to when it was closed", "timeout", seen);
+    let again = fleet.cli_ok(&["rollback", &closed])?;
+    let seen = if again.starts_with("no change") { "no change" } else { again.trim() };
+    report.add("the same way again", "no change", seen);
     Ok(())
 }
 
