@@ -23,7 +23,6 @@ use std::{
 use bytes::Bytes;
 use cnsmo_proto::pb::bus::{Ack, Message, Reply};
 use prost::Message as _;
-use tokio::task::JoinHandle;
 use tonic::Status;
 
 use crate::{
@@ -127,13 +126,6 @@ struct Inner {
     limits: StreamLimits,
     requests: AtomicU64,
     subscribed: Mutex<Subscribed>,
-    tasks: Mutex<Vec<JoinHandle<()>>>,
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        lock(&self.tasks).iter().for_each(JoinHandle::abort);
-    }
 }
 
 /// Who subscribes, to keep to the limits and to end all of them.
@@ -152,18 +144,24 @@ impl Bus {
     /// The store fails.
     pub async fn start(store: Store, config: BusConfig) -> Result<Self, StoreError> {
         store.release_deliveries(&config.holder).await?;
-        let trimmer = tokio::spawn(trim(store.clone(), config.limits));
-        let bus = Self(Arc::new(Inner {
+        Ok(Self(Arc::new(Inner {
             live: Live::default(),
             limits: config.limits,
             groups: Groups::new(store.clone(), config),
             store,
             requests: AtomicU64::new(0),
             subscribed: Mutex::default(),
-            tasks: Mutex::new(vec![trimmer]),
-        }));
-        lock(&bus.0.tasks).push(tokio::spawn(listen(Arc::downgrade(&bus.0))));
-        Ok(bus)
+        })))
+    }
+
+    /// Hears of what other cores publish and removes what is too old, until it is dropped. What is published here reaches its
+    /// subscribers without it.
+    pub async fn run(self) {
+        let Inner { store, limits, .. } = &*self.0;
+        tokio::select! {
+            () = self.0.listen() => {}
+            () = trim(store.clone(), *limits) => {}
+        }
     }
 
     /// Gives a message to whom it reaches now: at most once to each subscriber alone, and to one of each group. Returns how
@@ -344,7 +342,6 @@ impl Bus {
 
     /// Ends all subscriptions; further ones are refused.
     pub fn stop(&self) {
-        lock(&self.0.tasks).iter().for_each(JoinHandle::abort);
         let mut subscribed = lock(&self.0.subscribed);
         subscribed.stopped = true;
         for outbox in subscribed.outboxes.values().filter_map(Weak::upgrade) {
@@ -465,13 +462,13 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// Hears of what other cores publish.
-async fn listen(bus: Weak<Inner>) {
-    while let Some(bus) = bus.upgrade() {
-        let store = bus.store.clone();
-        bus.groups.wake_all();
-        drop(bus);
-        store.other_core_committed().await;
+impl Inner {
+    /// Hears of what other cores publish.
+    async fn listen(&self) {
+        loop {
+            self.groups.wake_all();
+            self.store.other_core_committed().await;
+        }
     }
 }
 

@@ -23,7 +23,6 @@ use cnsmo_proto::{
 use futures::stream::{self, StreamExt as _};
 use tokio::{
     sync::{broadcast, watch},
-    task::JoinHandle,
     time::timeout,
 };
 
@@ -116,16 +115,6 @@ struct State {
     changes: Option<broadcast::Sender<Arc<Changed>>>,
 }
 
-/// The task of a catalogue. Without it nothing changes any more: those who wait are told.
-struct AtWork(Arc<Inner>);
-
-impl Drop for AtWork {
-    fn drop(&mut self) {
-        self.0.state().changes = None;
-        self.0.seen.send_replace(Revision::MAX);
-    }
-}
-
 /// A change of the set. Neither before nor after: the set was read anew.
 #[derive(Debug)]
 struct Changed {
@@ -135,13 +124,9 @@ struct Changed {
 }
 
 impl Catalog {
-    /// Takes up what is in the store, each instance with its full time, and begins to count. `core` names this core; one
-    /// that is `alone` with its store counts all instances. The task runs until it is aborted or the store is closed.
-    pub async fn start(
-        store: Store,
-        core: &str,
-        alone: bool,
-    ) -> Result<(Self, JoinHandle<()>), StoreError> {
+    /// Takes up what is in the store, each instance with its full time; [`Self::run`] counts. `core` names this core; one
+    /// that is `alone` with its store counts all instances.
+    pub async fn start(store: Store, core: &str, alone: bool) -> Result<Self, StoreError> {
         let state = State {
             set: BTreeMap::new(),
             owned: HashMap::new(),
@@ -159,14 +144,23 @@ impl Catalog {
             seen: watch::Sender::new(0),
         });
         inner.load().await?;
-        let at_work = AtWork(inner.clone());
-        let task = tokio::spawn(async move {
-            tokio::select! {
-                () = at_work.0.follow() => {}
-                () = at_work.0.judge() => {}
-            }
-        });
-        Ok((Self { inner }, task))
+        Ok(Self { inner })
+    }
+
+    /// Follows the store and judges silence until it is dropped or the store is closed. While nobody runs it, the set stays
+    /// as it is, and no instance is silent.
+    pub async fn run(self) {
+        self.inner.state().silence.take_up(Instant::now());
+        tokio::select! {
+            () = self.inner.follow() => {}
+            () = self.inner.judge() => {}
+        }
+    }
+
+    /// The core stops: those who watch or wait are told.
+    pub fn close(&self) {
+        self.inner.state().changes = None;
+        self.inner.seen.send_replace(Revision::MAX);
     }
 
     /// Takes an announcement of `owner`: keeps what it changes, and knows from it that the instance lives. Returns the
@@ -179,6 +173,20 @@ impl Catalog {
         let record = record::check(request, owner, &self.inner.core)?;
         let kept = self.inner.keep(record, None).await?;
         Ok((kept.instance, kept.ttl))
+    }
+
+    /// Takes a state of one of this core's own services.
+    pub async fn announce_own(&self, instance: Instance) -> Result<(), Error> {
+        self.inner.keep(record::own(instance, &self.inner.core)?, None).await?;
+        Ok(())
+    }
+
+    /// Removes an instance of this core's own services, if it is there.
+    pub async fn withdraw_own(&self, service: &str, name: &str) -> Result<(), Error> {
+        match self.remove(service, name, None, None).await {
+            Ok(_) | Err(Error::NotFound(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Removes an instance. `by`: the caller, who must be its owner; none: one who may act for all.

@@ -24,7 +24,7 @@ use cnsmo_proto::{
     model::Labels,
     pb::{
         agent::{
-            Announcement, ConnectResponse, GoAway, Hello, Resource, Update, Welcome,
+            Announcement, Command, ConnectResponse, GoAway, Hello, Resource, Update, Welcome,
             connect_request, connect_response, resource, update::Kind as UpdateKind,
         },
         balancer::{Backend, LoadBalancerSpec},
@@ -55,8 +55,8 @@ use crate::{
 pub const SET_TYPE: &str = "cnsmo.agent.v1.Resource";
 /// Version of the stream's protocol.
 pub const PROTOCOL_VERSION: u32 = 1;
-/// Messages that wait for one agent: the welcome, the one update without an answer, bookmarks, the end. An agent that
-/// does not take them is cut.
+/// Messages that wait for one agent: the welcome, the one update without an answer, bookmarks, commands, the end. An agent
+/// that does not take them is cut.
 pub const DOWN_MAX: usize = 8;
 /// Agents that a core which stops asks to come back in one second: fewer than the handshakes that the smallest machine does,
 /// beside its other work.
@@ -97,6 +97,8 @@ pub enum Down {
     Welcome(Box<Welcome>),
     /// One step of the policies.
     Update(Box<Push>),
+    /// To one of its services.
+    Command(Box<Command>),
     /// The last: come back after this time.
     GoAway(Duration),
 }
@@ -202,6 +204,10 @@ impl Down {
                 ConnectResponse { message }.encode_raw(buffer);
             }
             Self::Update(push) => push.encode(buffer),
+            Self::Command(command) => {
+                let message = Some(connect_response::Message::Command(*command));
+                ConnectResponse { message }.encode_raw(buffer);
+            }
             Self::GoAway(delay) => {
                 let delay = prost_types::Duration::try_from(delay).ok();
                 let message = Some(connect_response::Message::GoAway(GoAway { delay }));
@@ -485,6 +491,10 @@ impl Fleet {
             connect_request::Message::Status(report) => Ok(agent.on_report(*report)),
             connect_request::Message::Announcement(new) => {
                 announcement = Some(new);
+                Ok(false)
+            }
+            // The task of the stream has them.
+            connect_request::Message::Instances(_) | connect_request::Message::Result(_) => {
                 Ok(false)
             }
         };

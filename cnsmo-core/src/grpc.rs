@@ -6,6 +6,8 @@ pub mod auth;
 mod bus;
 mod catalog;
 mod event;
+pub mod gate;
+mod host;
 pub mod identity;
 pub mod listen;
 mod quota;
@@ -25,7 +27,12 @@ use cnsmo_proto::pb::{
         join_token_service_server::JoinTokenServiceServer,
     },
     resource::resource_service_server::ResourceServiceServer,
+    service::host_service_server::{self, HostServiceServer},
     state::state_service_server::{self, StateServiceServer},
+};
+use cnsmo_service::host::{
+    Host,
+    front::{Front, Local},
 };
 use futures::{Stream, StreamExt as _, stream};
 use tokio_util::sync::CancellationToken;
@@ -35,13 +42,15 @@ use tower::layer::util::{Identity, Stack};
 use self::identity::Issuer;
 use crate::{
     actor::Core, audit::Audit, bus::Bus, catalog::Catalog, cluster::Member, error::Error,
-    http::HttpLayer, identity::registry::Registry, lease::Leases, store::Store,
+    http::HttpLayer, identity::registry::Registry, lease::Leases, links::Links, own, store::Store,
 };
 
 /// Largest message that the core takes.
 pub const MESSAGE_BYTES_MAX: usize = 32 << 20;
 /// Largest message of a service that anybody may call.
 const ENROLL_BYTES_MAX: usize = 64 << 10;
+/// Largest message about one service of a host.
+const HOST_BYTES_MAX: usize = 16 << 10;
 /// Calls at a time on one connection.
 const STREAMS_MAX: u32 = 64;
 /// A connection without traffic is asked for a sign of life this often, and closed if none comes.
@@ -68,6 +77,10 @@ pub struct Parts {
     pub catalog: Catalog,
     /// Messages.
     pub bus: Bus,
+    /// The services of this core.
+    pub host: Host,
+    /// Those who steer services of agents.
+    pub links: Links,
     /// Folder with room for a backup.
     pub state_dir: PathBuf,
     /// Ends the streams that clients keep open.
@@ -76,7 +89,20 @@ pub struct Parts {
 
 /// The services; both fronts serve them.
 pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
-    let Parts { me, core, issuer, audit, store, leases, catalog, bus, state_dir, stopping } = parts;
+    let Parts {
+        me,
+        core,
+        issuer,
+        audit,
+        store,
+        leases,
+        catalog,
+        bus,
+        host,
+        links,
+        state_dir,
+        stopping,
+    } = parts;
     let (_, health) = tonic_health::server::health_reporter();
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
@@ -84,7 +110,10 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .build_v1()?;
     let resources = ResourceServiceServer::new(resource::Service::new(core.clone(), store.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
-    let agents = agent::Service::new(core.clone());
+    let parts = agent::Parts { core: core.clone(), catalog: catalog.clone(), links: links.clone() };
+    let agents = agent::Service::new(parts);
+    let hosts = Front(host::Hosts::new(Local::new(host, own::NODE), links));
+    let hosts = HostServiceServer::new(hosts).max_decoding_message_size(HOST_BYTES_MAX);
     let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
     let (watchers, catalogue_watchers) = (state::watchers(), catalog::watchers());
     let state = StateServiceServer::new(state::Service::new(
@@ -119,6 +148,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .add_service(agents)
         .add_service(buses)
         .add_service(enrolment)
+        .add_service(hosts)
         .add_service(EventServiceServer::new(events))
         .add_service(state)
         .add_service(AdminServiceServer::new(admin))
@@ -139,6 +169,7 @@ pub fn request_bytes_max(service: &str) -> usize {
         state_service_server::SERVICE_NAME => state::MESSAGE_BYTES_MAX,
         bus_service_server::SERVICE_NAME => bus::MESSAGE_BYTES_MAX,
         catalog_service_server::SERVICE_NAME => catalog::MESSAGE_BYTES_MAX,
+        host_service_server::SERVICE_NAME => HOST_BYTES_MAX,
         _ => MESSAGE_BYTES_MAX,
     }
 }
@@ -158,12 +189,16 @@ fn until_stopped<T>(
     })
 }
 
+/// What stands between HTTP and the services.
+type Layers = Stack<gate::GateLayer, Stack<auth::AuthLayer, Stack<HttpLayer, Identity>>>;
+
 /// HTTP as both fronts speak it. The request's role is checked before anything looks at its body.
 pub fn server(
     http: HttpLayer,
     registry: &Arc<Registry>,
     audit: &Audit,
-) -> Server<Stack<auth::AuthLayer, Stack<HttpLayer, Identity>>> {
+    gate: gate::GateLayer,
+) -> Server<Layers> {
     Server::builder()
         .accept_http1(true)
         .http2_keepalive_interval(Some(KEEPALIVE))
@@ -173,4 +208,5 @@ pub fn server(
         .initial_connection_window_size(WINDOW_BYTES)
         .layer(http)
         .layer(auth::AuthLayer::new(registry.clone(), audit.clone()))
+        .layer(gate)
 }

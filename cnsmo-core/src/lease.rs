@@ -16,14 +16,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::stream::{self, StreamExt as _};
-use tokio::task::JoinHandle;
-
 use crate::{
     cluster::LEADER_KEY,
     error::Error,
     store::{Lease, LeaseId, Revision, Store, StoreError},
 };
+use futures::stream::{self, StreamExt as _};
 
 /// Shortest lease: a renewal takes a round trip, and a tick passes before an end.
 pub const TTL_MIN: Duration = Duration::from_secs(1);
@@ -87,13 +85,9 @@ pub struct Summary {
 }
 
 impl Leases {
-    /// Takes up what is in the store, each lease with its full time, and begins to count. `core` names this core; one that is
-    /// `alone` with its store takes over whatever other names left in it. The task runs until it is aborted.
-    pub async fn start(
-        store: Store,
-        core: &str,
-        alone: bool,
-    ) -> Result<(Self, JoinHandle<()>), StoreError> {
+    /// Takes up what is in the store, each lease with its full time; [`Self::run`] counts. `core` names this core; one that is
+    /// `alone` with its store takes over whatever other names left in it.
+    pub async fn start(store: Store, core: &str, alone: bool) -> Result<Self, StoreError> {
         let (table, others) = (Mutex::new(Table::new(Instant::now())), Mutex::default());
         let inner = Inner { store, core: core.to_owned(), alone, table, others };
         let leases = Self { inner: Arc::new(inner) };
@@ -104,8 +98,13 @@ impl Leases {
                 leases.inner.take(lease.id, None).await?;
             }
         }
-        let task = tokio::spawn(leases.inner.clone().run());
-        Ok((leases, task))
+        Ok(leases)
+    }
+
+    /// Counts and ends leases until it is dropped. While nobody runs it, time stands still for all of them.
+    pub async fn run(self) {
+        self.table().take_up(Instant::now());
+        self.inner.run().await;
     }
 
     /// A new lease of `owner`.
@@ -213,7 +212,7 @@ impl Inner {
         self.alone || self.others().trusted_until.is_some_and(|until| now < until)
     }
 
-    async fn run(self: Arc<Self>) {
+    async fn run(&self) {
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut reconciled = Instant::now();
@@ -506,6 +505,15 @@ impl Table {
         self.held_back = held_back;
     }
 
+    /// What was being ended when the counting stopped has to be ended anew.
+    fn take_up(&mut self, now: Instant) {
+        let clock = self.clock(now);
+        for (id, held) in self.held.iter_mut().filter(|(_, held)| held.ending) {
+            (held.ending, held.queued) = (false, clock);
+            self.queue.insert((clock, *id));
+        }
+    }
+
     /// Its end failed: it can be renewed again, until the next try.
     fn put_back(&mut self, id: LeaseId, now: Instant) {
         let retry = self.clock(now) + RETRY;
@@ -674,7 +682,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let config = StoreConfig::sqlite(folder.path().join("state.db"));
         let store = Store::open(&config).await.unwrap();
-        let (a, counting_a) = Leases::start(store.clone(), "a", false).await.unwrap();
+        let a = Leases::start(store.clone(), "a", false).await.unwrap();
+        let counting_a = tokio::spawn(a.clone().run());
         let lease = a.grant("service/x", TTL).await.unwrap();
         assert_eq!(a.renew(lease.id, None).await.unwrap(), Some(TTL));
         assert_eq!(holder_of(&store, lease.id).await, Some(("a".into(), 2)));
@@ -696,8 +705,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let config = StoreConfig::sqlite(folder.path().join("state.db"));
         let store = Store::open(&config).await.unwrap();
-        let (a, counting_a) = Leases::start(store.clone(), "a", false).await.unwrap();
-        let (b, counting_b) = Leases::start(store.clone(), "b", false).await.unwrap();
+        let a = Leases::start(store.clone(), "a", false).await.unwrap();
+        let counting_a = tokio::spawn(a.clone().run());
+        let b = Leases::start(store.clone(), "b", false).await.unwrap();
+        let counting_b = tokio::spawn(b.clone().run());
         let lease = a.grant("service/x", TTL_MIN).await.unwrap();
         // The client has moved to b.
         for _ in 0..3 * 4 {

@@ -13,6 +13,8 @@
 //! - [`identity`]: who calls, and what that one may do.
 //! - `events`: what happened, told from the commits.
 //! - [`audit`]: what was done and refused.
+//! - [`links`]: commands to agents, over their streams.
+//! - [`own`]: the services that a core consists of, each under a supervisor.
 //! - [`grpc`]: the API and who may use it.
 //! - [`http`]: the same API by HTTP and JSON.
 //! - [`server`]: all of it together.
@@ -31,6 +33,8 @@ pub mod grpc;
 pub mod http;
 pub mod identity;
 pub mod lease;
+pub mod links;
+pub mod own;
 pub mod server;
 pub mod state;
 pub mod store;

@@ -25,13 +25,12 @@ use crate::{
     catalog::Catalog,
     cluster::{self, Cluster, Duties, Member},
     fleet::Timing,
-    grpc,
+    grpc::{self, gate::GateLayer},
     http::HttpLayer,
-    identity::{
-        ca::Ca,
-        registry::{self, Registry},
-    },
+    identity::{ca::Ca, registry::Registry},
     lease::Leases,
+    links::Links,
+    own::{self, Own},
     store::{self, PostgresConfig, Revision, Store, StoreConfig, StoreError},
 };
 
@@ -89,12 +88,8 @@ pub struct Running {
     store: Store,
     /// Ends the streams that clients keep open.
     stopping: CancellationToken,
-    /// Ends leases.
-    counting: JoinHandle<()>,
-    /// Judges the silence of instances.
-    instances: JoinHandle<()>,
-    /// Aborted when dropped.
-    _helpers: JoinSet<()>,
+    catalog: Catalog,
+    own: Own,
     // Held until the end.
     socket: grpc::listen::SocketFile,
     lock: File,
@@ -140,14 +135,9 @@ impl Running {
             None => CORE.to_owned(),
             Some(_) => cluster::id_in(folder).context("cannot keep the name of this core")?,
         };
-        let mut helpers = JoinSet::new();
-        if !alone {
-            // Only the core that leads changes identities: the others learn of it.
-            helpers.spawn(registry::follow(registry.clone(), store.clone()));
-        }
         let stopping = CancellationToken::new();
-        let (catalog, instances) = Catalog::start(store.clone(), &id, alone).await?;
-        let (leases, counting) = Leases::start(store.clone(), &id, alone).await?;
+        let catalog = Catalog::start(store.clone(), &id, alone).await?;
+        let leases = Leases::start(store.clone(), &id, alone).await?;
         let (seats, core) = Seats::new(registry.clone());
         let duties = Duties {
             seats,
@@ -160,6 +150,20 @@ impl Running {
         let keeper = keep(store.clone(), me.clone(), duties, shared).await?;
         let messages = BusConfig { holder: me.id.clone(), ..BusConfig::default() };
         let bus = Bus::start(store.clone(), messages).await?;
+        let links = Links::default();
+        let own = Own::start(own::Parts {
+            id: me.id.clone(),
+            alone,
+            leases: leases.clone(),
+            bus: bus.clone(),
+            catalog: catalog.clone(),
+            registry: registry.clone(),
+            store: store.clone(),
+            core: core.clone(),
+            links: links.clone(),
+        })
+        .await?;
+        let gate = GateLayer::new(own.host());
         let parts = grpc::Parts {
             me,
             core: core.clone(),
@@ -169,6 +173,8 @@ impl Running {
             leases,
             catalog: catalog.clone(),
             bus: bus.clone(),
+            host: own.host().clone(),
+            links,
             state_dir: folder.clone(),
             stopping: stopping.clone(),
         };
@@ -184,18 +190,17 @@ impl Running {
         tokio::spawn(grpc::listen::accept_tls(tcp, tls, audit.clone(), to_tls));
         tokio::spawn(grpc::listen::accept_unix(unix, to_unix));
         let mut servers = JoinSet::new();
-        servers.spawn(grpc::server(http.clone(), &registry, &audit).serve_with_incoming_shutdown(
+        let server = || grpc::server(http.clone(), &registry, &audit, gate.clone());
+        servers.spawn(server().serve_with_incoming_shutdown(
             routes.clone(),
             ReceiverStream::new(from_tls),
             until(stopped.clone()),
         ));
-        servers.spawn(grpc::server(http, &registry, &audit).serve_with_incoming_shutdown(
+        servers.spawn(server().serve_with_incoming_shutdown(
             routes,
             ReceiverStream::new(from_unix),
             until(stopped),
         ));
-        helpers.spawn(registry::sweep(registry));
-        helpers.spawn(catalog.follow_agents(core.clone()));
         Ok(Self {
             address,
             core,
@@ -205,9 +210,8 @@ impl Running {
             keeper,
             store,
             stopping,
-            counting,
-            instances,
-            _helpers: helpers,
+            catalog,
+            own,
             socket,
             lock,
         })
@@ -223,15 +227,15 @@ impl Running {
             keeper,
             store,
             stopping,
-            counting,
-            instances,
+            catalog,
+            own,
             socket,
             lock,
-            ..
+            address: _,
         } = self;
         stopping.cancel();
-        counting.abort();
-        instances.abort();
+        own.stop().await;
+        catalog.close();
         // No receiver: the servers have ended already.
         let _ = stop.send(true);
         bus.stop();
@@ -272,14 +276,6 @@ impl Running {
         };
         tokio::select! {
             error = keeper => error,
-            ended = &mut self.counting => match ended {
-                Ok(()) => anyhow::anyhow!("the task that ends leases has ended"),
-                Err(error) => anyhow::Error::new(error).context("the task that ends leases failed"),
-            },
-            ended = &mut self.instances => match ended {
-                Ok(()) => anyhow::anyhow!("the task of the catalogue has ended"),
-                Err(error) => anyhow::Error::new(error).context("the task of the catalogue failed"),
-            },
             Some(ended) = self.servers.join_next() => match ended {
                 Ok(Err(error)) => anyhow::Error::new(error).context("a server has failed"),
                 Err(error) => anyhow::Error::new(error).context("a server has failed"),

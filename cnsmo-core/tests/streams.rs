@@ -31,7 +31,9 @@ async fn postgres(url: &str) -> Store {
 
 async fn bus(store: &Store, holder: &str, limits: StreamLimits) -> Bus {
     let config = BusConfig { holder: holder.to_owned(), limits };
-    Bus::start(store.clone(), config).await.unwrap()
+    let bus = Bus::start(store.clone(), config).await.unwrap();
+    tokio::spawn(bus.clone().run());
+    bus
 }
 
 fn message(number: usize, key: &str) -> Message {

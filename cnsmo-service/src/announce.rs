@@ -140,7 +140,7 @@ impl Announcer {
             name,
             service,
             node,
-            phase: wire(phase).into(),
+            phase: catalog::Phase::from(phase).into(),
             reason: state.reason.to_owned(),
             message: state.message.clone(),
             endpoints,
@@ -181,23 +181,11 @@ fn is_final(status: &Status) -> bool {
     )
 }
 
-/// Without random numbers empty: a new run is then told from the last one by its phases alone.
-fn incarnation() -> String {
+/// Tells one run of an instance from the next. Without random numbers empty: then its phases alone do.
+pub fn incarnation() -> String {
     let mut bytes = [0; 16];
     if SystemRandom::new().fill(&mut bytes).is_err() {
         return String::new();
     }
     format!("{:032x}", u128::from_be_bytes(bytes))
-}
-
-fn wire(phase: Phase) -> catalog::Phase {
-    match phase {
-        Phase::Installing => catalog::Phase::Installing,
-        Phase::Starting => catalog::Phase::Starting,
-        Phase::Ready => catalog::Phase::Ready,
-        Phase::Degraded => catalog::Phase::Degraded,
-        Phase::Draining => catalog::Phase::Draining,
-        Phase::Stopped => catalog::Phase::Stopped,
-        Phase::Failed => catalog::Phase::Failed,
-    }
 }

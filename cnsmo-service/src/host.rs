@@ -1,5 +1,7 @@
 //! A host of services: runs each of them under a supervisor of its own, and starts, stops, restarts and kills them by name.
 
+pub mod front;
+
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     future::{Future, poll_fn},
@@ -212,6 +214,11 @@ impl Host {
     /// See [`OrderError`].
     pub async fn kill(&self, service: &str) -> Result<Status, OrderError> {
         self.order(service, What::Kill).await
+    }
+
+    /// The services and their phases, by name.
+    pub fn lives(&self) -> Vec<(String, Lifecycle)> {
+        self.services().iter().map(|(name, hosted)| (name.clone(), hosted.life.clone())).collect()
     }
 
     /// Stops all services at once and waits for them.

@@ -1,8 +1,16 @@
 //! The life of a service: its phases and the steps between them.
 
-use std::{fmt, time::SystemTime};
+use std::{
+    collections::VecDeque,
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
 
 use tokio::sync::watch;
+
+/// States that are kept of one service: several lives of one that keeps failing.
+pub const HISTORY_MAX: usize = 64;
 
 /// Where a service is in its life. What only the core can see from outside, unreachable and lost, is not among them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,13 +117,26 @@ pub struct IllegalStep {
 
 /// The state of one service. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Lifecycle(watch::Sender<State>);
+pub struct Lifecycle {
+    state: watch::Sender<State>,
+    history: Arc<Mutex<History>>,
+}
+
+/// The latest states, the oldest first.
+#[derive(Debug)]
+struct History {
+    states: VecDeque<State>,
+    /// Entered since the beginning, those that are not kept any more too.
+    entered: u64,
+}
 
 impl Lifecycle {
     /// Begins with [`Phase::Installing`].
     pub fn new(reason: &'static str) -> Self {
         let (phase, since) = (Phase::Installing, SystemTime::now());
-        Self(watch::Sender::new(State { phase, reason, message: String::new(), since }))
+        let state = State { phase, reason, message: String::new(), since };
+        let history = History { states: VecDeque::from([state.clone()]), entered: 1 };
+        Self { state: watch::Sender::new(state), history: Arc::new(Mutex::new(history)) }
     }
 
     /// Takes a step, seen by all watchers.
@@ -129,13 +150,19 @@ impl Lifecycle {
         message: impl Into<String>,
     ) -> Result<(), IllegalStep> {
         let mut result = Ok(());
-        self.0.send_if_modified(|state| {
+        self.state.send_if_modified(|state| {
             if !state.phase.may_become(to) {
                 result = Err(IllegalStep { from: state.phase, to });
                 return false;
             }
             let (message, since) = (message.into(), SystemTime::now());
             *state = State { phase: to, reason, message, since };
+            let mut history = self.history();
+            if history.states.len() == HISTORY_MAX {
+                history.states.pop_front();
+            }
+            history.states.push_back(state.clone());
+            history.entered += 1;
             true
         });
         result
@@ -143,12 +170,27 @@ impl Lifecycle {
 
     /// The phase now.
     pub fn phase(&self) -> Phase {
-        self.0.borrow().phase
+        self.state.borrow().phase
     }
 
     /// The state now and each later one; a slow watcher sees the latest.
     pub fn watch(&self) -> watch::Receiver<State> {
-        self.0.subscribe()
+        self.state.subscribe()
+    }
+
+    /// The states entered after the first `seen` ones, the oldest first, and how many have been entered by now. Of those that
+    /// are long past only the last [`HISTORY_MAX`] are known.
+    pub fn entered_after(&self, seen: u64) -> (Vec<State>, u64) {
+        let history = self.history();
+        let missing = usize::try_from(history.entered.saturating_sub(seen)).unwrap_or(usize::MAX);
+        let known = history.states.len();
+        let states = history.states.iter().skip(known.saturating_sub(missing)).cloned();
+        (states.collect(), history.entered)
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        // Each change of it is whole before anything can panic.
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -240,5 +282,28 @@ mod tests {
         assert_eq!(state.message, "disk full");
         life.step(Phase::Ready, "Healthy", "").unwrap_err();
         assert!(!watch.has_changed().unwrap());
+    }
+
+    #[test]
+    fn every_state_is_told_once_and_the_oldest_are_forgotten() {
+        let life = Lifecycle::new("Spawned");
+        life.step(Phase::Starting, "Start", "").unwrap();
+        let (states, seen) = life.entered_after(0);
+        let phases = |states: &[State]| states.iter().map(|s| s.phase).collect::<Vec<_>>();
+        assert_eq!(phases(&states), [Phase::Installing, Phase::Starting]);
+        life.step(Phase::Failed, "Crashed", "no luck").unwrap();
+        life.step(Phase::Starting, "Restart", "").unwrap();
+        assert!(life.step(Phase::Stopped, "Stop", "").is_err());
+        let (states, seen) = life.entered_after(seen);
+        assert_eq!(phases(&states), [Phase::Failed, Phase::Starting]);
+        assert_eq!((states[0].reason, &*states[0].message), ("Crashed", "no luck"));
+        assert_eq!(life.entered_after(seen).0.len(), 0);
+        for _ in 0..HISTORY_MAX {
+            life.step(Phase::Failed, "Crashed", "").unwrap();
+            life.step(Phase::Starting, "Restart", "").unwrap();
+        }
+        let (states, now) = life.entered_after(seen);
+        assert_eq!((states.len(), now - seen), (HISTORY_MAX, 2 * HISTORY_MAX as u64));
+        assert_eq!(states[HISTORY_MAX - 1].phase, Phase::Starting);
     }
 }

@@ -24,6 +24,22 @@ pub const INSTANCES: &str = "cnsmo/instances/";
 /// The service of which each node's agent is an instance; the core announces it from what it sees of the agent.
 pub const AGENT: &str = "agent";
 
+/// Services that nobody else may announce instances of: those of the core, and those that agents report to it.
+const RESERVED: [&str; 10] = [
+    AGENT,
+    "bus",
+    "catalogue",
+    "firewall",
+    "identity",
+    "loadbalancer",
+    "orchestrator",
+    "process",
+    "state",
+    "vpn",
+];
+/// Those of them that an agent may report.
+const OF_AGENTS: [&str; 4] = ["firewall", "loadbalancer", "process", "vpn"];
+
 /// The owner of what the core itself announces.
 const OWN: &str = "core";
 
@@ -42,7 +58,7 @@ const PROTOCOL_BYTES_MAX: usize = 32;
 /// A host name (RFC 1035, section 2.3.4) or a subject of the bus.
 const ADDRESS_BYTES_MAX: usize = 255;
 
-/// The value of a key: an [`AnnounceRequest`] with one field more, so that a reader needs no other message.
+/// The value of a key: an [`AnnounceRequest`] with some fields more, so that a reader needs no other message.
 #[derive(Clone, PartialEq, prost::Message)]
 struct Kept {
     #[prost(message, optional, tag = "1")]
@@ -53,6 +69,8 @@ struct Kept {
     grace: Option<prost_types::Duration>,
     #[prost(string, tag = "15")]
     holder: String,
+    #[prost(bool, tag = "16")]
+    followed: bool,
 }
 
 /// A valid instance, and what the core keeps beside it.
@@ -64,12 +82,14 @@ pub(super) struct Record {
     pub(super) grace: Duration,
     /// The core that received the last announcement that changed something.
     pub(super) holder: Arc<str>,
+    /// It lives as long as the agent that reports it: its own silence means nothing.
+    pub(super) followed: bool,
 }
 
 impl Record {
     /// None: not a record.
     pub(super) fn decode(value: &[u8], revision: Revision) -> Option<Self> {
-        let Kept { instance, ttl, grace, holder } = Kept::decode(value).ok()?;
+        let Kept { instance, ttl, grace, holder, followed } = Kept::decode(value).ok()?;
         let mut instance = instance?;
         instance.revision = revision;
         let time = |time: Option<prost_types::Duration>| time?.try_into().ok();
@@ -78,6 +98,7 @@ impl Record {
             ttl: time(ttl).unwrap_or_default(),
             grace: time(grace).unwrap_or_default(),
             holder: holder.into(),
+            followed,
         })
     }
 
@@ -88,6 +109,7 @@ impl Record {
             ttl: time(self.ttl),
             grace: time(self.grace),
             holder: self.holder.to_string(),
+            followed: self.followed,
         };
         kept.encode_to_vec().into()
     }
@@ -105,8 +127,8 @@ impl Record {
         match self.phase() {
             Phase::Stopped | Phase::Lost => false,
             Phase::Unreachable => true,
-            // The fleet counts their heartbeats.
-            _ => self.instance.service != AGENT,
+            // The fleet counts the heartbeats of agents.
+            _ => !self.followed && self.instance.service != AGENT,
         }
     }
 
@@ -141,20 +163,50 @@ pub(super) fn key(service: &str, name: &str) -> String {
 /// An agent, as the fleet sees it.
 pub(super) fn of_agent(instance: Instance, core: &str) -> Record {
     let instance = Arc::new(Instance { service: AGENT.into(), owner: OWN.into(), ..instance });
-    Record { instance, ttl: TTL_DEFAULT, grace: GRACE_DEFAULT, holder: core.into() }
+    let (ttl, grace) = (TTL_DEFAULT, GRACE_DEFAULT);
+    Record { instance, ttl, grace, holder: core.into(), followed: true }
+}
+
+/// Of one of this core's own services.
+pub(super) fn own(instance: Instance, core: &str) -> Result<Record, Error> {
+    let request = AnnounceRequest { instance: Some(instance), ttl: None, grace: None };
+    check_any(request, OWN, core)
+}
+
+/// What an agent reports of its VM. It says what is, whatever the last report was.
+pub(super) fn reported(instance: Instance, node: &str, core: &str) -> Result<Record, Error> {
+    let service = &instance.service;
+    if RESERVED.contains(&&**service) && !OF_AGENTS.contains(&&**service) {
+        return Err(Error::Denied(format!("instance.service: {service} is not run by agents")));
+    }
+    let instance = Some(Instance { node: node.into(), ..instance });
+    let request = AnnounceRequest { instance, ttl: None, grace: None };
+    let record = check_any(request, &agent_identity(node), core)?;
+    Ok(Record { followed: true, ..record })
+}
+
+/// The owner of what the agent of a node reports.
+pub(super) fn agent_identity(node: &str) -> String {
+    format!("{AGENT}/{node}")
 }
 
 /// What a client announces, checked, with the defaults filled in.
 pub(super) fn check(request: AnnounceRequest, owner: &str, core: &str) -> Result<Record, Error> {
+    if let Some(Instance { service, .. }) = &request.instance
+        && RESERVED.contains(&&**service)
+    {
+        return Err(Error::Denied(format!(
+            "instance.service: instances of {service} are announced by the core alone"
+        )));
+    }
+    check_any(request, owner, core)
+}
+
+fn check_any(request: AnnounceRequest, owner: &str, core: &str) -> Result<Record, Error> {
     let AnnounceRequest { instance, ttl, grace } = request;
     let mut instance = instance.ok_or_else(|| Error::Invalid("instance: missing".into()))?;
     check_name("instance.service", &instance.service)?;
     check_name("instance.name", &instance.name)?;
-    if instance.service == AGENT {
-        return Err(Error::Denied(format!(
-            "instance.service: instances of {AGENT} are announced by the core alone"
-        )));
-    }
     if !instance.node.is_empty() {
         check_name("instance.node", &instance.node)?;
     }
@@ -191,6 +243,7 @@ pub(super) fn check(request: AnnounceRequest, owner: &str, core: &str) -> Result
         ttl: check_time("ttl", ttl, TTL_MIN, TTL_MAX)?.unwrap_or(TTL_DEFAULT),
         grace: check_time("grace", grace, Duration::ZERO, GRACE_MAX)?.unwrap_or(GRACE_DEFAULT),
         holder: core.into(),
+        followed: false,
     })
 }
 
@@ -297,7 +350,7 @@ pub(super) fn decide(
         )));
     }
     let is_same_life = old.owner == new.owner && old.incarnation == new.incarnation;
-    if is_same_life {
+    if is_same_life && !announced.followed {
         check_step(old, new)?;
     }
     if !is_same_life || old.phase() != new.phase() {

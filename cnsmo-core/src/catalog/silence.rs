@@ -147,6 +147,15 @@ impl Silence {
         due
     }
 
+    /// What was being judged when the judging stopped has to be judged anew.
+    pub(super) fn take_up(&mut self, now: Instant) {
+        let clock = self.clock(now);
+        for (key, heard) in self.heard.iter_mut().filter(|(_, heard)| heard.is_judged) {
+            (heard.is_judged, heard.queued) = (false, clock);
+            self.queue.insert((clock, key.clone()));
+        }
+    }
+
     /// Its judgement could not be committed.
     pub(super) fn put_back(&mut self, due: &Due, now: Instant) {
         let retry = self.clock(now) + RETRY;

@@ -1,4 +1,5 @@
 use tempfile::TempDir;
+use tokio::task::JoinHandle;
 
 use super::{record::tests::request, *};
 use crate::store::StoreConfig;
@@ -27,7 +28,8 @@ impl World {
     }
 
     async fn on(store: Store, folder: Arc<TempDir>, core: &str, alone: bool) -> Self {
-        let (catalog, task) = Catalog::start(store.clone(), core, alone).await.unwrap();
+        let catalog = Catalog::start(store.clone(), core, alone).await.unwrap();
+        let task = tokio::spawn(catalog.clone().run());
         Self { store, catalog, task, folder }
     }
 

@@ -6,8 +6,21 @@ fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let proto = root.join("proto");
     let areas = [
-        "admin", "agent", "balancer", "bus", "catalog", "deployment", "event", "identity", "meta",
-        "network", "node", "policy", "resource", "service", "state",
+        "admin",
+        "agent",
+        "balancer",
+        "bus",
+        "catalog",
+        "deployment",
+        "event",
+        "identity",
+        "meta",
+        "network",
+        "node",
+        "policy",
+        "resource",
+        "service",
+        "state",
     ];
     let files = areas.map(|area| proto.join(format!("cnsmo/{area}/v1/{area}.proto")));
     let out = env::args_os().nth(1).ok_or("the argument must be the folder to write to")?;
@@ -19,6 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .bytes(".cnsmo.bus")
         .bytes(".cnsmo.state")
         // Much larger than the other messages of their unions.
+        .boxed(".cnsmo.agent.v1.ConnectRequest.message.result")
         .boxed(".cnsmo.agent.v1.ConnectRequest.message.status")
         .boxed(".cnsmo.deployment.v1.Systemd.unit.process")
         .boxed(".cnsmo.bus.v1.SubscribeResponse.message.delivery")
