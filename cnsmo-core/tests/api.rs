@@ -13,7 +13,7 @@ use cnsmo_proto::pb::{
 use tonic::{Code, Streaming};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use crate::harness::{PATIENCE, TestCore, name_of, policy};
+use crate::harness::{OWN_COMMITS, PATIENCE, TestCore, name_of, policy};
 
 async fn next(stream: &mut Streaming<WatchResponse>) -> (Event, i64, String) {
     let message = tokio::time::timeout(PATIENCE, stream.message()).await.unwrap();
@@ -39,14 +39,15 @@ async fn apply_get_list_delete() {
     let answer = admin.apply(vec![policy("b", "", 80), policy("a", "", 81)]).await.unwrap();
     let outcomes: Vec<_> = answer.changes.iter().map(|c| (c.name.as_str(), c.outcome())).collect();
     assert_eq!(outcomes, [("b", Outcome::Created), ("a", Outcome::Created)]);
-    assert_eq!(answer.revision, 1);
+    let first = OWN_COMMITS + 1;
+    assert_eq!(answer.revision, first);
     assert_eq!(admin.names(Kind::FirewallPolicy).await, ["a", "b"]);
-    assert_eq!(admin.policy("a").await.unwrap().metadata.unwrap().revision, 1);
+    assert_eq!(admin.policy("a").await.unwrap().metadata.unwrap().revision, first);
 
     let again = admin.apply(vec![policy("b", "", 80)]).await.unwrap();
-    assert_eq!((again.revision, again.changes[0].outcome()), (1, Outcome::Unchanged));
+    assert_eq!((again.revision, again.changes[0].outcome()), (first, Outcome::Unchanged));
 
-    assert_eq!(admin.delete(Kind::FirewallPolicy, "b").await.unwrap(), 2);
+    assert_eq!(admin.delete(Kind::FirewallPolicy, "b").await.unwrap(), first + 1);
     assert_eq!(admin.policy("b").await.unwrap_err().code(), Code::NotFound);
     let error = admin.delete(Kind::FirewallPolicy, "b").await.unwrap_err();
     assert_eq!(
@@ -83,7 +84,10 @@ async fn bad_input_is_named_and_changes_nothing() {
         ..ApplyRequest::default()
     };
     let preview = core.admin.resources.apply(dry).await.unwrap().into_inner();
-    assert_eq!((preview.revision, preview.changes[0].outcome()), (1, Outcome::Updated));
+    assert_eq!(
+        (preview.revision, preview.changes[0].outcome()),
+        (OWN_COMMITS + 1, Outcome::Updated)
+    );
     assert_eq!(core.admin.policy("web").await.unwrap(), before);
     assert_eq!(core.admin.names(Kind::FirewallPolicy).await, ["web"]);
     core.stop().await;
@@ -97,7 +101,7 @@ async fn watch_gives_the_set_then_each_change() {
     let mut all = core.admin.resources.watch(request).await.unwrap().into_inner();
     let request = WatchRequest { kind: Kind::FirewallPolicy.into(), name: "b".into() };
     let mut one = core.admin.resources.watch(request).await.unwrap().into_inner();
-    let event = |event, revision, name: &str| (event, revision, name.to_owned());
+    let event = |event, nth, name: &str| (event, OWN_COMMITS + nth, name.to_owned());
     assert_eq!(next(&mut all).await, event(Event::Upsert, 1, "a"));
     assert_eq!(next(&mut all).await, event(Event::Upsert, 1, "b"));
     assert_eq!(next(&mut all).await, event(Event::Synced, 1, ""));
@@ -205,7 +209,7 @@ async fn what_was_acknowledged_is_there_after_a_restart() {
     for n in 0..20 {
         core.admin.apply(vec![policy(&format!("p{n:02}"), "", n + 1)]).await.unwrap();
     }
-    core.admin.delete(Kind::FirewallPolicy, "p07").await.unwrap();
+    let last = core.admin.delete(Kind::FirewallPolicy, "p07").await.unwrap();
     let before = core.admin.policy("p19").await.unwrap();
     let mut core = core.restart().await;
     let names = core.admin.names(Kind::FirewallPolicy).await;
@@ -213,7 +217,9 @@ async fn what_was_acknowledged_is_there_after_a_restart() {
     assert!(!names.contains(&"p07".to_owned()));
     let after = core.admin.policy("p19").await.unwrap();
     assert_eq!((after.metadata, after.spec), (before.metadata, before.spec));
-    assert_eq!(core.admin.apply(vec![policy("next", "", 1)]).await.unwrap().revision, 22);
+    // The services of the core were withdrawn, and announced again.
+    let next = core.admin.apply(vec![policy("next", "", 1)]).await.unwrap().revision;
+    assert_eq!(next, last + 2 * OWN_COMMITS + 1);
     core.stop().await;
 }
 

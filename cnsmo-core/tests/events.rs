@@ -81,7 +81,8 @@ fn shown(events: &[Event]) -> Vec<String> {
 async fn changes_are_told_in_order_with_who_and_why() {
     let mut core = TestCore::start().await;
     let mut watcher = Watcher::of(&core).await;
-    core.admin.apply(vec![policy("a", "", 80), policy("b", "", 80)]).await.unwrap();
+    let both = core.admin.apply(vec![policy("a", "", 80), policy("b", "", 80)]).await;
+    let first = both.unwrap().revision;
     let second = core.admin.apply(vec![policy("a", "", 81)]).await.unwrap().revision;
     watcher.announce(Phase::Starting, "Installed", "").await;
     watcher.announce(Phase::Ready, "Healthy", "").await;
@@ -93,7 +94,7 @@ async fn changes_are_told_in_order_with_who_and_why() {
         .unwrap();
     let last = core.admin.delete(Kind::FirewallPolicy, "b").await.unwrap();
 
-    let told = watcher.told(0, &[], "").await;
+    let told = watcher.told(first, &[], "").await;
     let expected = [
         "firewall-policy/a Created",
         "firewall-policy/b Created",
@@ -113,7 +114,7 @@ async fn changes_are_told_in_order_with_who_and_why() {
     assert!(told[7].by == told[0].by && told[7].time.is_some());
 
     assert_eq!(watcher.told(second, &[], "").await, told[2..]);
-    assert_eq!(watcher.told(0, &["instance"], "").await, told[3..7]);
+    assert_eq!(watcher.told(first, &["instance"], "").await, told[3..7]);
     for about in ["vm1", "db", "db-1", "db/db-1"] {
         assert_eq!(watcher.told(0, &[], about).await, told[3..7], "{about}");
     }
@@ -126,8 +127,9 @@ async fn changes_are_told_in_order_with_who_and_why() {
 async fn a_follower_is_told_what_happens_until_the_core_stops() {
     let mut core = TestCore::start().await;
     let mut watcher = Watcher::of(&core).await;
-    core.admin.apply(vec![policy("a", "", 80)]).await.unwrap();
-    let request = WatchEventsRequest { follow: true, ..WatchEventsRequest::default() };
+    let from_revision = core.admin.apply(vec![policy("a", "", 80)]).await.unwrap().revision;
+    let request =
+        WatchEventsRequest { from_revision, follow: true, ..WatchEventsRequest::default() };
     let mut stream = watcher.watch(request).await.unwrap();
     let mut next = async || {
         let message = tokio::time::timeout(PATIENCE, stream.message()).await.unwrap();
