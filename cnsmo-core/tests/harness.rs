@@ -15,7 +15,7 @@ use cnsmo_proto::{
     pb::{
         agent::{
             Ack, Announcement, ConnectRequest, ConnectResponse, Heartbeat, Hello, ResourceError,
-            StatusReport, TypeState, Update, agent_service_client::AgentServiceClient,
+            StatusReport, TypeState, Update, agent_service_client::AgentServiceClient, command,
             connect_request, connect_response, update::Kind as UpdateKind,
         },
         balancer::{LoadBalancer, LoadBalancerSpec, ServicePort},
@@ -447,7 +447,20 @@ impl Agent {
     }
 
     pub(crate) async fn report(&self, report: StatusReport) {
-        send(&self.up, connect_request::Message::Status(Box::new(report))).await;
+        self.say(connect_request::Message::Status(Box::new(report))).await;
+    }
+
+    pub(crate) async fn say(&self, message: connect_request::Message) {
+        send(&self.up, message).await;
+    }
+
+    /// The next command, whatever comes before it.
+    pub(crate) async fn command(&mut self) -> (u64, command::Command) {
+        loop {
+            if let connect_response::Message::Command(command) = self.next().await.unwrap() {
+                return (command.id, command.command.unwrap());
+            }
+        }
     }
 }
 

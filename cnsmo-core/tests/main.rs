@@ -25,5 +25,6 @@ mod restore;
 #[path = "../../tests/harness/postgres.rs"]
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
 mod server;
+mod services;
 mod state;
 mod streams;
