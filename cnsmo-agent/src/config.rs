@@ -13,7 +13,7 @@ use cnsmo_service::{
     token::{Token, TokenError},
 };
 
-use crate::node;
+use crate::{node, parts::Part};
 
 const FLOWS_MIN: u32 = 1_024;
 /// 16 Mi flows take some GB of kernel memory.
@@ -104,6 +104,12 @@ struct RunArgs {
     /// Bytes for compiled policies, per half and address family
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 20, env = "CNSMO_POLICY_MEMORY")]
     policy_memory: u32,
+    /// Where the services of this VM can be steered, by root [default: agent.sock in the state folder]
+    #[arg(long, value_name = "PATH", env = "CNSMO_AGENT_SOCKET")]
+    socket: Option<PathBuf>,
+    /// Run these services alone; what others left on this VM is taken down
+    #[arg(long, value_name = "SERVICE", value_delimiter = ',', env = "CNSMO_ONLY")]
+    only: Vec<Part>,
     /// How log lines look; the variable CNSMO_LOG sets what they tell, for example debug
     #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "CNSMO_LOG_FORMAT")]
     log_format: LogFormat,
@@ -154,6 +160,10 @@ pub struct Config {
     pub flows: u32,
     /// Bytes for compiled policies, per half and address family.
     pub policy_memory: u32,
+    /// Where the services of this VM can be steered.
+    pub socket: PathBuf,
+    /// The services of this VM; not empty.
+    pub parts: Vec<Part>,
     /// How log lines look.
     pub log_format: LogFormat,
 }
@@ -205,10 +215,21 @@ impl Cli {
                 .ok_or_else(|| invalid(flag, format!("{value} is not in {min} to {max}")))
         };
         let labels = args.labels.join(",").parse().map_err(|e| invalid("--label", e))?;
+        let state_dir = absolute("--state-dir", &args.state_dir)?;
+        let socket = match &args.socket {
+            Some(path) => absolute("--socket", path)?,
+            None => state_dir.join("agent.sock"),
+        };
+        let mut parts = args.only;
+        parts.sort_unstable();
+        parts.dedup();
+        if parts.is_empty() {
+            parts = Part::ALL.to_vec();
+        }
         Ok(Config {
             cores: args.cores,
             token: args.token_file.map(TokenSource::from),
-            state_dir: absolute("--state-dir", &args.state_dir)?,
+            state_dir,
             node: args.node,
             labels,
             interfaces: interfaces(args.interfaces)?,
@@ -221,6 +242,8 @@ impl Cli {
                 POLICY_MEMORY_MIN,
                 POLICY_MEMORY_MAX,
             )?,
+            socket,
+            parts,
             log_format: args.log_format,
         })
     }
@@ -315,6 +338,16 @@ mod tests {
         assert_eq!((config.flows, config.policy_memory), (65_536, 1 << 20));
         assert_eq!((config.xdp, config.log_format), (Xdp::Auto, LogFormat::Text));
         assert_eq!((config.token, config.node), (None, None));
+        assert_eq!(config.socket, Path::new("/var/lib/cnsmo/agent/agent.sock"));
+        assert_eq!(config.parts, Part::ALL);
+    }
+
+    #[test]
+    fn services_are_run_alone_if_asked_for() {
+        let config = config(&["--only", "loadbalancer,vpn", "--only", "vpn"]).unwrap();
+        assert_eq!(config.parts, [Part::Vpn, Part::LoadBalancer]);
+        let error = parse(&["--core", "a:1", "--only", "dns"]).unwrap_err().to_string();
+        assert!(error.contains("[possible values: vpn, firewall, loadbalancer]"), "{error}");
     }
 
     #[test]

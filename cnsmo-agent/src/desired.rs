@@ -231,6 +231,23 @@ impl DesiredSet {
         any
     }
 
+    /// This set with what `other` has of some resources, whatever this one has of them.
+    pub fn with_those_of(&self, other: &Self, are_those: impl Fn(&Key) -> bool) -> Self {
+        let mut set = self.clone();
+        set.running.retain(|key, _| !are_those(key));
+        let others = other.running.iter().filter(|(key, _)| are_those(key));
+        set.running.extend(others.map(|(key, running)| (key.clone(), running.clone())));
+        set
+    }
+
+    /// What runs here and, if at all, otherwise in `other`.
+    pub fn missing_in(&self, other: &Self) -> impl Iterator<Item = &Key> {
+        let is_there = |key: &Key, running: &Running| {
+            other.running.get(key).is_some_and(|there| there.spec == running.spec)
+        };
+        self.running.iter().filter(move |(key, r)| !is_there(key, r)).map(|(key, _)| key)
+    }
+
     /// For the ledger.
     pub fn to_record(&self, core_addresses: Vec<String>) -> Record {
         let resource = |(key, r): (&Key, &Running)| Resource {

@@ -24,13 +24,17 @@ use crate::{
     datapath::{Datapath, Status},
     health::{Checks, View},
     ledger::Ledger,
+    parts::{Part, Parts},
     plan::BackendState,
     tunnel::{Tunnel, TunnelStatus},
 };
 
-/// Messages that wait. The session has one update and one question under way, health checks one view and the sweeper one
-/// sweep; the rest is room. A sender waits, the sweeper leaves its turn out.
+/// Messages that wait. The session has one update and one question under way, health checks one view and each service one
+/// sweep; the rest is room. A sender waits, a sweep is left out.
 const MAILBOX_MAX: usize = 16;
+
+/// The reason of a VM whose tunnel does not work.
+pub const TUNNEL_DOWN: &str = "TunnelDown";
 
 /// Takes over, or sets up, the data path of this VM. Called at the start and again after a crash of the enforcer.
 pub type OpenDatapath = Arc<dyn Fn() -> anyhow::Result<Box<dyn Datapath>> + Send + Sync>;
@@ -71,6 +75,22 @@ pub struct EnforcerHandle {
     mailbox: mpsc::Sender<Message>,
     in_force: watch::Receiver<InForce>,
     checks: watch::Receiver<Arc<Checks>>,
+    parts: Parts,
+}
+
+/// A service runs. Dropped with it: then its part is held as it is.
+#[derive(Debug)]
+pub struct AtWork {
+    enforcer: EnforcerHandle,
+    part: Part,
+}
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.enforcer.parts.hold(self.part);
+        // If there is no room, the next message shows it.
+        let _ = self.enforcer.mailbox.try_send(Message::Held);
+    }
 }
 
 /// The enforcer is gone, or crashed over this message.
@@ -90,7 +110,9 @@ enum Message {
     Named { node: Name, reply: oneshot::Sender<()> },
     Health { view: View, reply: oneshot::Sender<()> },
     Status { reply: oneshot::Sender<VmStatus> },
-    Sweep,
+    Followed { reply: oneshot::Sender<()> },
+    Held,
+    Sweep { part: Part },
 }
 
 impl EnforcerHandle {
@@ -135,10 +157,22 @@ impl EnforcerHandle {
         self.ask(|reply| Message::Status { reply }).await
     }
 
-    /// Has expired flows removed and the tunnel tended, unless the enforcer is busy.
-    pub fn sweep(&self) {
-        // Both can wait: the data path itself ignores expired flows.
-        let _ = self.mailbox.try_send(Message::Sweep);
+    /// A service runs from now on: returns when its part is what the core has sent last.
+    ///
+    /// # Errors
+    /// See [`Gone`].
+    pub async fn begin(&self, part: Part) -> Result<AtWork, Gone> {
+        self.parts.follow(part);
+        let at_work = AtWork { enforcer: self.clone(), part };
+        self.ask(|reply| Message::Followed { reply }).await?;
+        Ok(at_work)
+    }
+
+    /// Has done what a part needs from time to time, as removing expired flows or tending the tunnel, unless the enforcer is
+    /// busy.
+    pub fn sweep(&self, part: Part) {
+        // It can wait: the data path itself ignores expired flows.
+        let _ = self.mailbox.try_send(Message::Sweep { part });
     }
 
     /// What is in force now and after each change.
@@ -167,6 +201,7 @@ pub struct Seat {
     node: Arc<OnceLock<Name>>,
     mailbox: Arc<Mutex<mpsc::Receiver<Message>>>,
     outlets: Outlets,
+    parts: Parts,
 }
 
 /// Where the enforcer tells what others follow.
@@ -178,12 +213,13 @@ struct Outlets {
 
 impl Seat {
     /// A seat for the one enforcer of `state_dir`, which the caller has locked, and the handle to it. `node`: the name
-    /// under which this VM has enrolled.
+    /// under which this VM has enrolled; `parts`: of the services that it runs.
     pub fn new(
         datapath: OpenDatapath,
         tunnel: OpenTunnel,
         state_dir: &Path,
         node: Option<Name>,
+        parts: Parts,
     ) -> (Self, EnforcerHandle) {
         let (sender, mailbox) = mpsc::channel(MAILBOX_MAX);
         let (in_force, in_force_watch) = watch::channel(InForce::default());
@@ -195,8 +231,10 @@ impl Seat {
             node: Arc::new(node.map_or_else(OnceLock::new, OnceLock::from)),
             mailbox: Arc::new(Mutex::new(mailbox)),
             outlets: Outlets { in_force, checks },
+            parts: parts.clone(),
         };
-        (seat, EnforcerHandle { mailbox: sender, in_force: in_force_watch, checks: checks_watch })
+        let (in_force, checks) = (in_force_watch, checks_watch);
+        (seat, EnforcerHandle { mailbox: sender, in_force, checks, parts })
     }
 
     /// Opens tunnel and data path and enforces what the ledger holds. Returns the enforcer and where the core was last.
@@ -206,7 +244,8 @@ impl Seat {
     pub fn start(&self) -> anyhow::Result<(Enforcer, Vec<SocketAddr>)> {
         let (ledger, loaded) = Ledger::open(&self.state_dir);
         let plane = plane::Plane::new((self.datapath)()?, self.tunnel.clone());
-        Enforcer::start(plane, ledger, loaded, self.node.clone(), self.outlets.clone())
+        let (node, outlets) = (self.node.clone(), self.outlets.clone());
+        Enforcer::start(plane, ledger, loaded, node, outlets, self.parts.clone())
     }
 
     /// Serves the mailbox until `stop`; tunnel and data path stay as they are then.

@@ -5,12 +5,23 @@ use std::{collections::BTreeMap, net::IpAddr};
 use cnsmo_proto::{
     model::{ENDPOINTS_MAX, Name, PublicKey},
     pb::{
-        agent::{Announcement, BalancerReport, PolicyCounters, StatusReport},
+        agent::{
+            Announcement, BalancerReport, CommandResult, InstanceReport, PolicyCounters,
+            StatusReport,
+        },
         balancer::BackendStatus,
+        catalog::{self, Instance},
         node::{DropCounter, FirewallStatus, Interface, NodeStatus, OverlayStatus, PeerStatus},
         policy::RuleCounter,
     },
 };
+
+use cnsmo_service::{
+    announce::incarnation,
+    host::{Following, Host, front::Local},
+    lifecycle::State,
+};
+use tonic::Code;
 
 use crate::{
     datapath::{Attachment, Count},
@@ -19,6 +30,56 @@ use crate::{
     plan::BackendState,
     tunnel::{self, Backend, TunnelStatus},
 };
+
+/// The services of this VM as the core is to know them.
+#[derive(Clone, Debug)]
+pub struct Services {
+    local: Local,
+    host: Host,
+    node: Name,
+    /// Of this run of the agent.
+    incarnation: String,
+}
+
+impl Services {
+    /// `node`: the name of this VM.
+    pub fn new(host: Host, node: Name) -> Self {
+        let local = Local::new(host.clone(), node.as_str());
+        Self { local, host, node, incarnation: incarnation() }
+    }
+
+    /// Who carries commands out.
+    pub fn local(&self) -> Local {
+        self.local.clone()
+    }
+
+    /// All states from now on.
+    pub fn follow(&self) -> Following {
+        self.host.follow()
+    }
+
+    /// The answer to a command that there is no room for.
+    pub fn busy(id: u64) -> CommandResult {
+        let code = i32::from(Code::ResourceExhausted).unsigned_abs();
+        let message = "too many commands are carried out: try again".to_owned();
+        CommandResult { id, code, message, result: None }
+    }
+
+    /// `complete`: these are all.
+    pub fn report(&self, states: Vec<(String, State)>, complete: bool) -> InstanceReport {
+        let instance = |(service, state): (String, State)| Instance {
+            name: self.node.to_string(),
+            service,
+            phase: catalog::Phase::from(state.phase).into(),
+            reason: state.reason.into(),
+            message: state.message,
+            incarnation: self.incarnation.clone(),
+            ..Instance::default()
+        };
+        let instances = states.into_iter().map(instance).collect();
+        InstanceReport { complete, instances, removed: Vec::new() }
+    }
+}
 
 /// What peers must know of this VM; nothing of a VM that has no tunnel.
 pub fn announcement(key: Option<PublicKey>, addresses: &[IpAddr]) -> Option<Announcement> {

@@ -2,8 +2,10 @@
 
 use std::{
     fs::{self, DirBuilder, File},
+    io::{Read as _, Write as _},
     os::unix::fs::DirBuilderExt as _,
     path::Path,
+    sync::Arc,
     time::Duration,
 };
 
@@ -12,6 +14,7 @@ use cnsmo_proto::model::Name;
 use cnsmo_service::{
     backoff::Backoff,
     channel::CoreAddress,
+    host::{Host, Run, Service},
     identity::{Credentials, EnrollError, Identity, enroll},
     lifecycle::{Lifecycle, Phase},
     supervise::{Chain, Limits, Stop, stop_pair, supervise},
@@ -22,23 +25,26 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::{
     config::Config,
-    enforcer::{EnforcerHandle, OpenDatapath, OpenTunnel, Seat},
+    enforcer::{EnforcerHandle, OpenDatapath, OpenTunnel, Seat, TUNNEL_DOWN},
     health,
     locate::Locator,
     node,
+    parts::{Part, Parts},
+    report::Services,
     session::{self, Connection},
+    socket,
 };
 
 /// What an agent's certificate must be of.
 const KIND: &str = "agent";
-/// How often expired flows are removed and the tunnel is tended.
+/// How often a service does what its part needs: removes expired flows, tends the tunnel.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// First and longest wait before the next attempt to enrol.
 const ENROLL_RETRY_FIRST: Duration = Duration::from_millis(500);
 const ENROLL_RETRY_LONGEST: Duration = Duration::from_secs(15);
 /// A part that fails more often than this within the window is not helped by another restart. The kernel goes on with
 /// the last policies; who started the agent decides.
-const LIMITS: Limits = Limits {
+pub const LIMITS: Limits = Limits {
     first_delay: Duration::from_millis(100),
     longest_delay: Duration::from_secs(5),
     restarts_max: 10,
@@ -62,7 +68,8 @@ pub async fn run(
     // A damaged identity ends the agent, but not before this VM is guarded.
     let node = Identity::load(&config.state_dir).ok().flatten().map(|id| id.name().clone());
     // Before anything that depends on the network.
-    let (seat, enforcer) = Seat::new(datapath, tunnel, &config.state_dir, node);
+    let parts = Parts::new(&config.parts);
+    let (seat, enforcer) = Seat::new(datapath, tunnel, &config.state_dir, node.clone(), parts);
     let starting = seat.clone();
     let (first, last_core) = tokio::task::spawn_blocking(move || starting.start()).await??;
     tracing::info!("resources of the ledger are in force");
@@ -74,33 +81,36 @@ pub async fn run(
     let enforcing = supervise("datapath", LIMITS, life, parts_stop.clone(), move |stop| {
         serve(seat.clone(), first.take(), seat_life.clone(), stop)
     });
-    let sweeper_life = Lifecycle::new("Spawned");
-    let (life, handle) = (sweeper_life.clone(), enforcer.clone());
-    let sweeping = supervise("sweeper", LIMITS, sweeper_life, parts_stop.clone(), move |stop| {
-        sweep(handle.clone(), life.clone(), stop)
-    });
-    let health_life = Lifecycle::new("Spawned");
-    let (life, handle) = (health_life.clone(), enforcer.clone());
-    let checking = supervise("health", LIMITS, health_life, parts_stop.clone(), move |stop| {
-        health::run(handle.clone(), life.clone(), stop)
-    });
+    let host = Host::new(LIMITS);
+    let node_name = node.as_ref().map_or("", |node| node.as_str());
+    let steering = socket::serve(&config.socket, host.clone(), node_name, parts_stop.clone());
+    let steering = steering
+        .await
+        .with_context(|| format!("--socket: cannot listen at {}", config.socket.display()))?;
     let locator = Locator::new(config.cores.clone(), last_core, enforcer.clone());
-    let talking = talk(config, locator, enforcer, parts_stop);
+    let asked = config.parts.clone();
+    let talking = talk(config, locator, enforcer.clone(), host.clone(), parts_stop);
     let parts = async {
         tokio::try_join!(
             async { enforcing.await.map_err(anyhow::Error::from) },
-            async { sweeping.await.map_err(anyhow::Error::from) },
-            async { checking.await.map_err(anyhow::Error::from) },
+            async { steering.await.context("the task of the socket failed") },
             talking,
         )
     };
+    for part in asked {
+        host.add(Arc::new(Kept { part, enforcer: enforcer.clone() }))?;
+    }
     tokio::pin!(parts);
     let ended = tokio::select! {
         ended = &mut parts => ended,
         () = stop.asked() => {
             tracing::info!("stopping; the data path stays attached");
-            stopper.stop();
-            parts.await
+            // Services first: they need the enforcer, and the core hears of their end.
+            let stop_all = async {
+                host.shut_down().await;
+                stopper.stop();
+            };
+            tokio::join!(stop_all, parts).1
         }
     };
     ended.map(|_| ())
@@ -125,14 +135,54 @@ async fn serve(
     Ok(seat.serve(enforcer, stop).await?)
 }
 
-async fn sweep(enforcer: EnforcerHandle, life: Lifecycle, mut stop: Stop) -> TaskResult {
+/// A service that looks after a part of what is enforced.
+struct Kept {
+    part: Part,
+    enforcer: EnforcerHandle,
+}
+
+impl Service for Kept {
+    fn name(&self) -> &str {
+        self.part.name()
+    }
+
+    fn features(&self) -> Vec<String> {
+        let features: &[&str] = match self.part {
+            Part::Vpn => &["wireguard", "ipv4", "ipv6"],
+            Part::Firewall => &["stateful", "ipv4", "ipv6", "counters"],
+            Part::LoadBalancer => &["maglev", "round-robin", "source", "health-checks", "drain"],
+        };
+        features.iter().map(ToString::to_string).collect()
+    }
+
+    fn run(&self, life: Lifecycle, stop: Stop) -> Run {
+        let (part, enforcer) = (self.part, self.enforcer.clone());
+        Box::pin(async move {
+            let _at_work = enforcer.begin(part).await?;
+            match part {
+                Part::LoadBalancer => health::run(enforcer, life, stop).await,
+                Part::Vpn | Part::Firewall => tend(part, enforcer, life, stop).await,
+            }
+        })
+    }
+}
+
+async fn tend(part: Part, enforcer: EnforcerHandle, life: Lifecycle, mut stop: Stop) -> TaskResult {
     life.step(Phase::Ready, "Healthy", "")?;
+    let in_force = enforcer.in_force();
     let mut ticks = interval(SWEEP_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = stop.asked() => return Ok(()),
-            _ = ticks.tick() => enforcer.sweep(),
+            _ = ticks.tick() => enforcer.sweep(part),
+        }
+        let trouble = in_force.borrow().trouble.clone();
+        let trouble = trouble.filter(|(reason, _)| part == Part::Vpn && *reason == TUNNEL_DOWN);
+        match (life.phase(), trouble) {
+            (Phase::Ready, Some((reason, why))) => life.step(Phase::Degraded, reason, why)?,
+            (Phase::Degraded, None) => life.step(Phase::Ready, "Recovered", "")?,
+            _ => {}
         }
     }
 }
@@ -142,6 +192,7 @@ async fn talk(
     config: Config,
     mut locator: Locator,
     enforcer: EnforcerHandle,
+    host: Host,
     mut stop: Stop,
 ) -> anyhow::Result<()> {
     let identity = tokio::select! {
@@ -150,11 +201,19 @@ async fn talk(
     };
     enforcer.named(identity.name().clone()).await?;
     let life = Lifecycle::new("Spawned");
+    let services = Services::new(host, identity.name().clone());
     let labels = config.labels;
     let credentials = Credentials::new(&config.state_dir, identity);
     let renew_first = false;
-    let connection =
-        Connection { locator, credentials, labels, enforcer, life: life.clone(), renew_first };
+    let connection = Connection {
+        locator,
+        credentials,
+        labels,
+        enforcer,
+        services,
+        life: life.clone(),
+        renew_first,
+    };
     supervise("session", LIMITS, life, stop, move |stop| {
         let connection = connection.clone();
         async move { Ok(session::run(connection, stop).await?) }
@@ -231,12 +290,22 @@ fn lock(state_dir: &Path) -> anyhow::Result<Flock<File>> {
         .create(state_dir)
         .with_context(|| format!("--state-dir: cannot make {shown}"))?;
     let path = state_dir.join("lock");
-    let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+    let file =
+        fs::OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&path);
     let file = file.with_context(|| format!("--state-dir: cannot open {}", path.display()))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(lock),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
-            bail!("--state-dir: another agent is running with {shown}")
+        Ok(mut lock) => {
+            // For the message to another one.
+            lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id()))?;
+            Ok(lock)
+        }
+        Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
+            let mut pid = String::new();
+            let _ = file.read_to_string(&mut pid);
+            let pid = pid.trim();
+            bail!(
+                "--state-dir: another agent runs the services of this VM with {shown}: process {pid}"
+            )
         }
         Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }

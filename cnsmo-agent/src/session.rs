@@ -9,9 +9,9 @@ use std::{collections::BTreeMap, time::Duration};
 use cnsmo_proto::{
     model::Labels,
     pb::agent::{
-        Ack, Announcement, ConnectRequest, ConnectResponse, Heartbeat, Hello, StatusReport,
-        TypeState, Update, Welcome, connect_request::Message as Up,
-        connect_response::Message as Down,
+        Ack, Announcement, CommandResult, ConnectRequest, ConnectResponse, Heartbeat, Hello,
+        InstanceReport, StatusReport, TypeState, Update, Welcome, command::Command,
+        connect_request::Message as Up, connect_response::Message as Down,
     },
 };
 
@@ -57,6 +57,13 @@ pub enum Event {
         store_epoch: u64,
         /// As sent.
         update: Update,
+    },
+    /// To be carried out and answered.
+    Command {
+        /// Of the answer.
+        id: u64,
+        /// As sent.
+        command: Command,
     },
 }
 
@@ -121,6 +128,11 @@ impl Session {
                 let asked = go_away.delay.and_then(|d| Duration::try_from(d).ok());
                 Ok(Event::GoAway(asked.unwrap_or_default().min(DELAY_MAX)))
             }
+            (Down::Command(_), None) => Err(ProtocolError::NoWelcome),
+            (Down::Command(asked), Some(_)) => {
+                let command = asked.command.ok_or(ProtocolError::Empty)?;
+                Ok(Event::Command { id: asked.id, command })
+            }
             (Down::Update(_), None) => Err(ProtocolError::NoWelcome),
             (Down::Update(update), Some(Welcomed { store_epoch, .. })) => {
                 if update.nonce <= self.last_nonce {
@@ -147,6 +159,16 @@ impl Session {
     /// What peers must know of this VM, where it has changed.
     pub fn announcement(announcement: Announcement) -> ConnectRequest {
         up(Up::Announcement(announcement))
+    }
+
+    /// Services of this VM.
+    pub fn instances(report: InstanceReport) -> ConnectRequest {
+        up(Up::Instances(report))
+    }
+
+    /// The answer to a command.
+    pub fn result(result: CommandResult) -> ConnectRequest {
+        up(Up::Result(Box::new(result)))
     }
 
     /// The latest state of the VM.

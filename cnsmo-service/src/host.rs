@@ -15,7 +15,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot, watch},
     task::JoinHandle,
 };
 
@@ -216,6 +216,17 @@ impl Host {
         self.order(service, What::Kill).await
     }
 
+    /// The states of all services that it has now, and each that they enter later.
+    pub fn follow(&self) -> Following {
+        let follow = |(service, life): (String, Lifecycle)| Followed {
+            service,
+            states: life.watch(),
+            life,
+            seen: 0,
+        };
+        Following(self.lives().into_iter().map(follow).collect())
+    }
+
     /// The services and their phases, by name.
     pub fn lives(&self) -> Vec<(String, Lifecycle)> {
         self.services().iter().map(|(name, hosted)| (name.clone(), hosted.life.clone())).collect()
@@ -263,6 +274,53 @@ impl Hosted {
         let restarts = self.starts.load(Ordering::Relaxed).saturating_sub(1);
         let state = self.life.watch().borrow().clone();
         Status { service: name.to_owned(), state, restarts }
+    }
+}
+
+/// One who is told every state of every service once.
+#[derive(Debug)]
+pub struct Following(Vec<Followed>);
+
+#[derive(Debug)]
+struct Followed {
+    service: String,
+    life: Lifecycle,
+    states: watch::Receiver<State>,
+    seen: u64,
+}
+
+impl Following {
+    /// The state that each service is in, by name. What came before is not told any more.
+    pub fn present(&mut self) -> Vec<(String, State)> {
+        let present = |one: &mut Followed| {
+            let (states, entered) = one.life.entered_after(0);
+            one.seen = entered;
+            Some((one.service.clone(), states.last()?.clone()))
+        };
+        self.0.iter_mut().filter_map(present).collect()
+    }
+
+    /// The states entered since this was asked last, those of one service in order; waits until there is one.
+    pub async fn next(&mut self) -> Vec<(String, State)> {
+        loop {
+            let mut news = Vec::new();
+            for one in &mut self.0 {
+                let (states, entered) = one.life.entered_after(one.seen);
+                one.seen = entered;
+                news.extend(states.into_iter().map(|state| (one.service.clone(), state)));
+            }
+            if !news.is_empty() {
+                return news;
+            }
+            let changed = self.0.iter_mut().map(|one| Box::pin(one.states.changed()));
+            let mut changed: Vec<_> = changed.collect();
+            // The senders are in the lives. Without services there is never anything to tell.
+            poll_fn(|context| {
+                let is_any = changed.iter_mut().any(|one| one.as_mut().poll(context).is_ready());
+                if is_any { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+        }
     }
 }
 
@@ -510,14 +568,22 @@ mod tests {
         let life = host.add(Arc::new(fake("a"))).unwrap();
         until(&host, "a", Phase::Ready).await;
         let mut states = life.watch();
+        let mut following = host.follow();
+        let present: Vec<_> = following.present().into_iter().map(|(_, s)| s.phase).collect();
+        assert_eq!(present, [Phase::Ready]);
         host.kill("a").await.unwrap();
         let mut seen = Vec::new();
         while seen.last() != Some(&Phase::Ready) {
             states.changed().await.unwrap();
             seen.push(states.borrow_and_update().phase);
         }
-        // A watcher may miss what passes at once, as starting.
+        // A watcher may miss what passes at once, as starting; a follower misses nothing.
         assert_eq!(seen.first(), Some(&Phase::Failed));
+        let mut told = Vec::new();
+        while told.last() != Some(&Phase::Ready) {
+            told.extend(following.next().await.into_iter().map(|(_, state)| state.phase));
+        }
+        assert_eq!(told, [Phase::Failed, Phase::Starting, Phase::Ready]);
         assert_eq!(host.status("a").unwrap().restarts, 1);
         host.shut_down().await;
     }

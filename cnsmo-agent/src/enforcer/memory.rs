@@ -7,7 +7,10 @@ use cnsmo_proto::pb::agent::{Ack, TypeState, Update};
 use tokio::sync::{mpsc, watch};
 
 use super::{EnforcerHandle, InForce, MAILBOX_MAX, Message, VmStatus, worker::NO_SET_DIGEST};
-use crate::desired::{DesiredSet, RESOURCE_TYPE};
+use crate::{
+    desired::{DesiredSet, RESOURCE_TYPE},
+    parts::Parts,
+};
 
 /// Serves a mailbox as long as there are handles to it.
 #[derive(Debug)]
@@ -27,7 +30,9 @@ impl MemoryEnforcer {
         let (in_force, in_force_watch) = watch::channel(shown(&set));
         let (checks, checks_watch) = watch::channel(Arc::default());
         let this = Self { mailbox, in_force, _checks: checks, set };
-        (this, EnforcerHandle { mailbox: sender, in_force: in_force_watch, checks: checks_watch })
+        let (in_force, checks) = (in_force_watch, checks_watch);
+        let parts = Parts::default();
+        (this, EnforcerHandle { mailbox: sender, in_force, checks, parts })
     }
 
     /// Runs until no handle is left. `received` sees each update before it is carried out.
@@ -44,10 +49,11 @@ impl MemoryEnforcer {
                 }
                 Message::CoreAt { reply, .. }
                 | Message::Named { reply, .. }
+                | Message::Followed { reply }
                 | Message::Health { reply, .. } => {
                     let _ = reply.send(());
                 }
-                Message::Sweep => {}
+                Message::Held | Message::Sweep { .. } => {}
             }
         }
     }

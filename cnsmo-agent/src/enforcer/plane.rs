@@ -99,10 +99,14 @@ impl Plane {
         Ok(())
     }
 
-    /// Removes expired flows, and revives what has died of the tunnel. What that cannot mend takes another
-    /// [`Self::enforce`]. Returns whether the tunnel fails otherwise than before, or no longer does.
-    pub(super) fn tend(&mut self) -> bool {
+    /// Removes expired flows.
+    pub(super) fn sweep(&mut self) {
         self.datapath.sweep();
+    }
+
+    /// Revives what has died of the tunnel. What that cannot mend takes another [`Self::enforce`]. Returns whether the tunnel
+    /// fails otherwise than before, or no longer does.
+    pub(super) fn tend(&mut self) -> bool {
         let Some(tunnel) = &mut self.tunnel else { return false };
         let failure = tunnel.tend().err().map(|error| Chain(&error).to_string());
         if failure.is_some() {

@@ -89,7 +89,7 @@ impl Fake {
     }
 
     fn seat(&self, dir: &Path) -> (Seat, EnforcerHandle) {
-        Seat::new(self.datapath(), self.tunnel(), dir, Name::new(NODE).ok())
+        Seat::new(self.datapath(), self.tunnel(), dir, Name::new(NODE).ok(), Parts::default())
     }
 }
 
@@ -264,6 +264,10 @@ fn snapshot_of_a() -> Update {
 fn start(fake: &Fake, dir: &Path) -> (Enforcer, watch::Receiver<InForce>) {
     let (seat, handle) = fake.seat(dir);
     (seat.start().unwrap().0, handle.in_force())
+}
+
+fn sweep(enforcer: &mut Enforcer) {
+    Part::ALL.into_iter().for_each(|part| enforcer.sweep(part));
 }
 
 fn ports(effective: &Effective) -> Vec<u16> {
@@ -471,7 +475,7 @@ async fn the_mailbox_outlives_a_crash() {
     let (stopper, serving) = serve(&seat);
     assert_eq!(have(&handle.in_force()).digest, digest(&[("a", 1)]), "the ledger is clean");
     assert_eq!(handle.update(7, delta()).await.unwrap().error, "");
-    handle.sweep();
+    handle.sweep(Part::Firewall);
     assert_eq!(handle.status().await.unwrap().datapath.rules, 2);
     fake.set(|inner| assert_eq!(inner.sweeps, 1));
     stopper.stop();
@@ -659,14 +663,14 @@ fn a_tunnel_that_fails_blocks_its_network_alone_until_it_works() {
 
         fake.set(|inner| (inner.no_tunnel, inner.tunnel_fails) = (false, false));
         fake.calls();
-        (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+        (0..SWEEPS_PER_RETRY).for_each(|_| sweep(&mut enforcer));
         assert_eq!(
             fake.calls(),
             ["prepare web-1,web-2", "apply cnsmo0 front:web-1,web-2", "complete web-1,web-2"]
         );
         assert_eq!((have(&watch).digest, watch.borrow().trouble.clone()), (core.digest(&[]), None));
         assert_eq!(watch.borrow().public_key, Some(PublicKey([1; 32])));
-        (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+        (0..SWEEPS_PER_RETRY).for_each(|_| sweep(&mut enforcer));
         assert_eq!(fake.calls(), [""; 0], "nothing is left to do");
     }
 }
@@ -703,7 +707,7 @@ fn a_tunnel_that_cannot_be_removed_is_tried_again() {
     assert_eq!(trouble, Some(("TunnelDown", "failed to finish: port in use".to_owned())));
     fake.set(|inner| inner.complete_fails = false);
     fake.calls();
-    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    (0..SWEEPS_PER_RETRY).for_each(|_| sweep(&mut enforcer));
     assert_eq!(fake.calls(), ["complete -"]);
     assert_eq!(handle.in_force().borrow().trouble, None);
 }
@@ -781,7 +785,7 @@ fn health_steers_new_flows_and_a_new_enforcer_asks_for_it() {
     fake.set(|inner| inner.fail = true);
     enforcer.health(view([true, true]));
     fake.set(|inner| inner.fail = false);
-    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    (0..SWEEPS_PER_RETRY).for_each(|_| sweep(&mut enforcer));
     assert_eq!(fake.calls(), ["steer front:web-1,web-2"]);
 
     assert!(!checks.has_changed().unwrap());
@@ -800,7 +804,7 @@ fn without_a_readable_ledger_the_tunnel_is_closed_but_not_touched() {
         std::fs::write(dir.path().join(file), "damaged").unwrap();
     }
     let (mut enforcer, _) = start(&fake, dir.path());
-    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    (0..SWEEPS_PER_RETRY).for_each(|_| sweep(&mut enforcer));
     assert_eq!(fake.calls(), ["apply cnsmo0 "]);
     let closed = fake.last();
     assert_eq!((closed.open, closed.ingress, closed.egress), (false, Action::Deny, Action::Deny));
@@ -816,7 +820,8 @@ fn a_vm_that_enrols_later_joins_then() {
     let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
     drop(start_shop(&fake, dir.path()));
     let fake = Fake::default();
-    let (seat, handle) = Seat::new(fake.datapath(), fake.tunnel(), dir.path(), None);
+    let (seat, handle) =
+        Seat::new(fake.datapath(), fake.tunnel(), dir.path(), None, Parts::default());
     let mut enforcer = seat.start().unwrap().0;
     assert_eq!(fake.calls(), ["apply - ", "complete -"]);
     assert_ne!(have(&handle.in_force()).digest, Digest::default().to_vec());
@@ -831,7 +836,7 @@ fn a_vm_that_enrols_later_joins_then() {
 fn what_happens_to_the_tunnel_is_told_once() {
     let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
     let (mut enforcer, handle, _) = start_shop(&fake, dir.path());
-    enforcer.sweep();
+    sweep(&mut enforcer);
     let mut watch = handle.in_force();
     let mut told = |received_bytes: Option<u64>, tend_fails| {
         let handshake = |received_bytes| PeerStatus {
@@ -845,7 +850,7 @@ fn what_happens_to_the_tunnel_is_told_once() {
             inner.tend_fails = tend_fails;
         });
         watch.borrow_and_update();
-        enforcer.sweep();
+        sweep(&mut enforcer);
         watch.has_changed().unwrap()
     };
     assert!(!told(None, false));
@@ -856,7 +861,7 @@ fn what_happens_to_the_tunnel_is_told_once() {
     let trouble = watch.borrow().trouble.clone();
     assert_eq!(trouble, Some(("TunnelDown", "failed to start the engine: port in use".to_owned())));
     fake.set(|inner| inner.tend_fails = false);
-    enforcer.sweep();
+    sweep(&mut enforcer);
     assert_eq!(watch.borrow().trouble, None);
 }
 
@@ -866,12 +871,12 @@ fn a_tunnel_that_died_is_made_anew_and_guarded_before_it_carries_packets() {
     let (mut enforcer, ..) = start_shop(&fake, dir.path());
     fake.calls();
     fake.set(|inner| inner.tend_fails = true);
-    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    (0..SWEEPS_PER_RETRY).for_each(|_| sweep(&mut enforcer));
     assert_eq!(
         fake.calls(),
         ["prepare web-1,web-2", "apply cnsmo0 front:web-1,web-2", "complete web-1,web-2"]
     );
     fake.set(|inner| inner.tend_fails = false);
-    (0..SWEEPS_PER_RETRY).for_each(|_| enforcer.sweep());
+    (0..SWEEPS_PER_RETRY).for_each(|_| sweep(&mut enforcer));
     assert_eq!(fake.calls(), [""; 0]);
 }

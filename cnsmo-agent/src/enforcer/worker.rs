@@ -14,7 +14,7 @@ use cnsmo_proto::{
 use cnsmo_service::supervise::Chain;
 
 use super::{
-    Message, Outlets, VmStatus,
+    Message, Outlets, TUNNEL_DOWN, VmStatus,
     plane::{Plane, Shortfall},
 };
 use crate::{
@@ -23,6 +23,7 @@ use crate::{
     effective::Effective,
     health::{Checks, View},
     ledger::{Ledger, Loaded},
+    parts::{Part, Parts},
     plan::{self, Plan},
     tunnel::TunnelStatus,
 };
@@ -39,13 +40,17 @@ pub struct Enforcer {
     ledger: Ledger,
     /// `None`: every ledger is damaged. The VM is closed until the core sends a snapshot.
     set: Option<DesiredSet>,
+    /// The set that tunnel and data path were given last: without what services that do not run would change.
+    enforced: Option<DesiredSet>,
+    parts: Parts,
     node: Arc<OnceLock<Name>>,
     core: Vec<SocketAddr>,
     health: View,
     shortfall: Shortfall,
     /// Something of what is wanted failed and has to be tried again.
     retry: bool,
-    sweeps: u64,
+    /// Of each part.
+    sweeps: [u64; Part::ALL.len()],
     /// Of the ledger.
     trouble: Option<(&'static str, String)>,
     /// The tunnel as the last sweep found it, without counters.
@@ -61,6 +66,7 @@ impl Enforcer {
         loaded: Loaded,
         node: Arc<OnceLock<Name>>,
         outlets: Outlets,
+        parts: Parts,
     ) -> anyhow::Result<(Self, Vec<SocketAddr>)> {
         let (record, trouble) = match loaded {
             Loaded::Nothing => (Some(Default::default()), None),
@@ -81,12 +87,14 @@ impl Enforcer {
             plane,
             ledger,
             set: record.map(DesiredSet::from_record),
+            enforced: None,
+            parts,
             node,
             core,
             health: View::new(),
             shortfall: Shortfall::default(),
             retry: false,
-            sweeps: 0,
+            sweeps: [0; Part::ALL.len()],
             trouble,
             tunnel_seen: None,
             events,
@@ -138,7 +146,12 @@ impl Enforcer {
             Message::Status { reply } => {
                 let _ = reply.send(self.status());
             }
-            Message::Sweep => self.sweep(),
+            Message::Followed { reply } => {
+                self.followed();
+                let _ = reply.send(());
+            }
+            Message::Held => self.publish(),
+            Message::Sweep { part } => self.sweep(part),
         }
     }
 
@@ -264,7 +277,7 @@ impl Enforcer {
         }
         self.health = view;
         self.events += 1;
-        if let Some(set) = &self.set {
+        if let Some(set) = &self.enforced {
             let balancers = plan::balancers(set, self.node.get(), &self.health);
             if let Err(error) = self.plane.steer(balancers) {
                 tracing::error!(error = %Chain(&error), "new flows still go where they went");
@@ -276,25 +289,44 @@ impl Enforcer {
 
     pub(super) fn status(&mut self) -> VmStatus {
         let (datapath, tunnel) = self.plane.status();
-        let set = self.set.as_ref();
+        let set = self.enforced.as_ref();
         let mut balancers =
             set.map(|set| plan::backends(set, self.node.get(), &self.health)).unwrap_or_default();
         balancers.retain(|name, _| self.plane.balancers().any(|in_force| in_force == name));
         VmStatus { datapath, tunnel, public_key: self.plane.public_key(), balancers }
     }
 
-    pub(super) fn sweep(&mut self) {
-        let mut changed = self.plane.tend();
-        let seen = self.plane.tunnel_status().map(without_counters);
-        changed |= seen != self.tunnel_seen;
-        if changed {
-            self.tunnel_seen = seen;
-            self.events += 1;
+    /// What came while the service did not run.
+    fn followed(&mut self) {
+        if let Err(error) = self.enforce_again() {
+            tracing::error!(error = %Chain(&error), "cannot enforce what came meanwhile");
+            self.retry = true;
         }
-        self.sweeps += 1;
-        let due = self.sweeps.is_multiple_of(SWEEPS_PER_RETRY);
-        let unmet = self.retry || self.shortfall.tunnel.is_some();
-        if due && (unmet || self.plane.tunnel_failure().is_some()) {
+        self.publish();
+    }
+
+    pub(super) fn sweep(&mut self, part: Part) {
+        let changed = match part {
+            Part::Firewall => {
+                self.plane.sweep();
+                false
+            }
+            Part::Vpn => self.tend(),
+            Part::LoadBalancer => false,
+        };
+        let sweeps = &mut self.sweeps[part as usize];
+        *sweeps += 1;
+        let due = sweeps.is_multiple_of(SWEEPS_PER_RETRY);
+        let unmet = match part {
+            Part::Firewall => self.retry,
+            Part::Vpn => {
+                self.shortfall.tunnel.is_some()
+                    || self.plane.tunnel_failure().is_some()
+                    || (self.retry && !self.parts.follows(Part::Firewall))
+            }
+            Part::LoadBalancer => false,
+        };
+        if due && unmet {
             match self.enforce_again() {
                 Ok(()) => self.retry = false,
                 Err(error) => tracing::warn!(error = %Chain(&error), "still not in force"),
@@ -305,20 +337,36 @@ impl Enforcer {
         }
     }
 
+    /// Returns whether there is something to report.
+    fn tend(&mut self) -> bool {
+        let mut changed = self.plane.tend();
+        let seen = self.plane.tunnel_status().map(without_counters);
+        changed |= seen != self.tunnel_seen;
+        if changed {
+            self.tunnel_seen = seen;
+            self.events += 1;
+        }
+        changed
+    }
+
     fn enforce_again(&mut self) -> Result<(), ApplyError> {
         self.enforce(self.set.clone().as_ref())
     }
 
     fn enforce(&mut self, set: Option<&DesiredSet>) -> Result<(), ApplyError> {
         let Some(set) = set else {
+            self.enforced = None;
             let nothing = DesiredSet::default();
             let open = Plan::new(&nothing, None, &self.core, &View::new()).effective;
             let (ingress, egress) = (Action::Deny, Action::Deny);
             return self.plane.close(Effective { open: false, ingress, egress, ..open });
         };
-        let mut plan = Plan::new(set, self.node.get(), &self.core, &self.health);
+        let (set, left_out) = self.parts.restrict(set, self.enforced.as_ref());
+        let mut plan = Plan::new(&set, self.node.get(), &self.core, &self.health);
         let checks = std::mem::take(&mut plan.checks);
-        let shortfall = self.plane.enforce(plan)?;
+        let mut shortfall = self.plane.enforce(plan)?;
+        self.enforced = Some(set);
+        shortfall.blocked.extend(left_out);
         if shortfall.tunnel != self.shortfall.tunnel
             && let Some(failure) = &shortfall.tunnel
         {
@@ -349,9 +397,12 @@ impl Enforcer {
         let types = types.map(|set| (RESOURCE_TYPE.to_owned(), set.running_state(blocked)));
         let tunnel = self.shortfall.tunnel.as_ref().or(self.plane.tunnel_failure());
         let trouble = self.trouble.clone();
+        let held = |part: Part| ("ServiceStopped", format!("service {} does not run", part.name()));
         let now = super::InForce {
             types: types.collect(),
-            trouble: trouble.or_else(|| tunnel.map(|why| ("TunnelDown", why.clone()))),
+            trouble: trouble
+                .or_else(|| tunnel.map(|why| (TUNNEL_DOWN, why.clone())))
+                .or_else(|| self.parts.held().map(held)),
             public_key: self.plane.public_key(),
             events: self.events,
         };

@@ -20,6 +20,7 @@ use cnsmo_service::{
     lifecycle::{Lifecycle, Phase},
     supervise::{Chain, Stop},
 };
+use futures::stream::{FuturesUnordered, StreamExt as _};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, interval_at, sleep_until, timeout},
@@ -32,7 +33,7 @@ use crate::{
     enforcer::{EnforcerHandle, Gone, InForce, VmStatus},
     locate::Locator,
     node,
-    report::{announcement, status_report},
+    report::{Services, announcement, status_report},
 };
 
 /// First and longest wait before the next attempt to reach the core.
@@ -52,6 +53,8 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 const STATUS_DELAY: Duration = Duration::from_secs(1);
 /// How often it is looked whether the VM has other addresses.
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(3);
+/// Commands that are carried out at a time; one more is refused. The core keeps to fewer.
+const COMMANDS_MAX: usize = 32;
 /// Messages to the core that wait. One answer, one heartbeat, one announcement and one report are under way at a time.
 const OUTGOING_MAX: usize = 8;
 /// A core that takes nothing for this long is gone.
@@ -70,6 +73,8 @@ pub struct Connection {
     pub labels: Labels,
     /// Who carries updates out.
     pub enforcer: EnforcerHandle,
+    /// Whom the core may steer, and hears of.
+    pub services: Services,
     /// Shows whether the core is there.
     pub life: Lifecycle,
     /// The core refused the certificate that we have: it may be one that it has forgotten, as after a restore.
@@ -194,10 +199,13 @@ impl Connection {
         let welcomed = match session.receive(first)? {
             Event::Welcomed(welcomed) => welcomed,
             Event::GoAway(delay) => return Err(Ended::GoAway(delay)),
-            Event::Update { .. } => return Err(ProtocolError::NoWelcome.into()),
+            Event::Update { .. } | Event::Command { .. } => {
+                return Err(ProtocolError::NoWelcome.into());
+            }
         };
-        let enforcer = &self.enforcer;
-        let stream = Stream { session, outgoing, incoming, in_force, enforcer, core, announced };
+        let (enforcer, services) = (&self.enforcer, self.services.clone());
+        let stream =
+            Stream { session, outgoing, incoming, in_force, enforcer, services, core, announced };
         Ok((stream, welcomed, renewals))
     }
 
@@ -257,6 +265,7 @@ struct Stream<'a> {
     incoming: Streaming<ConnectResponse>,
     in_force: watch::Receiver<InForce>,
     enforcer: &'a EnforcerHandle,
+    services: Services,
     core: SocketAddr,
     announced: Option<Announcement>,
 }
@@ -273,6 +282,10 @@ impl Stream<'_> {
         for ticks in [&mut heartbeats, &mut announcements] {
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
+        let mut commands = FuturesUnordered::new();
+        let mut services = self.services.follow();
+        let present = services.present();
+        self.send(Session::instances(self.services.report(present, true))).await?;
         let mut update: Answer<Ack> = None;
         let mut status: Answer<VmStatus> = None;
         loop {
@@ -284,9 +297,23 @@ impl Stream<'_> {
                             let carried_out = async move { enforcer.update(store_epoch, asked).await };
                             update = Some(Box::pin(carried_out));
                         }
+                        Event::Command { id, .. } if commands.len() >= COMMANDS_MAX => {
+                            let busy = Services::busy(id);
+                            self.send(Session::result(busy)).await?;
+                        }
+                        Event::Command { id, command } => {
+                            let local = self.services.local();
+                            commands.push(async move { local.answer(id, command).await });
+                        }
                         Event::GoAway(delay) => return Err(Ended::GoAway(delay)),
                         Event::Welcomed(_) => return Err(ProtocolError::SecondWelcome.into()),
                     }
+                }
+                Some(result) = commands.next(), if !commands.is_empty() => {
+                    self.send(Session::result(result)).await?;
+                }
+                news = services.next() => {
+                    self.send(Session::instances(self.services.report(news, false))).await?;
                 }
                 ack = answer(&mut update) => self.send(Session::ack(ack?)).await?,
                 _ = heartbeats.tick() => {

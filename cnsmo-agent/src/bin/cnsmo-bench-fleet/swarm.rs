@@ -13,6 +13,8 @@ use anyhow::{Context as _, bail, ensure};
 use cnsmo_agent::{
     enforcer::MemoryEnforcer,
     locate::Locator,
+    report::Services,
+    runtime::LIMITS,
     session::{self, Connection},
 };
 use cnsmo_proto::{
@@ -31,6 +33,7 @@ use cnsmo_proto::{
 };
 use cnsmo_service::{
     channel::CoreAddress,
+    host::Host,
     identity::{Credentials, enroll},
     lifecycle::Lifecycle,
     supervise::{Stopper, stop_pair},
@@ -130,11 +133,13 @@ impl Swarm {
             }));
             let name = credentials.identity().name().to_string();
             let labels = BTreeMap::from([("vm".to_owned(), name)]);
+            let node = credentials.identity().name().clone();
             let connection = Connection {
                 locator: Locator::new(vec![self.core.into()], Vec::new(), handle.clone()),
                 credentials: credentials.clone(),
                 labels: Labels::new(labels).map_err(|error| anyhow::anyhow!("{error:?}"))?,
                 enforcer: handle,
+                services: Services::new(Host::new(LIMITS), node),
                 life: Lifecycle::new("Spawned"),
                 renew_first: false,
             };
