@@ -28,21 +28,28 @@ use cnsmo_proto::{
     model::PublicKey,
     pb::{
         agent::{
-            Ack, ConnectRequest, ConnectResponse, Heartbeat, Hello, Resource, StatusReport,
-            TypeState, Update, Welcome,
+            self as pb_agent, Ack, CommandResult, ConnectRequest, ConnectResponse, Heartbeat,
+            Hello, Resource, StatusReport, TypeState, Update, Welcome,
             agent_service_server::{AgentService, AgentServiceServer},
+            command::Command,
+            command_result::Result as Outcome,
             connect_request::Message as Up,
             connect_response::Message as Down,
             resource::Spec,
             update::Kind,
         },
         balancer as balancer_pb,
+        catalog::Phase,
         identity::{
             EnrollRequest, EnrollResponse,
             enrollment_service_server::{EnrollmentService, EnrollmentServiceServer},
         },
         network as network_pb,
         policy::{self as policy, FirewallPolicySpec},
+        service::{
+            KillRequest, ListServicesRequest, ServiceId, ServiceStatus, StartRequest, StopRequest,
+            host_service_client::HostServiceClient,
+        },
     },
 };
 use cnsmo_service::{
@@ -64,8 +71,8 @@ use tokio_stream::{
     wrappers::{ReceiverStream, TcpListenerStream},
 };
 use tonic::{
-    Request, Response, Status, Streaming,
-    transport::{Certificate, Identity, Server, ServerTlsConfig},
+    Code, Request, Response, Status, Streaming,
+    transport::{Certificate, Channel, Endpoint, Identity, Server, ServerTlsConfig},
 };
 
 /// Ends a test that hangs.
@@ -715,6 +722,7 @@ async fn a_second_agent_of_one_state_directory_is_refused() {
     let _talk = core.accept().await;
     let second = runtime::run(config, fake.open(), fake.tunnel(), stop_pair().1).await.unwrap_err();
     assert!(second.to_string().starts_with("--state-dir: another agent"), "{second}");
+    assert!(second.to_string().ends_with(&format!("process {}", std::process::id())), "{second}");
     agent.stop().await;
 }
 
@@ -767,4 +775,100 @@ async fn a_data_path_that_does_not_open_ends_the_agent() {
 /// Never dialled.
 fn any_port_of_core() -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], 9))
+}
+
+/// What the agent reports of its services from now on, up to one state of one of them.
+async fn until(talk: &mut Talk, service: &str, phase: Phase) -> Vec<(String, Phase)> {
+    let mut told = Vec::new();
+    while told.last() != Some(&(service.to_owned(), phase)) {
+        if let Some(Up::Instances(report)) = talk.next().await.message {
+            told.extend(report.instances.iter().map(|i| (i.service.clone(), i.phase())));
+        }
+    }
+    told
+}
+
+fn firewall() -> Option<ServiceId> {
+    Some(ServiceId { service: "firewall".into(), ..ServiceId::default() })
+}
+
+/// Has a command carried out.
+async fn command(talk: &mut Talk, id: u64, command: Command) -> CommandResult {
+    talk.send(Down::Command(pb_agent::Command { id, command: Some(command) })).await;
+    loop {
+        if let Some(Up::Result(result)) = talk.next().await.message {
+            assert_eq!(result.id, id);
+            return *result;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_are_steered_by_the_core_and_on_the_vm_while_the_others_go_on() {
+    let (authority, dir, fake) = (Authority::new(), tempfile::tempdir().unwrap(), Fake::default());
+    let mut core = Core::start(&authority, any_port()).await;
+    let config = config(core.address, dir.path(), Some(&authority.token()));
+    let agent = Agent::start(&config, &fake);
+    let (mut talk, _) = core.accept().await;
+    talk.welcome(7).await;
+    let Some(Up::Instances(first)) = talk.next().await.message else { panic!("no services first") };
+    let names: Vec<_> = first.instances.iter().map(|i| (&*i.service, &*i.name)).collect();
+    assert_eq!(names, [("firewall", "web-1"), ("loadbalancer", "web-1"), ("vpn", "web-1")]);
+    assert!(first.complete);
+    let set = state(1, &[("a", 1)]);
+    assert_eq!(talk.update(update(Kind::Snapshot, 0, vec![good("a", 1)], set)).await.error, "");
+    assert_eq!(fake.in_force(), ["-", "a"]);
+
+    // Stopped by the core: what it holds stays, what comes is told not to be in force.
+    let stop = Command::Stop(StopRequest { id: firewall(), deadline: None });
+    let stopped = command(&mut talk, 1, stop.clone()).await;
+    let Some(Outcome::Status(status)) = stopped.result else { panic!("{stopped:?}") };
+    assert_eq!((status.phase(), status.driver.as_str()), (Phase::Stopped, "builtin"));
+    let again = command(&mut talk, 2, stop).await;
+    assert_eq!(again.code, i32::from(Code::FailedPrecondition).unsigned_abs(), "{again:?}");
+    let set = state(2, &[("a", 1), ("b", 2)]);
+    let ack = talk.update(update(Kind::Delta, 1, vec![good("b", 2)], set.clone())).await;
+    let why = "service firewall does not run";
+    assert_eq!(
+        (&*ack.resource_errors[0].name, &*ack.resource_errors[0].message),
+        (&*full("b"), why)
+    );
+    assert_eq!(ack.applied, Some(state(2, &[("a", 1)])));
+    assert_eq!(fake.in_force(), ["-", "a"]);
+    let degraded = talk.status_when(|report| report.node.as_ref().unwrap().reason != "").await;
+    assert_eq!(degraded.node.unwrap().message, why);
+
+    // Started on the VM: what came meanwhile is in force.
+    let channel = unix(&config.socket).await;
+    let mut here = HostServiceClient::new(channel);
+    let listed = here.list_services(ListServicesRequest::default()).await.unwrap().into_inner();
+    let phases: Vec<_> = listed.services.iter().map(ServiceStatus::phase).collect();
+    assert_eq!(phases, [Phase::Stopped, Phase::Ready, Phase::Ready]);
+    here.start(StartRequest { id: firewall() }).await.unwrap();
+    let told = until(&mut talk, "firewall", Phase::Ready).await;
+    let firewall_told: Vec<_> = told.iter().filter(|t| t.0 == "firewall").map(|t| t.1).collect();
+    assert_eq!(firewall_told[firewall_told.len() - 2..], [Phase::Starting, Phase::Ready]);
+    while talk.heartbeat().await.applied[RESOURCE_TYPE] != set {}
+    assert_eq!(fake.in_force(), ["-", "a", "b"]);
+
+    // Killed: nothing of it is out of force for a moment.
+    let applied = fake.0.lock().unwrap().len();
+    here.kill(KillRequest { id: firewall() }).await.unwrap();
+    let told = until(&mut talk, "firewall", Phase::Ready).await;
+    assert_eq!(
+        told.iter().map(|t| t.1).collect::<Vec<_>>(),
+        [Phase::Failed, Phase::Starting, Phase::Ready]
+    );
+    assert_eq!(fake.0.lock().unwrap().len(), applied);
+    let unknown = Some(ServiceId { service: "dns".into(), ..ServiceId::default() });
+    let error = here.kill(KillRequest { id: unknown }).await.unwrap_err();
+    assert_eq!(error.code(), Code::NotFound);
+    drop(here);
+    agent.stop().await;
+    assert!(!config.socket.exists());
+}
+
+async fn unix(path: &Path) -> Channel {
+    let url = format!("unix://{}", path.display());
+    Endpoint::from_shared(url).unwrap().connect().await.unwrap()
 }

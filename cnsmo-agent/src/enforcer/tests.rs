@@ -880,3 +880,93 @@ fn a_tunnel_that_died_is_made_anew_and_guarded_before_it_carries_packets() {
     (0..SWEEPS_PER_RETRY).for_each(|_| sweep(&mut enforcer));
     assert_eq!(fake.calls(), [""; 0]);
 }
+
+/// The service of a part runs again.
+fn follow(enforcer: &mut Enforcer, handle: &EnforcerHandle, part: Part) {
+    handle.parts.follow(part);
+    enforcer.handle(Message::Followed { reply: oneshot::channel().0 });
+}
+
+#[test]
+fn the_part_of_a_service_that_does_not_run_stays_and_the_others_follow() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, handle, mut core) = start_shop(&fake, dir.path());
+    fake.calls();
+    let changes = [
+        (Part::Vpn, vec!["member/shop/web-3"], "front:web-1,web-2,web-4"),
+        (Part::Firewall, vec!["firewall-policy/b"], "web-5"),
+        (Part::LoadBalancer, vec!["backend/front/web-7"], "web-6"),
+    ];
+    let sent = [
+        vec![member("web-3"), backend("web-4", false)],
+        vec![resource("b", 2), member("web-5")],
+        vec![backend("web-7", false), resource("c", 3), member("web-6")],
+    ];
+    for ((part, names, followed), upserts) in changes.into_iter().zip(sent) {
+        handle.parts.hold(part);
+        enforcer.handle(Message::Held);
+        let why = format!("service {} does not run", part.name());
+        let trouble = handle.in_force().borrow().trouble.clone();
+        assert_eq!(trouble, Some(("ServiceStopped", why.clone())));
+        let before = (fake.last(), peers_now(&fake));
+        let ack = enforcer.update(7, core.send(upserts, &[]));
+        let expected: Vec<_> = names.iter().map(|name| (*name, &*why)).collect();
+        assert_eq!((&*ack.error, errors(&ack)), ("", expected), "{part:?}");
+        assert_eq!(ack.applied.unwrap().digest, core.digest(&names));
+        let calls = fake.calls().join("; ");
+        assert!(calls.contains(followed), "{part:?}: {calls}");
+        let (now, was) = (fake.last(), before.0);
+        match part {
+            Part::Vpn => assert_eq!(peers_now(&fake), before.1),
+            Part::Firewall => assert_eq!(policy_ports(now), policy_ports(was)),
+            Part::LoadBalancer => assert_eq!(shown(&now.balancers), shown(&was.balancers)),
+        }
+
+        follow(&mut enforcer, &handle, part);
+        assert_eq!(handle.in_force().borrow().trouble, None);
+        assert_eq!(have(&handle.in_force()).digest, core.digest(&[]), "{part:?}");
+    }
+    assert_eq!(policy_ports(fake.last()), [1, 2, 3]);
+    assert_eq!(peers_now(&fake), "web-1,web-2,web-3,web-5,web-6");
+    assert_eq!(shown(&fake.last().balancers), "front:web-1,web-2,web-4,web-7");
+}
+
+#[test]
+fn what_is_removed_while_its_service_does_not_run_ends_when_it_runs_again() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, handle, mut core) = start_shop(&fake, dir.path());
+    Part::ALL.into_iter().for_each(|part| handle.parts.hold(part));
+    let all: Vec<_> = core.sent.keys().cloned().collect();
+    fake.calls();
+    enforcer.update(7, core.send(vec![], &all.iter().map(String::as_str).collect::<Vec<_>>()));
+    enforcer.named(Name::new("other").unwrap());
+    sweep(&mut enforcer);
+    assert_eq!(fake.calls(), [""; 0]);
+    assert_eq!((policy_ports(fake.last()), &*peers_now(&fake)), (vec![1], "web-1,web-2"));
+    for part in Part::ALL {
+        follow(&mut enforcer, &handle, part);
+    }
+    assert!(fake.last().open && fake.last().balancers.is_empty());
+    fake.set(|inner| assert_eq!(inner.tunnel, None));
+}
+
+#[test]
+fn services_that_a_vm_does_not_run_have_no_part() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let parts = Parts::new(&[Part::Firewall]);
+    let node = Name::new(NODE).ok();
+    let (seat, handle) = Seat::new(fake.datapath(), fake.tunnel(), dir.path(), node, parts);
+    let (mut enforcer, mut core) = (seat.start().unwrap().0, Core::new());
+    let ack = enforcer.update(7, core.send(shop(), &[]));
+    let why = "this VM has no service";
+    assert_eq!(ack.resource_errors.len(), core.sent.len() - 1);
+    assert!(ack.resource_errors.iter().all(|error| error.message.starts_with(why)));
+    assert_eq!((policy_ports(fake.last()), fake.last().tunnel), (vec![1], None));
+    assert_eq!(handle.in_force().borrow().trouble, None);
+}
+
+fn peers_now(fake: &Fake) -> String {
+    let mut shown = String::new();
+    fake.set(|inner| shown = inner.tunnel.as_ref().map(peers).unwrap_or_default());
+    shown
+}
