@@ -835,7 +835,8 @@ async fn services_are_steered_by_the_core_and_on_the_vm_while_the_others_go_on()
     );
     assert_eq!(ack.applied, Some(state(2, &[("a", 1)])));
     assert_eq!(fake.in_force(), ["-", "a"]);
-    let degraded = talk.status_when(|report| report.node.as_ref().unwrap().reason != "").await;
+    let is_degraded = |report: &StatusReport| !report.node.as_ref().unwrap().reason.is_empty();
+    let degraded = talk.status_when(is_degraded).await;
     assert_eq!(degraded.node.unwrap().message, why);
 
     // Started on the VM: what came meanwhile is in force.

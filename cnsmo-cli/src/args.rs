@@ -86,6 +86,15 @@ pub(crate) enum Command {
     },
     /// List the instances of services: who runs what, where, and in which phase
     Services(ServicesArgs),
+    /// List the agents, or with --host the service agents of one VM
+    Agents {
+        /// Of this VM: what its agent runs
+        #[arg(long, visible_alias = "node", value_name = "NAME")]
+        host: Option<Name>,
+    },
+    /// Steer one service of a VM or of the core; with --socket of an agent, of its own VM
+    #[command(subcommand)]
+    Service(ServiceCommand),
     /// Set or remove labels
     Label(LabelArgs),
     /// Let balancers give a VM no new flows; those it has go on to their end
@@ -218,8 +227,8 @@ pub(crate) struct ServicesArgs {
     /// Only this service
     #[arg(long, value_name = "NAME")]
     pub(crate) service: Option<Name>,
-    /// Only on this VM
-    #[arg(long, value_name = "NAME")]
+    /// Only on this VM, or `core`
+    #[arg(long, visible_alias = "host", value_name = "NAME")]
     pub(crate) node: Option<Name>,
     /// Attributes that an instance must have
     #[arg(
@@ -233,6 +242,50 @@ pub(crate) struct ServicesArgs {
     /// Print each change too, until interrupted
     #[arg(long)]
     pub(crate) watch: bool,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum ServiceCommand {
+    /// List the services of the core and of all VMs that are connected
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only of this VM, or `core`
+        #[arg(long, visible_alias = "host", value_name = "NAME")]
+        node: Option<Name>,
+    },
+    /// Phase, since when and why
+    Status(ServiceArgs),
+    /// What it can do
+    Features(ServiceArgs),
+    /// Start a service that is stopped or has failed
+    Start(ServiceArgs),
+    /// Let it finish what it has, then stop it; returns when it is stopped
+    Stop(StopArgs),
+    /// Stop it so, and start it again
+    Restart(StopArgs),
+    /// End it as a crash would: it is started again
+    Kill(ServiceArgs),
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ServiceArgs {
+    /// Of a VM vpn, firewall or loadbalancer; of the core state, bus, catalogue or identity
+    pub(crate) service: Name,
+    /// The VM, or `core` [default: whom --socket or --core reaches]
+    #[arg(long, visible_alias = "host", value_name = "NAME")]
+    pub(crate) node: Option<Name>,
+    /// Of several instances of the service there, one
+    #[arg(long, value_name = "NAME")]
+    pub(crate) instance: Option<Name>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct StopArgs {
+    #[command(flatten)]
+    pub(crate) what: ServiceArgs,
+    /// How long it may finish what it has, at most 1h [default: the service's own]
+    #[arg(long, value_parser = wait_time)]
+    pub(crate) deadline: Option<Duration>,
 }
 
 #[derive(clap::Args)]

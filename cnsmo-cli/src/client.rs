@@ -18,6 +18,7 @@ use cnsmo_proto::pb::{
         join_token_service_client::JoinTokenServiceClient,
     },
     resource::resource_service_client::ResourceServiceClient,
+    service::host_service_client::HostServiceClient,
     state::state_service_client::StateServiceClient,
 };
 use cnsmo_service::{
@@ -79,6 +80,11 @@ impl Client {
 
     pub(crate) async fn events(&self) -> Result<EventServiceClient<Channel>> {
         Ok(EventServiceClient::new(self.connect().await?))
+    }
+
+    pub(crate) async fn hosts(&self) -> Result<HostServiceClient<Channel>> {
+        let client = HostServiceClient::new(self.connect().await?);
+        Ok(client.max_decoding_message_size(ANSWER_BYTES_MAX))
     }
 
     pub(crate) async fn state(&self) -> Result<StateServiceClient<Channel>> {

@@ -18,6 +18,7 @@ mod kv;
 mod label;
 mod load;
 mod output;
+mod service;
 mod services;
 mod status;
 mod token;
@@ -87,6 +88,8 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Rollback(args) => return history::rollback(&client, format, args).await,
         Command::Wait(wait) => return wait::wait(&client, wait).await,
         Command::Nodes { selector } => get::nodes(&client, format, selector).await?,
+        Command::Agents { host } => services::agents(&client, format, host).await?,
+        Command::Service(command) => service::service(&client, format, command).await?,
         Command::Services(args) => services::services(&client, format, args).await?,
         Command::Label(label) => label::label(&client, label).await?,
         Command::Drain(drain) => return drain::drain(&client, drain).await,

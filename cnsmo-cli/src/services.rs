@@ -4,9 +4,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use cnsmo_proto::pb::catalog::{
-    Endpoint, Instance, ListInstancesRequest, WatchInstancesRequest, WatchInstancesResponse,
-    watch_instances_response::Event,
+use cnsmo_proto::{
+    model::Name,
+    pb::catalog::{
+        Endpoint, Instance, ListInstancesRequest, WatchInstancesRequest, WatchInstancesResponse,
+        watch_instances_response::Event,
+    },
 };
 use serde::Serialize;
 
@@ -16,10 +19,13 @@ use crate::{
     output::{NONE, age, or_none, print_json, print_table, print_text, print_yaml},
 };
 
+/// The service of which each VM's agent is an instance.
+const AGENT: &str = "agent";
+
 /// The instances of services; with `--watch` also each change, until the core ends.
 pub(crate) async fn services(client: &Client, format: Format, args: ServicesArgs) -> Result<()> {
     let ServicesArgs { service, node, selector, watch } = args;
-    let text = |name: Option<cnsmo_proto::model::Name>| name.map(|n| n.to_string());
+    let text = |name: Option<Name>| name.map(|n| n.to_string());
     let (service, node) = (text(service).unwrap_or_default(), text(node).unwrap_or_default());
     let attributes = selector.as_map().clone();
     let mut catalog = client.catalog().await?;
@@ -33,6 +39,27 @@ pub(crate) async fn services(client: &Client, format: Format, args: ServicesArgs
     }
     let request = ListInstancesRequest { service, node, attributes };
     let instances = catalog.list_instances(request).await.map_err(refused)?.into_inner().instances;
+    print(format, &instances)
+}
+
+/// The agents of all VMs, or what the agent of one VM runs.
+pub(crate) async fn agents(client: &Client, format: Format, host: Option<Name>) -> Result<()> {
+    let mut catalog = client.catalog().await?;
+    let mut request = ListInstancesRequest::default();
+    match &host {
+        None => AGENT.clone_into(&mut request.service),
+        Some(host) => request.node = host.to_string(),
+    }
+    let instances = catalog.list_instances(request).await.map_err(refused)?.into_inner().instances;
+    let is_meant = |instance: &Instance| match &host {
+        None => true,
+        Some(host) => instance.owner == format!("{AGENT}/{host}"),
+    };
+    let instances: Vec<_> = instances.into_iter().filter(is_meant).collect();
+    print(format, &instances)
+}
+
+fn print(format: Format, instances: &[Instance]) -> Result<()> {
     let documents = || instances.iter().map(Document::from).collect::<Vec<_>>();
     match format {
         Format::Json => print_json(&documents()),
