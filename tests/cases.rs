@@ -16,4 +16,5 @@ mod s10_stateless;
 mod s12_python;
 mod s14_announce;
 mod s16_agents;
+mod s17_services;
 mod swap;
