@@ -97,7 +97,8 @@ pub async fn announce(
             () = stop.asked() => break,
         }
     }
-    announcer.withdraw().await;
+    let last = states.borrow_and_update().clone();
+    announcer.end(&last).await;
     Ok(())
 }
 
@@ -152,9 +153,13 @@ impl Announcer {
         AnnounceRequest { instance: Some(instance), ttl: time(ttl), grace: time(grace) }
     }
 
-    async fn withdraw(&mut self) {
-        if self.acknowledged.is_none() {
-            return;
+    /// Tells the last state, if it was not told yet, and withdraws.
+    async fn end(&mut self, last: &State) {
+        let Some(told) = self.acknowledged else { return };
+        if told != last.phase
+            && !matches!(timeout(WITHDRAW_TIMEOUT, self.tell(last)).await, Ok(Ok(())))
+        {
+            tracing::debug!(phase = %last.phase, "the last phase is not announced");
         }
         let Announcement { service, name, .. } = self.announcement.clone();
         let withdrawn = self.client.withdraw(WithdrawRequest { service, name });

@@ -18,8 +18,10 @@ use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
     task::JoinHandle,
 };
+use tonic::transport::Channel;
 
 use crate::{
+    announce::{Announcement, Refused, announce},
     lifecycle::{IllegalStep, Lifecycle, Phase, State},
     supervise::{Failure, GaveUp, Limits, Stop, stop_pair, supervise},
 };
@@ -77,6 +79,17 @@ pub enum OrderError {
     /// Too many orders wait, or the host ends.
     #[error("service {0} takes no orders now: try again")]
     Busy(String),
+}
+
+/// Why a service is not announced.
+#[derive(Debug, thiserror::Error)]
+pub enum AnnounceError {
+    /// It is not there.
+    #[error(transparent)]
+    Unknown(#[from] OrderError),
+    /// By the core.
+    #[error(transparent)]
+    Refused(#[from] Refused),
 }
 
 /// Services of one program. Clones steer the same ones.
@@ -230,6 +243,21 @@ impl Host {
     /// The services and their phases, by name.
     pub fn lives(&self) -> Vec<(String, Lifecycle)> {
         self.services().iter().map(|(name, hosted)| (name.clone(), hosted.life.clone())).collect()
+    }
+
+    /// Keeps the phases of one of these services in the catalogue, until `stop`: see [`announce()`]. For a program that stands
+    /// alone; agent and core tell of theirs by themselves.
+    ///
+    /// # Errors
+    /// There is no service of the name that is announced, or the core does not take it.
+    pub async fn announce(
+        self,
+        channel: Channel,
+        announcement: Announcement,
+        stop: Stop,
+    ) -> Result<(), AnnounceError> {
+        let life = self.life(&announcement.service)?;
+        Ok(announce(channel, announcement, &life, stop).await?)
     }
 
     /// Stops all services at once and waits for them.

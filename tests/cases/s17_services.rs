@@ -83,6 +83,34 @@ async fn s08_a_core_has_its_own_agent_and_what_is_killed_of_it_is_back() {
     run(&mut publish);
 }
 
+#[tokio::test]
+async fn s03_a_service_of_somebody_else_takes_every_step_of_its_life() {
+    let core = Core::start("s03");
+    let from = revision(&core) + 1;
+    let mut command = Command::new(program("examples/greeter"));
+    command.arg(core.socket()).arg("greeter-1");
+    let mut greeter =
+        Process::spawn("greeter", &mut command, &core.folder().join("greeter.log")).unwrap();
+    let reply = until("a reply", async || {
+        let mut ask = Command::new(program("cnsmo"));
+        ask.env("CNSMO_SOCKET", core.socket()).args(["bus", "request", "svc.greeter", "you"]);
+        let output = ask.output().unwrap();
+        // Nobody subscribes yet.
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    })
+    .await;
+    assert_eq!(reply.trim(), "hello, you");
+    greeter.terminate(PATIENCE).unwrap();
+    let seen = until("its end", async || {
+        let seen = events(&core, "greeter", from);
+        (seen.last().map(String::as_str) == Some("Deleted")).then_some(seen)
+    })
+    .await;
+    let steps = [&["Installing", "Starting", "Ready"][..], &["Draining", "Stopped", "Deleted"]];
+    assert!(steps.concat().ends_with(&seen), "{seen:?}");
+    assert!(seen.len() > 3, "{seen:?}");
+}
+
 struct Vm {
     lab: Lab,
     core: Core,
