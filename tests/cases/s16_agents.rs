@@ -101,8 +101,8 @@ async fn s16_an_agent_is_announced_when_it_starts_and_an_impostor_is_not() {
     let answer = call(&lab, &core, &state).expect("the real certificate");
     assert!(answer.contains("\"vm1\""), "{answer}");
     let before = refusals(&core).len();
-    let refused = call(&lab, &core, &certificate).expect_err("a certificate of another CA");
-    assert!(refused.contains("alert"), "{refused}");
+    // How the client hears of it depends on who is faster, the alert or the end of the connection.
+    call(&lab, &core, &certificate).expect_err("a certificate of another CA");
     let record = until("the refusal in the audit", async || {
         let mut refusals = refusals(&core);
         (refusals.len() > before).then(|| refusals.pop().unwrap())
