@@ -4,7 +4,7 @@ use ring::digest;
 
 use super::{
     Revision, StoreError,
-    engine::{Connection, EngineError, Repeated, Row, Sql, Value, insert},
+    engine::{Connection, EngineError, Repeated, Row, Sql, Value},
     types::check_text,
 };
 
@@ -121,7 +121,7 @@ pub(super) async fn append(
         values.extend([decision.into(), status.into(), revision.into(), detail.into()]);
         values.push(Value::Blob(previous.to_vec().into()));
     }
-    insert(connection, &INSERT, values).await.map(drop)
+    connection.insert(&INSERT, values).await.map(drop)
 }
 
 /// Records behind `after`, in order.

@@ -148,6 +148,33 @@ impl EngineError {
     }
 }
 
+/// Locks the row, so that the commits of all cores come one after the other.
+pub(super) const LOCK: Sql =
+    Sql::Fixed("UPDATE meta SET rev = rev WHERE id = 1 RETURNING rev, fence");
+const ADVANCE: Sql = Sql::Fixed("UPDATE meta SET rev = $1, fence = $2 WHERE id = 1");
+
+/// Of a database that somebody else has changed.
+pub(super) const NO_META: &str = "the row of meta is missing";
+
+/// The last numbers that were given out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Head {
+    /// Of the state.
+    pub(super) revision: Revision,
+    /// Lease and fencing token.
+    pub(super) fence: i64,
+}
+
+impl Head {
+    /// Of the answer to [`LOCK`].
+    pub(super) fn of(rows: Rows) -> Result<Self, EngineError> {
+        let Some(mut row) = rows.rows.into_iter().next() else {
+            return Err(EngineError::unexpected(NO_META));
+        };
+        Ok(Self { revision: row.int()?, fence: row.int()? })
+    }
+}
+
 /// What a transaction is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mode {
@@ -167,11 +194,45 @@ pub(super) trait Connection: Send {
     /// Durable when it returns. `newest`: all cores are told of this revision.
     async fn commit(&mut self, newest: Option<Revision>) -> Result<(), EngineError>;
 
+    /// Begins a transaction that writes, and locks the head of the state.
+    async fn begin_group(&mut self) -> Result<Head, EngineError> {
+        self.begin(Mode::Write).await?;
+        Head::of(self.fetch(&LOCK, Vec::new(), usize::MAX).await?)
+    }
+
+    /// As [`Self::commit`], with a new head if there is one.
+    async fn commit_group(
+        &mut self,
+        head: Option<Head>,
+        newest: Option<Revision>,
+    ) -> Result<(), EngineError> {
+        if let Some(Head { revision, fence }) = head {
+            self.execute(&ADVANCE, vec![revision.into(), fence.into()]).await?;
+        }
+        self.commit(newest).await
+    }
+
     /// Undoes the transaction; without one, nothing.
     async fn rollback(&mut self);
 
     /// Returns how many rows were changed.
     async fn execute(&mut self, sql: &Sql, args: Vec<Value>) -> Result<u64, EngineError>;
+
+    /// Runs a statement of rows for all of these, and returns how many it changed.
+    async fn insert(
+        &mut self,
+        statement: &Repeated,
+        mut rows: Vec<Value>,
+    ) -> Result<u64, EngineError> {
+        let mut changed = 0;
+        while !rows.is_empty() {
+            let (sql, count) = statement.upto(rows.len() / statement.width());
+            let rest = rows.split_off(count * statement.width());
+            changed += self.execute(&sql, rows).await?;
+            rows = rest;
+        }
+        Ok(changed)
+    }
 
     /// Stops after the row with which the values reach `bytes`, at least after the first one.
     async fn fetch(
@@ -265,6 +326,7 @@ pub(super) struct Repeated {
     /// Parameters before those that repeat.
     fixed: usize,
     texts: [OnceLock<Arc<str>>; SIZES],
+    arrays: OnceLock<Arc<str>>,
 }
 
 /// Powers of two up to [`ROWS_MAX`].
@@ -273,12 +335,29 @@ const SIZES: usize = ROWS_MAX.trailing_zeros() as usize + 1;
 impl Repeated {
     /// `columns`: of each row; 0: a plain list.
     pub(super) const fn new(head: &'static str, columns: usize, tail: &'static str) -> Self {
-        Self { head, tail, columns, fixed: 0, texts: [const { OnceLock::new() }; SIZES] }
+        let texts = [const { OnceLock::new() }; SIZES];
+        Self { head, tail, columns, fixed: 0, texts, arrays: OnceLock::new() }
     }
 
     /// A plain list behind `fixed` parameters that are in `head`.
     pub(super) const fn within(fixed: usize, head: &'static str, tail: &'static str) -> Self {
-        Self { head, tail, columns: 0, fixed, texts: [const { OnceLock::new() }; SIZES] }
+        let texts = [const { OnceLock::new() }; SIZES];
+        Self { head, tail, columns: 0, fixed, texts, arrays: OnceLock::new() }
+    }
+
+    /// Parameters of a row.
+    pub(super) fn width(&self) -> usize {
+        self.columns.max(1)
+    }
+
+    /// The same for any number of rows, with an array of each column for a parameter. For those that insert.
+    pub(super) fn arrays(&self) -> Sql {
+        let head = self.head.trim_end_matches("VALUES ");
+        let text = self.arrays.get_or_init(|| {
+            let columns: Vec<_> = (1..=self.columns).map(|n| format!("${n}")).collect();
+            format!("{head}SELECT * FROM unnest({}){}", columns.join(", "), self.tail).into()
+        });
+        Sql::Made(text.clone())
     }
 
     /// The largest statement that takes no more than `rows`, and how many it takes.
@@ -295,7 +374,7 @@ impl Repeated {
 
     fn text(&self, rows: usize) -> String {
         let mut text = self.head.to_owned();
-        let width = self.columns.max(1);
+        let width = self.width();
         for row in 0..rows {
             text.push_str(if row > 0 { ", " } else { "" });
             text.push_str(if self.columns > 0 { "(" } else { "" });
@@ -309,23 +388,6 @@ impl Repeated {
         text.push_str(self.tail);
         text
     }
-}
-
-/// Runs a statement of rows as often as they need.
-pub(super) async fn insert(
-    connection: &mut dyn Connection,
-    statement: &Repeated,
-    mut rows: Vec<Value>,
-) -> Result<u64, EngineError> {
-    let width = statement.columns.max(1);
-    let mut changed = 0;
-    while !rows.is_empty() {
-        let (sql, count) = statement.upto(rows.len() / width);
-        let rest = rows.split_off(count * width);
-        changed += connection.execute(&sql, rows).await?;
-        rows = rest;
-    }
-    Ok(changed)
 }
 
 /// Runs a statement with a list of values, or of rows, as often as it needs; what is left of the last list repeats its last
@@ -345,7 +407,7 @@ pub(super) async fn select_within(
     fixed: &[Value],
     list: &[Value],
 ) -> Result<Vec<Row>, EngineError> {
-    let width = statement.columns.max(1);
+    let width = statement.width();
     let mut found = Vec::with_capacity(list.len() / width);
     for some in list.chunks(ROWS_MAX * width) {
         let (sql, count) = statement.atleast(some.len() / width);

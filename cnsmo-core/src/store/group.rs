@@ -13,15 +13,12 @@ use super::{
     AuditRecord, Change, Commit, Compare, DELETE_KEYS_MAX, Entry, Event, LEASE_KEYS_MAX, Lease,
     LeaseId, Op, Outcome, READ_BYTES_MAX, REQUEST_TTL, Read, Revision, StoreError, Target, Txn,
     audit,
-    engine::{Connection, EngineError, Repeated, Row, Sql, Value, insert, select_in},
+    engine::{Connection, EngineError, Head, Repeated, Row, Sql, Value, select_in},
     message,
     read::prefix_end,
     writer::now_ms,
 };
 
-/// Locks the row, so that the commits of all cores come one after the other.
-const LOCK: Sql = Sql::Fixed("UPDATE meta SET rev = rev WHERE id = 1 RETURNING rev, fence");
-const ADVANCE: Sql = Sql::Fixed("UPDATE meta SET rev = $1, fence = $2 WHERE id = 1");
 static KEYS: Repeated = Repeated::new(
     "SELECT key, create_rev, mod_rev, version, lease_id FROM kv WHERE key IN (",
     0,
@@ -115,22 +112,21 @@ pub(super) struct Committed {
     pub(super) results: Vec<Result<Done, StoreError>>,
     /// In order.
     pub(super) commits: Vec<Arc<Commit>>,
+    /// Numbers were given out, up to these.
+    pub(super) head: Option<Head>,
     /// Other cores are told of this revision; none: there is nothing for them.
     pub(super) newest: Option<Revision>,
     /// There is nothing to make durable.
     pub(super) unchanged: bool,
 }
 
-/// Does all of `work` within the connection's transaction.
+/// Does all of `work` within the connection's transaction, which has locked the head.
 pub(super) async fn run(
     connection: &mut dyn Connection,
+    head: Head,
     work: &[Work],
 ) -> Result<Committed, EngineError> {
-    let mut rows = connection.fetch(&LOCK, Vec::new(), usize::MAX).await?.rows;
-    let Some(meta) = rows.first_mut() else {
-        return Err(EngineError::unexpected("the row of meta is missing"));
-    };
-    let mut group = Group { revision: meta.int()?, fence: meta.int()?, ..Group::default() };
+    let mut group = Group { head, ..Group::default() };
     group.load(connection, work).await?;
     let mut results = Vec::with_capacity(work.len());
     for one in work {
@@ -138,9 +134,10 @@ pub(super) async fn run(
     }
     let unchanged = group.is_unchanged();
     let is_news = !group.commits.is_empty() || !group.messages.is_unchanged();
-    let newest = is_news.then_some(group.revision);
+    let newest = is_news.then_some(group.head.revision);
+    let head = (group.head != head).then_some(group.head);
     let commits = group.write(connection).await?;
-    Ok(Committed { results, commits, newest, unchanged })
+    Ok(Committed { results, commits, head, newest, unchanged })
 }
 
 /// A key as it is after what was settled.
@@ -192,8 +189,7 @@ struct ReplyEntry {
 /// The state that the group sees, and what it will write.
 #[derive(Default)]
 struct Group {
-    revision: Revision,
-    fence: i64,
+    head: Head,
     /// All keys that the group may touch; none: absent.
     keys: BTreeMap<String, Option<Present>>,
     /// Prefixes with more keys than may be deleted.
@@ -311,12 +307,12 @@ impl Group {
         Ok(match work {
             Work::Commit(txn) => self.commit(connection, txn).await?.map(Done::Outcome),
             Work::Grant { owner, ttl, holder } => {
-                self.fence += 1;
+                self.head.fence += 1;
                 let lease = Lease {
-                    id: self.fence,
+                    id: self.head.fence,
                     owner: owner.clone(),
                     ttl: *ttl,
-                    token: self.fence.cast_unsigned(),
+                    token: self.head.fence.cast_unsigned(),
                     holder: holder.clone(),
                     holder_epoch: 1,
                 };
@@ -367,18 +363,18 @@ impl Group {
         let keys: Vec<String> =
             self.keys.iter().filter(|(_, p)| bound(p)).map(|(key, _)| key.clone()).collect();
         let change = if expired { Change::Expire } else { Change::Delete };
-        let mut step = Step::new(self.revision + 1);
+        let mut step = Step::new(self.head.revision + 1);
         for key in &keys {
             step.delete(&mut self.keys, key, change);
         }
         self.take_over(step, "");
-        Some(self.revision)
+        Some(self.head.revision)
     }
 
     /// What a transaction has done becomes a revision, unless it has done nothing.
     fn take_over(&mut self, step: Step, by: &str) {
         if !step.events.is_empty() {
-            self.revision = step.revision;
+            self.head.revision = step.revision;
             self.commits
                 .push((Commit { revision: step.revision, events: step.events }, by.to_owned()));
         }
@@ -405,7 +401,7 @@ impl Group {
         };
         let succeeded = txn.compares.iter().all(|compare| self.holds(compare, &contents));
         let ops = if succeeded { &txn.success } else { &txn.failure };
-        let mut step = Step::new(self.revision + 1);
+        let mut step = Step::new(self.head.revision + 1);
         let mut reads = Vec::new();
         for op in ops {
             if let Err(error) = self.step(op, &contents, &mut step, &mut reads) {
@@ -418,7 +414,7 @@ impl Group {
             return Ok(Err(error));
         }
         self.take_over(step, &txn.by);
-        let outcome = Outcome { succeeded, revision: self.revision, reads };
+        let outcome = Outcome { succeeded, revision: self.head.revision, reads };
         if let Some(id) = &txn.request_id {
             self.replies.insert((txn.by.clone(), id.clone()), outcome.clone().into());
         }
@@ -556,13 +552,10 @@ impl Group {
     }
 
     async fn write(self, connection: &mut dyn Connection) -> Result<Vec<Arc<Commit>>, EngineError> {
-        if !self.commits.is_empty() || !self.changed_leases.is_empty() {
-            connection.execute(&ADVANCE, vec![self.revision.into(), self.fence.into()]).await?;
-        }
-        insert(connection, &PUT_LOG, self.log_rows()).await?;
+        connection.insert(&PUT_LOG, self.log_rows()).await?;
         let (puts, deletes) = self.key_rows();
         select_in(connection, &DELETE_KEYS, &deletes).await?;
-        insert(connection, &PUT_KEYS, puts).await?;
+        connection.insert(&PUT_KEYS, puts).await?;
         let (mut leases, mut ended) = (Vec::new(), Vec::new());
         for id in &self.changed_leases {
             match self.leases.get(id).and_then(Option::as_ref) {
@@ -571,7 +564,7 @@ impl Group {
             }
         }
         select_in(connection, &DELETE_LEASES, &ended).await?;
-        insert(connection, &PUT_LEASES, leases).await?;
+        connection.insert(&PUT_LEASES, leases).await?;
         let ttl = i64::try_from(REQUEST_TTL.as_millis()).unwrap_or(i64::MAX);
         let expire = now_ms().saturating_add(ttl);
         let mut replies = Vec::with_capacity(self.replies.len() * 4);
@@ -579,7 +572,7 @@ impl Group {
             let reply = Bytes::from(reply.encode_to_vec());
             replies.extend([by.into(), id.into(), reply.into(), expire.into()]);
         }
-        insert(connection, &PUT_REQUESTS, replies).await?;
+        connection.insert(&PUT_REQUESTS, replies).await?;
         audit::append(connection, self.audit).await?;
         self.messages.write(connection).await?;
         Ok(self.commits.into_iter().map(|(commit, _)| Arc::new(commit)).collect())

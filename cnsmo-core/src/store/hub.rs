@@ -16,6 +16,8 @@ const RING_MAX: usize = 16_384;
 const RING_BYTES_MAX: usize = 32 << 20;
 /// Commits that a follower takes at a time.
 const TAKE_MAX: usize = 256;
+/// Own commits that wait for those of other cores: more than a group has.
+const AHEAD_MAX: usize = 1_024;
 /// Changes read from the log at a time.
 const REFILL_ROWS: usize = 1_000;
 /// Pause before the log is read again after a failure.
@@ -43,6 +45,10 @@ struct Ring {
     /// Without gaps; the last one is the newest.
     commits: VecDeque<Arc<Commit>>,
     bytes: usize,
+    /// Of this core, behind commits of another one that are not here yet.
+    ahead: VecDeque<Arc<Commit>>,
+    /// The last revision that is known to be there.
+    heard: Revision,
 }
 
 impl Default for Hub {
@@ -66,30 +72,47 @@ impl Hub {
         self.newest.borrow().revision
     }
 
-    /// Takes over commits that are durable. Those behind a gap are left to [`pump`], which reads them from the log.
+    /// Takes over commits that are durable, in their order. Those behind a gap wait for [`pump`] to fill it from the log.
     pub(super) fn publish(&self, commits: Vec<Arc<Commit>>) {
-        if commits.is_empty() {
-            return;
-        }
         let mut ring = self.ring.write().unwrap_or_else(PoisonError::into_inner);
         let mut newest = self.newest();
         for commit in commits {
+            ring.heard = ring.heard.max(commit.revision);
             if commit.revision > newest + 1 {
-                self.gap.notify_one();
-                break;
-            }
-            // Otherwise it was read from the log already.
-            if commit.revision == newest + 1 {
+                ring.wait(commit);
+            } else if commit.revision == newest + 1 {
                 newest = commit.revision;
                 ring.push(commit);
             }
         }
-        drop(ring);
+        while let Some(next) = ring.ahead.pop_front_if(|first| first.revision <= newest + 1) {
+            if next.revision > newest {
+                newest = next.revision;
+                ring.push(next);
+            }
+        }
+        if ring.heard > newest {
+            self.gap.notify_one();
+        }
+        // Before anybody else can add to the ring.
         self.newest.send_if_modified(|now| {
             let advanced = now.revision < newest;
             now.revision = now.revision.max(newest);
             advanced
         });
+    }
+
+    fn hear(&self, revision: Revision) {
+        let mut ring = self.ring.write().unwrap_or_else(PoisonError::into_inner);
+        ring.heard = ring.heard.max(revision);
+    }
+
+    /// Before the first and up to the last revision that is there, and not here.
+    fn missing(&self) -> Option<(Revision, Revision)> {
+        let ring = self.ring.read().unwrap_or_else(PoisonError::into_inner);
+        let newest = self.newest();
+        let upto = ring.ahead.front().map_or(Revision::MAX, |first| first.revision - 1);
+        (ring.heard > newest).then_some((newest, upto))
     }
 
     /// Waits for a revision after `revision`. None: the store is closed.
@@ -117,6 +140,14 @@ impl Ring {
             self.bytes -= oldest.bytes();
         }
     }
+
+    fn wait(&mut self, commit: Arc<Commit>) {
+        if self.ahead.len() == AHEAD_MAX {
+            // All of it can be read from the log.
+            self.ahead.clear();
+        }
+        self.ahead.push_back(commit);
+    }
 }
 
 /// Brings in the commits of other cores.
@@ -125,9 +156,7 @@ pub(super) async fn pump(engine: Arc<dyn Engine>, readers: Readers, hub: Arc<Hub
         tokio::select! {
             newest = engine.wake() => {
                 hub.woken.notify_one();
-                if newest <= hub.newest() {
-                    continue;
-                }
+                hub.hear(newest);
             }
             () = hub.gap.notified() => {}
         }
@@ -143,8 +172,8 @@ pub(super) async fn pump(engine: Arc<dyn Engine>, readers: Readers, hub: Arc<Hub
 }
 
 async fn catch_up(readers: &Readers, hub: &Hub) -> Result<(), StoreError> {
-    loop {
-        match readers.log_after(hub.newest(), REFILL_ROWS).await {
+    while let Some((after, upto)) = hub.missing() {
+        match readers.log_between(after, upto, REFILL_ROWS).await {
             Ok(commits) if commits.is_empty() => return Ok(()),
             Ok(commits) => hub.publish(commits.into_iter().map(Arc::new).collect()),
             // Followers are told of it in their turn.
@@ -152,14 +181,14 @@ async fn catch_up(readers: &Readers, hub: &Hub) -> Result<(), StoreError> {
             Err(error) => return Err(error),
         }
     }
+    Ok(())
 }
 
 impl Hub {
     /// The commits up to here are gone from the log, and this core has not seen them.
     fn skip_to(&self, revision: Revision) {
         let mut ring = self.ring.write().unwrap_or_else(PoisonError::into_inner);
-        *ring = Ring::default();
-        drop(ring);
+        (ring.commits, ring.bytes) = Default::default();
         self.newest.send_modify(|newest| newest.revision = newest.revision.max(revision));
     }
 }
@@ -197,7 +226,8 @@ impl Feed {
         let commits = match self.hub.after(self.after) {
             Some(commits) if !commits.is_empty() => commits,
             _ => {
-                let commits = self.readers.log_after(self.after, REFILL_ROWS).await?;
+                let commits =
+                    self.readers.log_between(self.after, Revision::MAX, REFILL_ROWS).await?;
                 commits.into_iter().map(Arc::new).collect()
             }
         };

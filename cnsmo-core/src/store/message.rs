@@ -20,7 +20,7 @@ use bytes::Bytes;
 
 use super::{
     Sequence, Store, StoreError,
-    engine::{Connection, EngineError, Repeated, Row, Sql, Value, insert, select_in},
+    engine::{Connection, EngineError, Repeated, Row, Sql, Value, select_in},
     group::{Done, Work},
     types::check_text,
     writer::now_ms,
@@ -298,14 +298,14 @@ impl Batch {
         connection: &mut dyn Connection,
     ) -> Result<(), EngineError> {
         self.flush(connection).await?;
-        insert(connection, &PUT_IDS, self.new_ids).await?;
+        connection.insert(&PUT_IDS, self.new_ids).await?;
         let mut rows = Vec::with_capacity(self.changed.len() * 4);
         for name in self.changed {
             let stream = self.streams.get(&name).copied().flatten().unwrap_or_default();
             rows.push(name.into());
             rows.extend([stream.last, stream.messages, stream.bytes].map(Value::Int));
         }
-        insert(connection, &PUT_STREAMS, rows).await.map(drop)
+        connection.insert(&PUT_STREAMS, rows).await.map(drop)
     }
 
     async fn publish(
@@ -366,7 +366,7 @@ impl Batch {
     async fn flush(&mut self, connection: &mut dyn Connection) -> Result<(), EngineError> {
         let rows = std::mem::take(&mut self.messages);
         self.written |= !rows.is_empty();
-        insert(connection, &PUT_MESSAGES, rows).await.map(drop)
+        connection.insert(&PUT_MESSAGES, rows).await.map(drop)
     }
 
     fn change(&mut self, name: &str) {

@@ -3,7 +3,15 @@
 //! Every group of transactions begins by locking the one row of `meta`, so the groups of all cores come one after the
 //! other, revisions are gapless, and a reader of the log sees a prefix of it.
 
-use std::{fmt, fs, io, path::Path, time::Duration};
+use std::{
+    fmt, fs, io,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -27,7 +35,9 @@ use zeroize::Zeroizing;
 
 use super::{
     Revision, StoreError,
-    engine::{Connection, Engine, EngineError, Mode, Row, Rows, Sql, Value},
+    engine::{
+        Connection, Engine, EngineError, Head, LOCK, Mode, NO_META, Repeated, Row, Rows, Sql, Value,
+    },
     schema,
 };
 
@@ -51,11 +61,6 @@ const RETRY: Duration = Duration::from_millis(50);
 const FILES: [&str; 3] = ["sslrootcert", "sslcert", "sslkey"];
 /// A password file has one line; more is another file.
 const PASSWORD_BYTES_MAX: usize = 1_024;
-/// The transaction's id, to ask for it later, and the notification that its commit sends.
-const COMMITTING: &str = "SELECT pg_current_xact_id()::text
-    || CASE WHEN $1 >= 0 THEN pg_notify($2, $1::text)::text ELSE '' END";
-/// Instead of a revision: other cores need not know of the commit.
-const NO_NEWS: Revision = -1;
 const MEMBERS: &str = "CREATE TABLE IF NOT EXISTS core
     (id TEXT COLLATE \"C\" PRIMARY KEY, beats BIGINT NOT NULL)";
 /// What the server does for each session. A statement that takes longer than any of ours is stuck. A core that is frozen in
@@ -173,6 +178,8 @@ fn password(bytes: &[u8]) -> Result<Zeroizing<String>, InvalidUrl> {
 #[derive(Debug)]
 pub(super) struct Database {
     options: PgConnectOptions,
+    /// The server's process for our writer: its commits are known here.
+    own: Arc<AtomicU32>,
     newest: Mutex<Option<Newest>>,
 }
 
@@ -184,21 +191,26 @@ struct Newest {
 }
 
 impl Newest {
-    fn of(options: PgConnectOptions) -> Self {
+    fn of(options: PgConnectOptions, own: Arc<AtomicU32>) -> Self {
         let (newest, seen) = watch::channel(0);
-        Self { seen, listener: tokio::spawn(listen(options, newest)) }
+        Self { seen, listener: tokio::spawn(listen(options, own, newest)) }
     }
 }
 
 impl Database {
     /// Connects when it is needed.
     pub(super) fn new(config: &PostgresConfig) -> Self {
-        Self { options: config.options.clone(), newest: Mutex::default() }
+        Self { options: config.options.clone(), own: Arc::default(), newest: Mutex::default() }
     }
 
     async fn session(&self, writes: bool) -> Result<Box<dyn Connection>, EngineError> {
-        let options = self.options.clone();
-        let mut session = Session { options, writes, connection: None, in_transaction: false };
+        let mut session = Session {
+            options: self.options.clone(),
+            writes: writes.then(|| self.own.clone()),
+            connection: None,
+            in_transaction: false,
+            transaction: None,
+        };
         session.live().await?;
         Ok(Box::new(session))
     }
@@ -235,7 +247,8 @@ impl Engine for Database {
 
     async fn wake(&self) -> Revision {
         let mut newest = self.newest.lock().await;
-        let Newest { seen, .. } = newest.get_or_insert_with(|| Newest::of(self.options.clone()));
+        let Newest { seen, .. } =
+            newest.get_or_insert_with(|| Newest::of(self.options.clone(), self.own.clone()));
         if seen.changed().await.is_err() {
             // The listener is gone with its runtime, and so are we.
             std::future::pending::<()>().await;
@@ -247,59 +260,51 @@ impl Engine for Database {
 /// A connection, and how to get another when it breaks.
 struct Session {
     options: PgConnectOptions,
-    /// It holds its share of [`WRITERS_LOCK`].
-    writes: bool,
+    /// It holds its share of [`WRITERS_LOCK`], and says here which process serves it.
+    writes: Option<Arc<AtomicU32>>,
     connection: Option<PgConnection>,
     in_transaction: bool,
+    /// Id of the last transaction that writes, to ask for it if its end is not known.
+    transaction: Option<String>,
 }
 
 #[async_trait]
 impl Connection for Session {
     async fn begin(&mut self, mode: Mode) -> Result<(), EngineError> {
-        if self.in_transaction {
-            self.rollback().await;
-        }
-        let begin = match mode {
-            Mode::Write => "BEGIN",
-            Mode::Snapshot => "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY",
-        };
-        // A connection that broke while it was idle shows it now, when nothing is lost with it.
-        if let Some(connection) = &mut self.connection {
-            match connection.execute(begin).await {
-                Ok(_) => {
-                    self.in_transaction = true;
-                    return Ok(());
-                }
-                Err(error) if is_lost(&error) => self.connection = None,
-                Err(error) => return Err(error.into()),
+        self.transaction = match mode {
+            Mode::Write => {
+                let rows = self.open("BEGIN; SELECT pg_current_xact_id()::text").await?;
+                Some(rows.first().map_or(Ok(String::new()), |row| row.try_get(0))?)
             }
-        }
-        self.live().await?.execute(begin).await?;
-        self.in_transaction = true;
+            Mode::Snapshot => {
+                self.open("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+                None
+            }
+        };
         Ok(())
     }
 
     async fn commit(&mut self, newest: Option<Revision>) -> Result<(), EngineError> {
-        let connection = self.live().await?;
-        let transaction: String = sqlx::query_scalar(COMMITTING)
-            .bind(newest.unwrap_or(NO_NEWS))
-            .bind(CHANNEL)
-            .fetch_one(&mut *connection)
-            .await?;
-        let Err(error) = connection.execute("COMMIT").await else {
-            self.in_transaction = false;
-            return Ok(());
-        };
-        if !is_lost(&error) {
-            return Err(error.into());
-        }
-        tracing::warn!(%error, transaction, "the connection broke during a commit");
-        self.lose();
-        match timeout(RESOLVE_TIMEOUT, self.outcome(&transaction)).await {
-            Ok(Some(true)) => Ok(()),
-            Ok(Some(false)) => Err(EngineError::Lost(error.into())),
-            Ok(None) | Err(_) => Err(EngineError::Unknown(error.into())),
-        }
+        self.end("", newest).await
+    }
+
+    async fn begin_group(&mut self) -> Result<Head, EngineError> {
+        let lock = format!("BEGIN; {}, pg_current_xact_id()::text", LOCK.as_str());
+        let rows = self.open(&lock).await?;
+        let row = rows.first().ok_or_else(|| EngineError::unexpected(NO_META))?;
+        self.transaction = Some(row.try_get(2)?);
+        Ok(Head { revision: row.try_get(0)?, fence: row.try_get(1)? })
+    }
+
+    async fn commit_group(
+        &mut self,
+        head: Option<Head>,
+        newest: Option<Revision>,
+    ) -> Result<(), EngineError> {
+        let advance = head.map_or_else(String::new, |Head { revision, fence }| {
+            format!("UPDATE meta SET rev = {revision}, fence = {fence} WHERE id = 1;")
+        });
+        self.end(&advance, newest).await
     }
 
     async fn rollback(&mut self) {
@@ -314,6 +319,22 @@ impl Connection for Session {
 
     async fn execute(&mut self, sql: &Sql, args: Vec<Value>) -> Result<u64, EngineError> {
         let query = sqlx::query_with(AssertSqlSafe(sql.as_str()), bind(args)?);
+        let result = query.execute(self.live().await?).await;
+        Ok(self.checked(result)?.rows_affected())
+    }
+
+    /// As arrays, which one text takes, whatever the number of rows, and one answer.
+    async fn insert(&mut self, statement: &Repeated, rows: Vec<Value>) -> Result<u64, EngineError> {
+        if rows.is_empty() {
+            return Ok(0);
+        }
+        let mut arguments = PgArguments::default();
+        for column in 0..statement.width() {
+            let values: Vec<&Value> = rows.iter().skip(column).step_by(statement.width()).collect();
+            bind_array(&mut arguments, &values)?;
+        }
+        let sql = statement.arrays();
+        let query = sqlx::query_with(AssertSqlSafe(sql.as_str()), arguments);
         let result = query.execute(self.live().await?).await;
         Ok(self.checked(result)?.rows_affected())
     }
@@ -385,6 +406,56 @@ impl Connection for Session {
 }
 
 impl Session {
+    /// Sends all that begins a transaction at once: every answer that is waited for costs a group as much as some rows.
+    async fn open(&mut self, statements: &str) -> Result<Vec<PgRow>, EngineError> {
+        if self.in_transaction {
+            self.rollback().await;
+        }
+        // A connection that broke while it was idle shows it now, when nothing is lost with it.
+        if let Some(connection) = &mut self.connection {
+            match all(connection, statements).await {
+                Ok(rows) => {
+                    self.in_transaction = true;
+                    return Ok(rows);
+                }
+                Err(error) if is_lost(&error) => self.connection = None,
+                Err(error) => {
+                    // It may have begun.
+                    self.in_transaction = true;
+                    return Err(error.into());
+                }
+            }
+        }
+        let rows = all(self.live().await?, statements).await;
+        self.in_transaction = true;
+        self.checked(rows)
+    }
+
+    /// Sends all that ends a transaction at once.
+    async fn end(&mut self, statements: &str, newest: Option<Revision>) -> Result<(), EngineError> {
+        let news = newest.map_or_else(String::new, |newest| {
+            format!("SELECT pg_notify('{CHANNEL}', '{newest}');")
+        });
+        let ended = all(self.live().await?, &format!("{statements}{news}COMMIT")).await;
+        let Err(error) = ended else {
+            self.in_transaction = false;
+            return Ok(());
+        };
+        if !is_lost(&error) {
+            return Err(error.into());
+        }
+        let Some(transaction) = self.transaction.take() else {
+            return self.checked(Err(error));
+        };
+        tracing::warn!(%error, transaction, "the connection broke during a commit");
+        self.lose();
+        match timeout(RESOLVE_TIMEOUT, self.outcome(&transaction)).await {
+            Ok(Some(true)) => Ok(()),
+            Ok(Some(false)) => Err(EngineError::Lost(error.into())),
+            Ok(None) | Err(_) => Err(EngineError::Unknown(error.into())),
+        }
+    }
+
     /// The connection; outside of a transaction a new one if it broke.
     async fn live(&mut self) -> Result<&mut PgConnection, EngineError> {
         let connection = match self.connection.take() {
@@ -396,9 +467,11 @@ impl Session {
             }
             None => {
                 let mut connection = connect(&self.options).await?;
-                if self.writes {
-                    let share = sqlx::query("SELECT pg_advisory_lock_shared($1)");
-                    share.bind(WRITERS_LOCK).execute(&mut connection).await?;
+                if let Some(own) = &self.writes {
+                    let share = "SELECT pg_backend_pid() FROM (SELECT pg_advisory_lock_shared($1)) AS share";
+                    let share = sqlx::query_scalar(share).bind(WRITERS_LOCK);
+                    let process: i32 = share.fetch_one(&mut connection).await?;
+                    own.store(process.cast_unsigned(), Ordering::Relaxed);
                 }
                 tracing::debug!("connected to the database");
                 connection
@@ -523,6 +596,11 @@ async fn beat(connection: &mut PgConnection, core: &str) -> Result<Vec<Beat>, sq
     rows.iter().map(|row| Ok(Beat { core: row.try_get(0)?, count: row.try_get(1)? })).collect()
 }
 
+/// The rows of all statements together, which have no parameters.
+async fn all(connection: &mut PgConnection, statements: &str) -> Result<Vec<PgRow>, sqlx::Error> {
+    sqlx::raw_sql(AssertSqlSafe(statements)).fetch_all(connection).await
+}
+
 async fn rows(
     connection: &mut PgConnection,
     sql: &Sql,
@@ -556,6 +634,29 @@ fn bind(values: Vec<Value>) -> Result<PgArguments, sqlx::Error> {
         added.map_err(sqlx::Error::Encode)?;
     }
     Ok(arguments)
+}
+
+/// A column. One of nothing but NULL is of bytes: there is no other that may be NULL.
+fn bind_array(arguments: &mut PgArguments, values: &[&Value]) -> Result<(), sqlx::Error> {
+    let added = match values.iter().find(|value| !matches!(value, Value::Null)) {
+        Some(Value::Int(_)) => arguments.add(array(values, |value| match value {
+            Value::Int(value) => Some(*value),
+            _ => None,
+        })),
+        Some(Value::Text(_)) => arguments.add(array(values, |value| match value {
+            Value::Text(value) => Some(value.as_str()),
+            _ => None,
+        })),
+        _ => arguments.add(array(values, |value| match value {
+            Value::Blob(value) => Some(value.as_ref()),
+            _ => None,
+        })),
+    };
+    added.map_err(sqlx::Error::Encode)
+}
+
+fn array<'a, T>(values: &[&'a Value], of: impl Fn(&'a Value) -> Option<T>) -> Vec<Option<T>> {
+    values.iter().map(|value| of(value)).collect()
 }
 
 /// NULL of the type that the statement has in its place.
@@ -615,7 +716,7 @@ async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::Error
 }
 
 /// Tells of the newest revision, whichever core committed it, until nobody listens.
-async fn listen(options: PgConnectOptions, newest: watch::Sender<Revision>) {
+async fn listen(options: PgConnectOptions, own: Arc<AtomicU32>, newest: watch::Sender<Revision>) {
     let pool = PgPoolOptions::new()
         .max_connections(2)
         .acquire_timeout(CONNECT_TIMEOUT)
@@ -623,7 +724,7 @@ async fn listen(options: PgConnectOptions, newest: watch::Sender<Revision>) {
     let mut polls = tokio::time::interval(POLL);
     polls.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while !newest.is_closed() {
-        if let Err(error) = notified(&pool, &newest, &mut polls).await {
+        if let Err(error) = notified(&pool, &own, &newest, &mut polls).await {
             tracing::warn!(%error, "no notifications from the database: asking for commits instead");
         }
         polls.tick().await;
@@ -635,6 +736,7 @@ async fn listen(options: PgConnectOptions, newest: watch::Sender<Revision>) {
 
 async fn notified(
     pool: &PgPool,
+    own: &AtomicU32,
     newest: &watch::Sender<Revision>,
     polls: &mut tokio::time::Interval,
 ) -> Result<(), sqlx::Error> {
@@ -652,7 +754,8 @@ async fn notified(
             }
         };
         let Some(notification) = notification else { return Err(sqlx::Error::WorkerCrashed) };
-        if let Ok(revision) = notification.payload().parse() {
+        let is_own = notification.process_id() == own.load(Ordering::Relaxed);
+        if !is_own && let Ok(revision) = notification.payload().parse() {
             // Also at the same revision: messages take none.
             newest.send_modify(|newest| *newest = (*newest).max(revision));
         }

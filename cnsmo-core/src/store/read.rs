@@ -63,9 +63,11 @@ const VALUE_OF: Sql = Sql::Fixed(
     "SELECT op, key, value, content_type, create_rev, rev, version, lease_id
      FROM log WHERE rev = $1 AND key = $2 ORDER BY sub DESC LIMIT 1",
 );
+/// What is not compacted when it is read is whole.
 const LOG: Sql = Sql::Fixed(
-    "SELECT op, prev_rev, key, value, content_type, create_rev, rev, version, lease_id
-     FROM log WHERE rev > $1 ORDER BY rev, sub LIMIT $2",
+    "SELECT (SELECT compact_rev FROM meta WHERE id = 1),
+       op, prev_rev, key, value, content_type, create_rev, rev, version, lease_id
+     FROM log WHERE rev > $1 AND rev <= $2 ORDER BY rev, sub LIMIT $3",
 );
 const LOG_OF: Sql = Sql::Fixed(
     "SELECT op, prev_rev, key, value, content_type, create_rev, rev, version, lease_id
@@ -170,7 +172,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Compacted`] if some of them are gone.
     pub async fn log_after(&self, after: Revision, rows: usize) -> Result<Vec<Commit>, StoreError> {
-        self.inner.readers.log_after(after, rows).await
+        self.inner.readers.log_between(after, Revision::MAX, rows).await
     }
 
     /// All leases.
@@ -261,16 +263,24 @@ impl Readers {
         Ok(epoch)
     }
 
-    pub(super) async fn log_after(
+    pub(super) async fn log_between(
         &self,
         after: Revision,
+        upto: Revision,
         rows: usize,
     ) -> Result<Vec<Commit>, StoreError> {
         let rows = rows.clamp(1, i64::MAX as usize);
         let mut reader = self.take().await?;
-        let args = vec![after.into(), (rows as i64).into()];
-        let found = reader.fetch(&LOG, args, LOG_BYTES_MAX).await?;
+        let args = vec![after.into(), upto.into(), (rows as i64).into()];
+        let mut found = reader.fetch(&LOG, args, LOG_BYTES_MAX).await?;
         let cut = found.cut || found.rows.len() == rows;
+        let mut compacted = 0;
+        for row in &mut found.rows {
+            compacted = row.int()?;
+        }
+        if found.rows.is_empty() {
+            compacted = meta(&mut **reader).await?.1;
+        }
         let mut commits = commits(found.rows)?;
         // The last one may lack its end.
         if cut
@@ -279,9 +289,8 @@ impl Readers {
         {
             let found = reader.fetch(&LOG_OF, vec![last.revision.into()], usize::MAX).await?;
             commits = self::commits(found.rows)?;
+            compacted = meta(&mut **reader).await?.1;
         }
-        // Afterwards: what is not compacted now was not when it was read.
-        let (_, compacted, _) = meta(&mut **reader).await?;
         reader.give_back();
         if after < compacted {
             return Err(StoreError::Compacted { at: compacted });

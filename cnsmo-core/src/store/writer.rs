@@ -190,20 +190,26 @@ impl Writer {
         group: &[Work],
     ) -> Result<Vec<Result<Done, StoreError>>, EngineError> {
         let connection = self.connection.as_mut();
-        connection.begin(Mode::Write).await?;
-        let committed = match group::run(connection, group).await {
+        let head = match connection.begin_group().await {
+            Ok(head) => head,
+            Err(error) => {
+                connection.rollback().await;
+                return Err(error);
+            }
+        };
+        let committed = match group::run(connection, head, group).await {
             Ok(committed) => committed,
             Err(error) => {
                 connection.rollback().await;
                 return Err(error);
             }
         };
-        let Committed { results, commits, newest, unchanged } = committed;
+        let Committed { results, commits, head, newest, unchanged } = committed;
         if unchanged {
             connection.rollback().await;
             return Ok(results);
         }
-        if let Err(error) = connection.commit(newest).await {
+        if let Err(error) = connection.commit_group(head, newest).await {
             connection.rollback().await;
             return Err(error);
         }

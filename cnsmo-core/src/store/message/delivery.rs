@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use super::{
     Ask, Batch, Bytes, Connection, EngineError, Repeated, Row, Sequence, Sql, Store, StoreError,
-    StreamLimits, Told, Value, group::DeadLetter, insert, now_ms,
+    StreamLimits, Told, Value, group::DeadLetter, now_ms,
 };
 use crate::{
     store::engine::select_within,
@@ -426,7 +426,7 @@ impl Serving<'_> {
             rows.extend([sequence.into(), ordering_key.into(), holder.into()]);
             rows.extend([attempt.into(), visible_ms.into()]);
         }
-        insert(self.connection, &PUT, rows).await?;
+        self.connection.insert(&PUT, rows).await?;
         let key = self.key();
         let done: Vec<Value> = self.done.drain(..).map(Value::Int).collect();
         select_within(self.connection, &ACK, &key, &done).await?;
