@@ -16,12 +16,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::stream::{self, StreamExt as _};
+
 use crate::{
     cluster::LEADER_KEY,
     error::Error,
     store::{Lease, LeaseId, Revision, Store, StoreError},
 };
-use futures::stream::{self, StreamExt as _};
 
 /// Shortest lease: a renewal takes a round trip, and a tick passes before an end.
 pub const TTL_MIN: Duration = Duration::from_secs(1);

@@ -29,11 +29,29 @@ async fn postgres(url: &str) -> Store {
     Store::open(&StoreConfig::postgres(PostgresConfig::new(url, None).unwrap())).await.unwrap()
 }
 
-async fn bus(store: &Store, holder: &str, limits: StreamLimits) -> Bus {
+/// A bus, and the task that runs it.
+struct Running(Bus, tokio::task::JoinHandle<()>);
+
+impl Running {
+    fn stop(&self) {
+        self.1.abort();
+        self.0.stop();
+    }
+}
+
+impl std::ops::Deref for Running {
+    type Target = Bus;
+
+    fn deref(&self) -> &Bus {
+        &self.0
+    }
+}
+
+async fn bus(store: &Store, holder: &str, limits: StreamLimits) -> Running {
     let config = BusConfig { holder: holder.to_owned(), limits };
     let bus = Bus::start(store.clone(), config).await.unwrap();
-    tokio::spawn(bus.clone().run());
-    bus
+    let task = tokio::spawn(bus.clone().run());
+    Running(bus, task)
 }
 
 fn message(number: usize, key: &str) -> Message {
