@@ -11,6 +11,7 @@ mod overlay;
 mod programs;
 mod s04_actors;
 mod s05_protocols;
+mod s07_confirm;
 mod s09_recovery;
 mod s10_stateless;
 mod s12_python;

@@ -55,6 +55,13 @@ struct Rejected {
     message: String,
 }
 
+/// What makes one set out of another.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Difference {
+    upserts: BTreeMap<Key, i64>,
+    removals: BTreeSet<Key>,
+}
+
 /// Why a whole update is refused. The set stays what it was.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -248,6 +255,33 @@ impl DesiredSet {
         self.running.iter().filter(move |(key, r)| !is_there(key, r)).map(|(key, _)| key)
     }
 
+    /// Of the store.
+    pub fn revision(&self) -> i64 {
+        self.revision
+    }
+
+    /// What has made this set out of `before`.
+    pub fn difference(&self, before: &Self) -> Difference {
+        let is_new = |key: &Key, running: &Running| {
+            before.running.get(key).is_none_or(|old| old.spec != running.spec)
+        };
+        let upserts = self.running.iter().filter(|(key, running)| is_new(key, running));
+        let removals = before.running.keys().filter(|key| !self.running.contains_key(key));
+        Difference {
+            upserts: upserts.map(|(key, running)| (key.clone(), running.version)).collect(),
+            removals: removals.cloned().collect(),
+        }
+    }
+
+    /// Whether all of `difference` is so in this set.
+    pub fn has(&self, difference: &Difference) -> bool {
+        let Difference { upserts, removals } = difference;
+        let is_there = |(key, version): (&Key, &i64)| {
+            self.running.get(key).is_some_and(|running| running.version == *version)
+        };
+        upserts.iter().all(is_there) && !removals.iter().any(|key| self.running.contains_key(key))
+    }
+
     /// For the ledger.
     pub fn to_record(&self, core_addresses: Vec<String>) -> Record {
         let resource = |(key, r): (&Key, &Running)| Resource {
@@ -261,6 +295,7 @@ impl DesiredSet {
             resources: self.running.iter().map(resource).collect(),
             rejected: self.rejections(),
             core_addresses,
+            ..Record::default()
         }
     }
 
@@ -368,6 +403,11 @@ impl Staged {
     /// The set, to be tried.
     pub fn set(&self) -> &DesiredSet {
         &self.set
+    }
+
+    /// Whether the update changes anything.
+    pub fn alters(&self, before: &DesiredSet) -> bool {
+        !self.changed.is_empty() || self.set.running.len() != before.running.len()
     }
 
     /// The set, now in force.

@@ -1,6 +1,7 @@
 //! The one owner of ledger, tunnel and data path: everything that changes what this VM enforces goes through its mailbox,
 //! one message at a time.
 
+mod confirm;
 mod memory;
 mod plane;
 mod worker;
@@ -10,6 +11,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
+    time::{Duration, Instant},
 };
 
 use cnsmo_proto::{
@@ -52,6 +54,8 @@ pub struct InForce {
     pub trouble: Option<(&'static str, String)>,
     /// Of this VM's tunnel; `None`: it has none.
     pub public_key: Option<PublicKey>,
+    /// The core is not known to have outlived the last change: if it stays unknown until then, the change is undone.
+    pub confirm_by: Option<Instant>,
     /// Counts changes of backends and peers, which a report should tell soon.
     pub events: u64,
 }
@@ -106,6 +110,9 @@ pub struct Crashed;
 #[derive(Debug)]
 enum Message {
     Update { store_epoch: u64, update: Box<Update>, reply: oneshot::Sender<Ack> },
+    ConfirmWithin { window: Duration, reply: oneshot::Sender<()> },
+    Confirm { revision: i64, reply: oneshot::Sender<()> },
+    Undo { reply: oneshot::Sender<()> },
     CoreAt { addresses: Vec<SocketAddr>, reply: oneshot::Sender<()> },
     Named { node: Name, reply: oneshot::Sender<()> },
     Health { view: View, reply: oneshot::Sender<()> },
@@ -123,6 +130,30 @@ impl EnforcerHandle {
     pub async fn update(&self, store_epoch: u64, update: Update) -> Result<Ack, Gone> {
         let update = Box::new(update);
         self.ask(|reply| Message::Update { store_epoch, update, reply }).await
+    }
+
+    /// From now on each change has to be confirmed within this time; zero: none has to.
+    ///
+    /// # Errors
+    /// See [`Gone`].
+    pub async fn confirm_within(&self, window: Duration) -> Result<(), Gone> {
+        self.ask(|reply| Message::ConfirmWithin { window, reply }).await
+    }
+
+    /// The core knows that this revision is in force.
+    ///
+    /// # Errors
+    /// See [`Gone`].
+    pub async fn confirm(&self, revision: i64) -> Result<(), Gone> {
+        self.ask(|reply| Message::Confirm { revision, reply }).await
+    }
+
+    /// Goes back to what was in force before a change that nobody has confirmed in time, if there is one.
+    ///
+    /// # Errors
+    /// See [`Gone`].
+    pub async fn undo(&self) -> Result<(), Gone> {
+        self.ask(|reply| Message::Undo { reply }).await
     }
 
     /// Lets this VM reach its core at these addresses whatever the policies say.

@@ -40,6 +40,12 @@ pub struct Record {
     /// Where the core was last: a policy may cut the VM from its name server.
     #[prost(string, repeated, tag = "5")]
     pub core_addresses: Vec<String>,
+    /// What was in force before, as long as the core has not confirmed this.
+    #[prost(message, optional, boxed, tag = "6")]
+    pub before: Option<Box<Record>>,
+    /// How long it has for that, in milliseconds.
+    #[prost(uint64, tag = "7")]
+    pub confirm_window_ms: u64,
 }
 
 /// The ledger in a state directory, which is locked by its owner.

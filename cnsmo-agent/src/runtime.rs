@@ -39,6 +39,8 @@ use crate::{
 const KIND: &str = "agent";
 /// How often a service does what its part needs: removes expired flows, tends the tunnel.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two attempts to undo a change.
+const UNDO_RETRY: Duration = Duration::from_secs(1);
 /// First and longest wait before the next attempt to enrol.
 const ENROLL_RETRY_FIRST: Duration = Duration::from_millis(500);
 const ENROLL_RETRY_LONGEST: Duration = Duration::from_secs(15);
@@ -89,12 +91,14 @@ pub async fn run(
         .with_context(|| format!("--socket: cannot listen at {}", config.socket.display()))?;
     let locator = Locator::new(config.cores.clone(), last_core, enforcer.clone());
     let asked = config.parts.clone();
+    let undoing_stop = parts_stop.clone();
     let talking = talk(config, locator, enforcer.clone(), host.clone(), parts_stop);
     let parts = async {
         tokio::try_join!(
             async { enforcing.await.map_err(anyhow::Error::from) },
             async { steering.await.context("the task of the socket failed") },
             talking,
+            undo_in_time(enforcer.clone(), undoing_stop),
         )
     };
     for part in asked {
@@ -164,6 +168,28 @@ impl Service for Kept {
                 Part::Vpn | Part::Firewall => tend(part, enforcer, life, stop).await,
             }
         })
+    }
+}
+
+/// Undoes each change that the core does not confirm in its time.
+async fn undo_in_time(enforcer: EnforcerHandle, mut stop: Stop) -> anyhow::Result<()> {
+    let mut in_force = enforcer.in_force();
+    loop {
+        let due = in_force.borrow_and_update().confirm_by;
+        let undo = async {
+            match due {
+                Some(due) => tokio::time::sleep_until(due.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = stop.asked() => return Ok(()),
+            changed = in_force.changed() => changed.context("the enforcer is gone")?,
+            () = undo => if enforcer.undo().await.is_err() {
+                // It crashed, and is being started again.
+                tokio::time::sleep(UNDO_RETRY).await;
+            },
+        }
     }
 }
 

@@ -23,6 +23,8 @@ pub const PROTOCOL_VERSION: u32 = 1;
 const HEARTBEAT_MIN: Duration = Duration::from_millis(100);
 /// A core that asks for less often would not notice a dead VM for longer.
 const HEARTBEAT_MAX: Duration = Duration::from_secs(60);
+/// Longest time for which a change that nobody confirms stays in force.
+const CONFIRM_WINDOW_MAX: Duration = Duration::from_secs(600);
 
 /// A core that asks for more would do without the VM for longer than one that vanished.
 const DELAY_MAX: Duration = Duration::from_secs(60);
@@ -42,6 +44,8 @@ pub struct Welcomed {
     pub store_epoch: u64,
     /// How often the core wants to hear of us.
     pub heartbeat_interval: Duration,
+    /// How long a change may stay in force without a word of the core about it; zero: for ever.
+    pub confirm_window: Duration,
 }
 
 /// What a message of the core asks for.
@@ -58,6 +62,8 @@ pub enum Event {
         /// As sent.
         update: Update,
     },
+    /// The core knows that this revision is in force.
+    Confirm(i64),
     /// To be carried out and answered.
     Command {
         /// Of the answer.
@@ -133,7 +139,8 @@ impl Session {
                 let command = asked.command.ok_or(ProtocolError::Empty)?;
                 Ok(Event::Command { id: asked.id, command })
             }
-            (Down::Update(_), None) => Err(ProtocolError::NoWelcome),
+            (Down::Update(_) | Down::Confirm(_), None) => Err(ProtocolError::NoWelcome),
+            (Down::Confirm(confirm), Some(_)) => Ok(Event::Confirm(confirm.revision)),
             (Down::Update(update), Some(Welcomed { store_epoch, .. })) => {
                 if update.nonce <= self.last_nonce {
                     let (nonce, last) = (update.nonce, self.last_nonce);
@@ -186,7 +193,13 @@ impl TryFrom<Welcome> for Welcomed {
         }
         let asked = welcome.heartbeat_interval.and_then(|d| Duration::try_from(d).ok());
         let heartbeat_interval = asked.unwrap_or_default().clamp(HEARTBEAT_MIN, HEARTBEAT_MAX);
-        Ok(Self { store_epoch: welcome.store_epoch, heartbeat_interval })
+        let confirm_window = welcome.confirm_window.and_then(|d| Duration::try_from(d).ok());
+        let confirm_window = match confirm_window.unwrap_or_default() {
+            Duration::ZERO => Duration::ZERO,
+            // Nobody can be heard of more often than he speaks.
+            window => window.clamp(heartbeat_interval * 2, CONFIRM_WINDOW_MAX),
+        };
+        Ok(Self { store_epoch: welcome.store_epoch, heartbeat_interval, confirm_window })
     }
 }
 
@@ -223,7 +236,8 @@ mod tests {
     fn updates_come_after_the_welcome_with_its_epoch_and_rising_nonces() {
         let mut session = Session::default();
         let heartbeat_interval = Duration::from_secs(3);
-        let welcomed = Welcomed { store_epoch: 9, heartbeat_interval };
+        let confirm_window = Duration::ZERO;
+        let welcomed = Welcomed { store_epoch: 9, heartbeat_interval, confirm_window };
         assert_eq!(session.receive(welcome()), Ok(Event::Welcomed(welcomed)));
         assert!(matches!(session.receive(update(1)), Ok(Event::Update { store_epoch: 9, .. })));
         assert!(session.receive(update(5)).is_ok());

@@ -309,8 +309,8 @@ impl Talk {
         self.send(Down::Welcome(Welcome {
             store_epoch,
             heartbeat_interval,
-            lease_ttl: None,
             protocol_version: 1,
+            ..Welcome::default()
         }))
         .await;
     }

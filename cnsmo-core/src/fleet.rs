@@ -24,8 +24,8 @@ use cnsmo_proto::{
     model::Labels,
     pb::{
         agent::{
-            Announcement, Command, ConnectResponse, GoAway, Hello, Resource, Update, Welcome,
-            connect_request, connect_response, resource, update::Kind as UpdateKind,
+            Announcement, Command, Confirm, ConnectResponse, GoAway, Hello, Resource, Update,
+            Welcome, connect_request, connect_response, resource, update::Kind as UpdateKind,
         },
         balancer::{Backend, LoadBalancerSpec},
         network::{Member, NetworkSpec},
@@ -55,7 +55,8 @@ use crate::{
 pub const SET_TYPE: &str = "cnsmo.agent.v1.Resource";
 /// Version of the stream's protocol.
 pub const PROTOCOL_VERSION: u32 = 1;
-/// Messages that wait for one agent: the welcome, the one update without an answer, bookmarks, commands, the end. An agent
+/// Messages that wait for one agent: the welcome, the one update without an answer, a confirmation, bookmarks, commands, the
+/// end. An agent
 /// that does not take them is cut.
 pub const DOWN_MAX: usize = 8;
 /// Agents that a core which stops asks to come back in one second: fewer than the handshakes that the smallest machine does,
@@ -81,12 +82,15 @@ pub struct Timing {
     pub heartbeat: Duration,
     /// Longest silence.
     pub lease: Duration,
+    /// An agent that does not hear from the core for so long after a change undoes it; zero: it does not.
+    pub confirm: Duration,
 }
 
 impl Default for Timing {
     /// Death is noticed within 6 s, after three heartbeats were lost.
     fn default() -> Self {
-        Self { heartbeat: Duration::from_secs(2), lease: Duration::from_secs(6) }
+        let (heartbeat, lease) = (Duration::from_secs(2), Duration::from_secs(6));
+        Self { heartbeat, lease, confirm: Duration::from_secs(30) }
     }
 }
 
@@ -99,6 +103,8 @@ pub enum Down {
     Update(Box<Push>),
     /// To one of its services.
     Command(Box<Command>),
+    /// What it said to run has reached us.
+    Confirm(Revision),
     /// The last: come back after this time.
     GoAway(Duration),
 }
@@ -206,6 +212,10 @@ impl Down {
             Self::Update(push) => push.encode(buffer),
             Self::Command(command) => {
                 let message = Some(connect_response::Message::Command(*command));
+                ConnectResponse { message }.encode_raw(buffer);
+            }
+            Self::Confirm(revision) => {
+                let message = Some(connect_response::Message::Confirm(Confirm { revision }));
                 ConnectResponse { message }.encode_raw(buffer);
             }
             Self::GoAway(delay) => {
@@ -454,6 +464,7 @@ impl Fleet {
             heartbeat_interval: wire(self.timing.heartbeat),
             lease_ttl: wire(self.timing.lease),
             protocol_version: PROTOCOL_VERSION,
+            confirm_window: wire(self.timing.confirm),
         };
         agent.begin(Session::new(id, down), welcome, hello.have.get(SET_TYPE), now);
         self.touched(name);
@@ -486,7 +497,12 @@ impl Fleet {
             }
             connect_request::Message::Ack(ack) => agent.on_ack(ack).map(|()| true),
             connect_request::Message::Heartbeat(heartbeat) => {
-                agent.on_state(heartbeat.applied.get(SET_TYPE), received)
+                let state = heartbeat.applied.get(SET_TYPE);
+                let changed = agent.on_state(state, received);
+                if !self.timing.confirm.is_zero() {
+                    agent.confirm(state);
+                }
+                changed
             }
             connect_request::Message::Status(report) => Ok(agent.on_report(*report)),
             connect_request::Message::Announcement(new) => {

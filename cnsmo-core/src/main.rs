@@ -69,6 +69,9 @@ struct Arguments {
     /// Silence after which an agent is unreachable; more than the heartbeat.
     #[arg(long, value_name = "TIME", env = "CNSMO_LEASE", value_parser = duration, default_value = "6s")]
     lease: Duration,
+    /// A VM that does not reach the core for so long after a change goes back to what it enforced before; 0s: it does not.
+    #[arg(long, value_name = "TIME", env = "CNSMO_CONFIRM_WINDOW", value_parser = window, default_value = "30s")]
+    confirm_window: Duration,
     /// How long certificates live; they are renewed at half of it.
     #[arg(long, value_name = "TIME", env = "CNSMO_CERTIFICATE_LIFE", value_parser = duration, default_value = "24h")]
     certificate_life: Duration,
@@ -152,7 +155,8 @@ async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
         return Ok(());
     }
     let shared = shared(&arguments)?;
-    let Arguments { state_dir, listen, socket, heartbeat, lease, certificate_life, .. } = arguments;
+    let Arguments { state_dir, listen, socket, heartbeat, lease, confirm_window, .. } = arguments;
+    let certificate_life = arguments.certificate_life;
     ensure!(
         certificate_life >= CERTIFICATE_LIFE_MIN && certificate_life.subsec_nanos() == 0,
         "--certificate-life must be whole seconds, and at least {CERTIFICATE_LIFE_MIN:?}"
@@ -161,13 +165,17 @@ async fn run(mut arguments: Arguments) -> anyhow::Result<()> {
         lease > heartbeat,
         "--lease {lease:?} must be longer than --heartbeat {heartbeat:?}"
     );
+    ensure!(
+        confirm_window.is_zero() || confirm_window >= lease,
+        "--confirm-window {confirm_window:?} must be 0s, or at least --lease {lease:?}"
+    );
     rustls::crypto::ring::default_provider()
         .install_default()
         .ok()
         .context("another TLS provider is installed")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
-    let timing = Timing { heartbeat, lease };
+    let timing = Timing { heartbeat, lease, confirm: confirm_window };
     let config = Config { state_dir, listen, socket: socket.clone(), timing, certificate_life };
     let mut running = match shared {
         None => Running::start(config).await?,
@@ -218,6 +226,11 @@ fn database(arguments: &Arguments) -> anyhow::Result<Option<PostgresConfig>> {
 }
 
 /// A number with one of the units ms, s, m and h.
+/// As [`duration`], or nothing.
+fn window(text: &str) -> Result<Duration, String> {
+    if text == "0s" { Ok(Duration::ZERO) } else { duration(text) }
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);

@@ -293,7 +293,11 @@ async fn waiting_ends_with_the_last_acknowledgement() {
 
 #[tokio::test]
 async fn silence_makes_a_node_unreachable_and_a_word_brings_it_back() {
-    let timing = Timing { heartbeat: Duration::from_millis(50), lease: Duration::from_millis(300) };
+    let timing = Timing {
+        heartbeat: Duration::from_millis(50),
+        lease: Duration::from_millis(300),
+        ..Timing::default()
+    };
     let mut core = TestCore::start_with(timing).await;
     let joined = core.join("a", "").await;
     let mut agent = core.agent(&joined, None).await.unwrap();

@@ -201,7 +201,7 @@ async fn report(agent: &Agent, complete: bool, instances: Vec<Instance>, removed
 #[tokio::test]
 async fn what_an_agent_reports_is_in_the_catalogue_as_long_as_the_agent_is_heard_of() {
     let lease = Duration::from_millis(600);
-    let timing = Timing { heartbeat: Duration::from_millis(100), lease };
+    let timing = Timing { heartbeat: Duration::from_millis(100), lease, ..Timing::default() };
     let mut core = TestCore::start_with(timing).await;
     let mut client = Client::of(&core).await;
     let joined = core.join("vm1", "").await;

@@ -71,6 +71,10 @@ impl Core {
         (self.process, self.address) = serve(command, self.folder.path());
     }
 
+    pub(super) fn process_id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Its own, and whatever a test keeps.
     pub(super) fn folder(&self) -> &Path {
         self.folder.path()

@@ -49,6 +49,9 @@ impl MemoryEnforcer {
                 }
                 Message::CoreAt { reply, .. }
                 | Message::Named { reply, .. }
+                | Message::ConfirmWithin { reply, .. }
+                | Message::Confirm { reply, .. }
+                | Message::Undo { reply }
                 | Message::Followed { reply }
                 | Message::Health { reply, .. } => {
                     let _ = reply.send(());

@@ -337,6 +337,86 @@ fn a_policy_that_the_data_path_refuses_keeps_its_last_version_and_the_rest_appli
     assert_eq!(ports(&fake.last()), [1, 3], "the ledger holds what is in force");
 }
 
+fn confirm_within(enforcer: &mut Enforcer, window: Duration) {
+    let (reply, _) = oneshot::channel();
+    enforcer.handle(Message::ConfirmWithin { window, reply });
+}
+
+#[test]
+fn a_change_that_the_core_does_not_survive_is_undone_then_tried_once_more() {
+    let window = Duration::from_secs(10);
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, watch) = start(&fake, dir.path());
+    confirm_within(&mut enforcer, window);
+    enforcer.update(7, snapshot_of_a());
+    enforcer.confirm(1);
+    assert_eq!(watch.borrow().confirm_by, None);
+    let before = have(&watch);
+
+    let change = || {
+        let both = vec![resource("a", 1), resource("b", 2)];
+        update(Kind::Snapshot, 0, both, &[("a", 1), ("b", 2)])
+    };
+    enforcer.update(7, change());
+    let due = watch.borrow().confirm_by.unwrap();
+    // Not of this change, and not yet.
+    enforcer.confirm(1);
+    enforcer.undo(due - Duration::from_millis(1));
+    assert_eq!(ports(&fake.last()), [1, 2]);
+    enforcer.undo(due);
+    assert_eq!((ports(&fake.last()), have(&watch)), (vec![1], before.clone()));
+    let trouble = watch.borrow().trouble.clone().unwrap();
+    assert!(trouble.0 == "Undone" && trouble.1.contains("revision 2"), "{trouble:?}");
+    assert_eq!(have(&start(&Fake::default(), dir.path()).1), before);
+
+    // The core may just have been away. Confirmed, the change stays.
+    assert_eq!(enforcer.update(7, change()).error, "");
+    assert_eq!(watch.borrow().trouble, None);
+    enforcer.confirm(2);
+    enforcer.undo(due + window * 10);
+    assert_eq!(ports(&fake.last()), [1, 2]);
+    assert_eq!(start(&Fake::default(), dir.path()).1.borrow().confirm_by, None);
+
+    // Without it, twice: not a third time, until it is another change.
+    let worse = |version| {
+        let upserts = vec![resource("c", version)];
+        update(Kind::Delta, 2, upserts, &[("a", 1), ("b", 2), ("c", version)])
+    };
+    for _ in 0..2 {
+        assert_eq!(enforcer.update(7, worse(3)).error, "");
+        let due = watch.borrow().confirm_by.unwrap();
+        enforcer.undo(due);
+        assert_eq!(ports(&fake.last()), [1, 2]);
+    }
+    let ack = enforcer.update(7, worse(3));
+    assert!(ack.error.starts_with("held back: each of 2 times"), "{}", ack.error);
+    assert_eq!(ports(&fake.last()), [1, 2]);
+    assert_eq!(enforcer.update(7, worse(4)).error, "");
+    assert_eq!(ports(&fake.last()), [1, 2, 4]);
+}
+
+#[test]
+fn a_restart_does_not_make_a_change_stay() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (mut enforcer, watch) = start(&fake, dir.path());
+    confirm_within(&mut enforcer, Duration::from_secs(10));
+    enforcer.update(7, snapshot_of_a());
+    enforcer.confirm(1);
+    let before = have(&watch);
+    let removal =
+        Update { removals: vec![full("a")], revision: 2, ..update(Kind::Delta, 1, vec![], &[]) };
+    assert_eq!(enforcer.update(7, removal).error, "");
+    assert!(fake.last().open);
+    drop(enforcer);
+
+    let fake = Fake::default();
+    let (mut enforcer, watch) = start(&fake, dir.path());
+    assert!(fake.last().open);
+    let due = watch.borrow().confirm_by.unwrap();
+    enforcer.undo(due);
+    assert_eq!((ports(&fake.last()), have(&watch)), (vec![1], before));
+}
+
 #[test]
 fn an_update_that_fails_leaves_everything_as_it_was() {
     let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());

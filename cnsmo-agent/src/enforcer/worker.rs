@@ -15,6 +15,7 @@ use cnsmo_service::supervise::Chain;
 
 use super::{
     Message, Outlets, TUNNEL_DOWN, VmStatus,
+    confirm::Confirmation,
     plane::{Plane, Shortfall},
 };
 use crate::{
@@ -42,6 +43,7 @@ pub struct Enforcer {
     set: Option<DesiredSet>,
     /// The set that tunnel and data path were given last: without what services that do not run would change.
     enforced: Option<DesiredSet>,
+    confirmation: Confirmation,
     parts: Parts,
     node: Arc<OnceLock<Name>>,
     core: Vec<SocketAddr>,
@@ -82,12 +84,17 @@ impl Enforcer {
         };
         let core: Vec<SocketAddr> =
             record.iter().flat_map(|r| &r.core_addresses).flat_map(|a| a.parse()).collect();
+        let confirmation = record
+            .as_ref()
+            .map(|record| Confirmation::of(record, Instant::now()))
+            .unwrap_or_default();
         let events = outlets.in_force.borrow().events;
         let mut this = Self {
             plane,
             ledger,
             set: record.map(DesiredSet::from_record),
             enforced: None,
+            confirmation,
             parts,
             node,
             core,
@@ -131,6 +138,18 @@ impl Enforcer {
             Message::Update { store_epoch, update, reply } => {
                 let _ = reply.send(self.update(store_epoch, *update));
             }
+            Message::ConfirmWithin { window, reply } => {
+                self.confirmation.within(window);
+                let _ = reply.send(());
+            }
+            Message::Confirm { revision, reply } => {
+                self.confirm(revision);
+                let _ = reply.send(());
+            }
+            Message::Undo { reply } => {
+                self.undo(Instant::now());
+                let _ = reply.send(());
+            }
             Message::CoreAt { addresses, reply } => {
                 self.core_at(addresses);
                 let _ = reply.send(());
@@ -162,7 +181,7 @@ impl Enforcer {
     pub(super) fn update(&mut self, store_epoch: u64, update: Update) -> Ack {
         let received = Instant::now();
         let (nonce, r#type, revision) = (update.nonce, update.r#type.clone(), update.revision);
-        let error = match self.try_update(store_epoch, update) {
+        let error = match self.try_update(store_epoch, update, received) {
             Ok(()) => {
                 tracing::info!(revision, "resources are in force");
                 String::new()
@@ -186,7 +205,12 @@ impl Enforcer {
     }
 
     /// On an error, shown to the core, what was in force still is.
-    fn try_update(&mut self, store_epoch: u64, update: Update) -> Result<(), String> {
+    fn try_update(
+        &mut self,
+        store_epoch: u64,
+        update: Update,
+        received: Instant,
+    ) -> Result<(), String> {
         let nothing = DesiredSet::default();
         if self.set.is_none() && update.kind() != Kind::Snapshot {
             return Err(Refusal::NoSet.to_string());
@@ -194,9 +218,16 @@ impl Enforcer {
         let before = self.set.as_ref().unwrap_or(&nothing).clone();
         let mut staged =
             before.stage(store_epoch, update).map_err(|refusal| refusal.to_string())?;
+        if let Some(why) = self.confirmation.refuses(staged.set()) {
+            return Err(why);
+        }
+        // Nothing to go back to is not better than what is refused.
+        if staged.alters(&before) && self.set.is_some() {
+            self.confirmation.begin(before.clone(), received);
+        }
         let mut kept = false;
         let error = loop {
-            if let Err(disk) = keep(&mut self.ledger, staged.set(), &self.core) {
+            if let Err(disk) = self.keep(staged.set()) {
                 break disk;
             }
             kept = true;
@@ -213,6 +244,7 @@ impl Enforcer {
             }
             tracing::warn!(?refused, "resources are refused, keeping their last versions");
         };
+        self.confirmation.end();
         if kept {
             self.go_back();
         }
@@ -221,8 +253,8 @@ impl Enforcer {
 
     /// Undoes what an update has begun.
     fn go_back(&mut self) {
-        if let Some(before) = &self.set
-            && let Err(disk) = keep(&mut self.ledger, before, &self.core)
+        if let Some(before) = self.set.clone()
+            && let Err(disk) = self.keep(&before)
         {
             tracing::error!(error = disk, "the ledger holds resources that are not in force");
         }
@@ -242,6 +274,40 @@ impl Enforcer {
         self.publish();
     }
 
+    /// The error is for the core.
+    fn keep(&mut self, set: &DesiredSet) -> Result<(), String> {
+        let core = self.core.iter().map(ToString::to_string).collect();
+        let mut record = set.to_record(core);
+        self.confirmation.keep_in(&mut record);
+        self.ledger.write(&record).map_err(|e| format!("cannot keep the resources on disk: {e}"))
+    }
+
+    pub(super) fn confirm(&mut self, revision: i64) {
+        let Some(set) = self.set.clone().filter(|set| set.revision() <= revision) else { return };
+        if self.confirmation.confirmed() {
+            if let Err(error) = self.keep(&set) {
+                tracing::warn!(error, "the next start will ask for the confirmation again");
+            }
+            self.publish();
+        }
+    }
+
+    pub(super) fn undo(&mut self, now: Instant) {
+        let Some(set) = &self.set else { return };
+        let revision = set.revision();
+        let Some(before) = self.confirmation.undo(set, now) else { return };
+        let why = format!(
+            "the core did not answer to revision {revision}: {} is in force again",
+            before.revision()
+        );
+        tracing::warn!("{why}");
+        self.set = Some(before);
+        self.go_back();
+        self.trouble = Some(("Undone", why));
+        self.events += 1;
+        self.publish();
+    }
+
     pub(super) fn core_at(&mut self, mut addresses: Vec<SocketAddr>) {
         addresses.sort_unstable();
         addresses.dedup();
@@ -254,8 +320,8 @@ impl Enforcer {
             self.core = before;
             return;
         }
-        let Some(set) = &self.set else { return };
-        if let Err(error) = keep(&mut self.ledger, set, &self.core) {
+        let Some(set) = self.set.clone() else { return };
+        if let Err(error) = self.keep(&set) {
             tracing::warn!(error, "the addresses of the core are not kept");
         }
     }
@@ -404,6 +470,7 @@ impl Enforcer {
                 .or_else(|| tunnel.map(|why| (TUNNEL_DOWN, why.clone())))
                 .or_else(|| self.parts.held().map(held)),
             public_key: self.plane.public_key(),
+            confirm_by: self.confirmation.due(),
             events: self.events,
         };
         self.outlets.in_force.send_if_modified(|then| {
@@ -422,14 +489,6 @@ fn at_fault(failed: &ApplyError) -> Option<BTreeMap<Key, String>> {
         ApplyError::Failed(_) => return None,
     };
     Some(names.iter().map(|(name, why)| (key(name.clone()), why.clone())).collect())
-}
-
-/// The error is for the core.
-fn keep(ledger: &mut Ledger, set: &DesiredSet, core: &[SocketAddr]) -> Result<(), String> {
-    let core = core.iter().map(ToString::to_string).collect();
-    ledger
-        .write(&set.to_record(core))
-        .map_err(|e| format!("cannot keep the resources on disk: {e}"))
 }
 
 /// What of a tunnel is worth a report out of turn: not each packet and each new handshake.

@@ -151,6 +151,7 @@ impl Connection {
                 Ok((stream, welcomed, renewals)) => {
                     backoff.reset();
                     self.found(&welcomed);
+                    self.enforcer.confirm_within(welcomed.confirm_window).await?;
                     return tokio::select! {
                         ended = stream.run(welcomed.heartbeat_interval) => ended,
                         never = renewals.run() => match never {},
@@ -199,7 +200,7 @@ impl Connection {
         let welcomed = match session.receive(first)? {
             Event::Welcomed(welcomed) => welcomed,
             Event::GoAway(delay) => return Err(Ended::GoAway(delay)),
-            Event::Update { .. } | Event::Command { .. } => {
+            Event::Update { .. } | Event::Confirm(_) | Event::Command { .. } => {
                 return Err(ProtocolError::NoWelcome.into());
             }
         };
@@ -297,6 +298,7 @@ impl Stream<'_> {
                             let carried_out = async move { enforcer.update(store_epoch, asked).await };
                             update = Some(Box::pin(carried_out));
                         }
+                        Event::Confirm(revision) => self.enforcer.confirm(revision).await?,
                         Event::Command { id, .. } if commands.len() >= COMMANDS_MAX => {
                             let busy = Services::busy(id);
                             self.send(Session::result(busy)).await?;

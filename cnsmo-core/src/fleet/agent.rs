@@ -47,11 +47,13 @@ pub(super) struct Session {
     id: u64,
     down: DownSender,
     nonce: u64,
+    /// The last revision that was confirmed to the agent.
+    confirmed: Revision,
 }
 
 impl Session {
     pub(super) fn new(id: u64, down: DownSender) -> Self {
-        Self { id, down, nonce: 0 }
+        Self { id, down, nonce: 0, confirmed: 0 }
     }
 }
 
@@ -430,6 +432,16 @@ impl Agent {
             (self.sent, self.proven, self.refused) = (None, None, None);
         }
         Ok(again || !same)
+    }
+
+    /// Tells the agent that what it runs has not cut it off. With a heartbeat, not with the answer to an update: so the
+    /// confirmations of many VMs do not come between the updates of the others.
+    pub(super) fn confirm(&mut self, state: Option<&TypeState>) {
+        let Some((session, state)) = self.session.as_mut().zip(state) else { return };
+        if session.confirmed != state.revision {
+            session.confirmed = state.revision;
+            self.send(Down::Confirm(state.revision));
+        }
     }
 
     /// Takes a status report, cut to its limits. Returns whether something changed.

@@ -28,7 +28,7 @@ pub mod connect_request {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ConnectResponse {
-    #[prost(oneof = "connect_response::Message", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "connect_response::Message", tags = "1, 2, 3, 4, 5")]
     pub message: ::core::option::Option<connect_response::Message>,
 }
 /// Nested message and enum types in `ConnectResponse`.
@@ -45,6 +45,8 @@ pub mod connect_response {
         GoAway(super::GoAway),
         #[prost(message, tag = "4")]
         Command(super::Command),
+        #[prost(message, tag = "5")]
+        Confirm(super::Confirm),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -98,6 +100,16 @@ pub struct Welcome {
     pub lease_ttl: ::core::option::Option<::prost_types::Duration>,
     #[prost(uint32, tag = "4")]
     pub protocol_version: u32,
+    /// An agent that has changed what it enforces, and gets no Confirm of it within this time, goes back to what it enforced
+    /// before. 0: it does not.
+    #[prost(message, optional, tag = "5")]
+    pub confirm_window: ::core::option::Option<::prost_types::Duration>,
+}
+/// The core has heard of the agent what it enforces: this revision has not cut the two off from each other.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Confirm {
+    #[prost(int64, tag = "1")]
+    pub revision: i64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GoAway {
