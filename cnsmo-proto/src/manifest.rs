@@ -5,6 +5,7 @@
 
 mod balancer;
 mod decode;
+mod deployment;
 mod document;
 mod firewall;
 mod icmp;
@@ -19,7 +20,7 @@ pub use balancer::{algorithm, ports};
 pub use document::Manifest;
 pub use firewall::{direction, traffic};
 pub use original::Original;
-pub use status::{phase, public_key};
+pub use status::{instance_phase, phase, public_key};
 
 use crate::{model::Invalid, pb::resource as pb};
 use tree::Node;

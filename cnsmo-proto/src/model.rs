@@ -2,14 +2,20 @@
 //! nothing behind it sees a protobuf or an invalid value.
 
 mod balancer;
+mod deployment;
 mod error;
 mod firewall;
 mod network;
+mod process;
 
 use std::{collections::BTreeMap, fmt};
 
 pub use balancer::{
     ADDRESSES_MAX, Algorithm, Backend, HealthCheck, LoadBalancer, Mode, PORTS_MAX, ServicePort,
+};
+pub use deployment::{
+    ATTRIBUTES_MAX, DEPLOYMENT_PORTS_MAX, Deployment, NEEDS_MAX, Need, Placement, Port,
+    REPLICAS_MAX, Rollout, SPREAD, Template, cycle, port_variable,
 };
 pub use error::Invalid;
 pub use firewall::{
@@ -19,6 +25,9 @@ pub use firewall::{
 pub use network::{
     Addresses, ENDPOINTS_MAX, LISTEN_PORT, MTU_MAX, MTU_MIN, Member, Network, PublicKey,
     STATIC_ADDRESSES_MAX, TUNNEL_OVERHEAD,
+};
+pub use process::{
+    COMMAND_MAX, Check, Driver, Limits, Probe, Process, TEXT_BYTES_MAX, Unit, VARIABLES_MAX,
 };
 
 /// Longest resource name, a DNS label (RFC 1123, section 2.1).

@@ -184,14 +184,14 @@ pub mod update {
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Resource {
     /// Of an operator's resource "<kind>/<name>", the kind being firewall-policy, network or load-balancer. Of one that the
-    /// core derives "member/<network>/<node>" or "backend/<balancer>/<node>".
+    /// core derives "member/<network>/<node>", "backend/<balancer>/<node>" or "instance/<deployment>/<name>".
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// Tells what a name stands for now from what it stood for before, no more: of an operator's resource the store revision,
     /// of a derived one the first 63 bits of the SHA-256 of its encoding. Above 0.
     #[prost(int64, tag = "2")]
     pub version: i64,
-    #[prost(oneof = "resource::Spec", tags = "3, 4, 5, 6, 7")]
+    #[prost(oneof = "resource::Spec", tags = "3, 4, 5, 6, 7, 8")]
     pub spec: ::core::option::Option<resource::Spec>,
 }
 /// Nested message and enum types in `Resource`.
@@ -209,6 +209,9 @@ pub mod resource {
         LoadBalancer(super::super::super::balancer::v1::LoadBalancerSpec),
         #[prost(message, tag = "7")]
         Backend(super::super::super::balancer::v1::Backend),
+        /// One that this VM is to run.
+        #[prost(message, tag = "8")]
+        Instance(super::super::super::deployment::v1::Instance),
     }
 }
 /// Sent after the kernel enforces the set, never on receipt. A rejected (name, version) is not sent again.

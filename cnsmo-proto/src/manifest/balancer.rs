@@ -22,7 +22,8 @@ const ALGORITHMS: [(&str, Algorithm); 3] = [
 const MODES: [(&str, Mode); 1] = [("nat", Mode::Nat)];
 /// What the design knows and this version does not serve.
 const LATER_MODES: [&str; 1] = ["dsr"];
-const PROTOCOLS: [(&str, u32); 2] = [("tcp", protocol::TCP as u32), ("udp", protocol::UDP as u32)];
+pub(super) const PROTOCOLS: [(&str, u32); 2] =
+    [("tcp", protocol::TCP as u32), ("udp", protocol::UDP as u32)];
 const TIMES_MAX: u32 = 10;
 
 pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<LoadBalancerSpec> {

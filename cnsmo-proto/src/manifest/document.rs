@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{
-    Problem, balancer, decode::Decoder, firewall, network, status::StatusDocument, tree::Node,
+    Problem, balancer, decode::Decoder, deployment, firewall, network, status::StatusDocument,
+    tree::Node,
 };
 use crate::{
     model::{Labels, Name},
     pb::{
         balancer::LoadBalancer,
+        deployment::Deployment,
         meta::Metadata,
         network::Network,
         node::{Node as PbNode, NodeSpec},
@@ -19,13 +21,14 @@ use crate::{
     },
 };
 
+const DEPLOYMENT: &str = "Deployment";
 const FIREWALL_POLICY: &str = "FirewallPolicy";
 const LOAD_BALANCER: &str = "LoadBalancer";
 const NETWORK: &str = "Network";
 const NODE: &str = "Node";
-const KINDS: [&str; 4] = [FIREWALL_POLICY, LOAD_BALANCER, NETWORK, NODE];
+const KINDS: [&str; 5] = [DEPLOYMENT, FIREWALL_POLICY, LOAD_BALANCER, NETWORK, NODE];
 /// Kinds of the design that this version does not serve: better answered than "unknown".
-const LATER: [&str; 2] = ["Deployment", "Token"];
+const LATER: [&str; 1] = ["Token"];
 
 pub(super) fn decode(node: &Node) -> Result<Resource, Vec<Problem>> {
     let mut decoder = Decoder::default();
@@ -39,6 +42,10 @@ fn resource(d: &mut Decoder, node: &Node) -> Option<Resource> {
     let kind = d.required(node, &fields, "kind", Decoder::text);
     let metadata = d.required(node, &fields, "metadata", metadata);
     let resource = match kind?.as_str() {
+        DEPLOYMENT => {
+            let spec = d.required(node, &fields, "spec", deployment::decode);
+            Kind::Deployment(Deployment { metadata, spec: Some(spec?), status: None })
+        }
         FIREWALL_POLICY => {
             let spec = d.required(node, &fields, "spec", firewall::decode);
             Kind::FirewallPolicy(FirewallPolicy { metadata, spec: Some(spec?), status: None })
@@ -111,6 +118,14 @@ impl Manifest {
     /// `None` of an empty message.
     pub fn new(resource: &Resource) -> Option<Self> {
         let manifest = match resource.resource.as_ref()? {
+            Kind::Deployment(one) => Self {
+                kind: DEPLOYMENT,
+                metadata: MetadataDocument::new(one.metadata.as_ref()),
+                spec: one.spec.as_ref().map(|spec| {
+                    SpecDocument::Deployment(Box::new(deployment::Document::new(spec)))
+                }),
+                status: one.status.as_ref().map(StatusDocument::of_deployment),
+            },
             Kind::FirewallPolicy(policy) => Self {
                 kind: FIREWALL_POLICY,
                 metadata: MetadataDocument::new(policy.metadata.as_ref()),
@@ -161,6 +176,7 @@ impl Manifest {
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 enum SpecDocument {
+    Deployment(Box<deployment::Document>),
     Policy(firewall::Document),
     LoadBalancer(balancer::Document),
     Network(network::Document),

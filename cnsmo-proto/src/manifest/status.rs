@@ -6,6 +6,8 @@ use crate::{
     model::PublicKey,
     pb::{
         balancer::{Backend, BackendStatus, LoadBalancerStatus, NodeBalancerStatus},
+        catalog::Phase as InstancePhase,
+        deployment::{DeploymentStatus, InstanceStatus, Port},
         meta::{Condition, condition::Status},
         network::{Member, NetworkStatus, Refused},
         node::{NodeStatus, OverlayStatus, PeerStatus, node_status::Phase},
@@ -16,10 +18,78 @@ use crate::{
 #[derive(Clone, Debug, Serialize)]
 #[serde(untagged)]
 pub(super) enum StatusDocument {
+    Deployment(DeploymentStatusDocument),
     Policy(PolicyStatusDocument),
     LoadBalancer(BalancerStatusDocument),
     Network(NetworkStatusDocument),
     Node(Box<NodeStatusDocument>),
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct DeploymentStatusDocument {
+    observed_generation: i64,
+    desired: u32,
+    placed: u32,
+    ready: u32,
+    updated: u32,
+    instances: Vec<InstanceDocument>,
+    conditions: Vec<ConditionDocument>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct InstanceDocument {
+    name: String,
+    node: String,
+    phase: &'static str,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    reason: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    message: String,
+    generation: i64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    ports: Vec<InstancePortDocument>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    phase_time: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct InstancePortDocument {
+    name: String,
+    port: u32,
+}
+
+impl InstanceDocument {
+    fn new(instance: &InstanceStatus) -> Self {
+        let port = |port: &Port| InstancePortDocument { name: port.name.clone(), port: port.port };
+        Self {
+            name: instance.name.clone(),
+            node: instance.node.clone(),
+            phase: instance_phase(instance.phase()),
+            reason: instance.reason.clone(),
+            message: instance.message.clone(),
+            generation: instance.generation,
+            ports: instance.ports.iter().map(port).collect(),
+            phase_time: instance.phase_time.map(|t| t.to_string()),
+        }
+    }
+}
+
+/// The word for the phase of an instance; unspecified: nobody has told of it yet.
+pub fn instance_phase(phase: InstancePhase) -> &'static str {
+    match phase {
+        InstancePhase::Unspecified => "placed",
+        InstancePhase::Installing => "installing",
+        InstancePhase::Starting => "starting",
+        InstancePhase::Ready => "ready",
+        InstancePhase::Degraded => "degraded",
+        InstancePhase::Draining => "draining",
+        InstancePhase::Failed => "failed",
+        InstancePhase::Stopped => "stopped",
+        InstancePhase::Unreachable => "unreachable",
+        InstancePhase::Lost => "lost",
+    }
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -258,6 +328,18 @@ impl BalancerOnNode {
 }
 
 impl StatusDocument {
+    pub(super) fn of_deployment(status: &DeploymentStatus) -> Self {
+        Self::Deployment(DeploymentStatusDocument {
+            observed_generation: status.observed_generation,
+            desired: status.desired,
+            placed: status.placed,
+            ready: status.ready,
+            updated: status.updated,
+            instances: status.instances.iter().map(InstanceDocument::new).collect(),
+            conditions: status.conditions.iter().map(ConditionDocument::new).collect(),
+        })
+    }
+
     pub(super) fn of_policy(status: &FirewallPolicyStatus) -> Self {
         let node = |node: &crate::pb::policy::NodePolicyStatus| PolicyOnNode {
             node: node.node.clone(),
