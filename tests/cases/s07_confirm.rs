@@ -43,7 +43,8 @@ async fn s07_a_change_is_undone_when_the_core_is_not_there_any_more() {
     command.arg("--token-file").arg(core.token("agent", "vm1"));
     command.arg("--state-dir").arg(core.folder().join("vm1"));
     command.arg("--bpffs").arg(lab.pins.path());
-    command.args(["--interface", "eth0", "--flows", "4096"]).env_remove("CNSMO_LOG");
+    command.args(["--node", "vm1", "--interface", "eth0", "--flows", "4096"]);
+    command.env_remove("CNSMO_LOG");
     let log = core.folder().join("agent.log");
     let mut agent = Process::spawn("cnsmo-agent", &mut command, &log).unwrap();
     agent.wait_for("connected to the core", PATIENCE).unwrap();
