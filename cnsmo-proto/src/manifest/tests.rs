@@ -99,7 +99,7 @@ fn a_bad_field_is_refused_with_its_path() {
     let cases: Vec<(String, &str)> = vec![
         ("metadata: {name: web}\nspec: {}".into(), "kind"),
         ("kind: Firewall\nmetadata: {name: web}".into(), "kind"),
-        ("kind: Deployment\nmetadata: {name: web}".into(), "kind"),
+        ("kind: Token\nmetadata: {name: web}".into(), "kind"),
         ("kind: 7\nmetadata: {name: web}".into(), "kind"),
         ("kind: Node\nkind: Node\nmetadata: {name: web}".into(), "kind"),
         ("kind: FirewallPolicy\nspec: {}".into(), "metadata"),
@@ -770,6 +770,81 @@ prop_compose! {
                 rise,
             }),
         }
+    }
+}
+
+const DEPLOYMENT: &str = "
+kind: Deployment
+metadata: {name: shop, labels: {tier: front}}
+spec:
+  replicas: 4
+  placement: {selector: {role: app}, spread: rack, maxPerNode: 2}
+  needs: [db, {service: cache, ready: 2, timeout: 90s}]
+  process:
+    command: [/usr/bin/shop, '--port=${PORT_HTTP}']
+    environment: {WHERE: '${NODE}'}
+    user: nobody
+    group: nogroup
+    directory: /srv/shop
+    limits: {memory: 256MiB, cpuMillis: 500, processes: 64}
+    readiness: {http: {port: http, path: /ready}, interval: 250ms, timeout: 2s, fall: 5}
+    startTimeout: 2m
+    stopSignal: QUIT
+    stopTimeout: 0s
+  ports: [{name: http}, {name: admin, protocol: udp, port: 9000}]
+  attributes: {version: '2'}
+  rollout: {maxUnavailable: 2, soak: 10s}
+  drainTimeout: 1h
+";
+
+#[test]
+fn a_deployment_survives_the_way_to_a_file_and_back() {
+    let processes = ["[/bin/x]", "[/bin/x, a, 'b c']"];
+    let mut texts = vec![DEPLOYMENT.to_owned()];
+    texts.extend(processes.map(|command| {
+        format!(
+            "kind: Deployment\nmetadata: {{name: a}}\nspec: {{process: {{command: {command}}}}}"
+        )
+    }));
+    for systemd in [
+        "{unit: nginx.service, readiness: {tcp: 80}}",
+        "{process: {command: [/bin/x], readiness: {exec: [/bin/y]}}}",
+        "{process: {command: [/bin/x], readiness: {announced: true}}}",
+    ] {
+        texts.push(format!(
+            "kind: Deployment\nmetadata: {{name: a}}\nspec: {{replicas: 0, systemd: {systemd}}}"
+        ));
+    }
+    for text in texts {
+        let parsed = read(&text).unwrap_or_else(|errors| panic!("{errors}"));
+        survives(&parsed.resources[0]).unwrap();
+    }
+}
+
+#[test]
+fn a_bad_field_of_a_deployment_is_refused_with_its_path() {
+    let cases = [
+        ("replicas: 4", "replicas: 4.5", "spec.replicas"),
+        ("rack", "''", "spec.placement.spread"),
+        ("ready: 2", "ready: 0", "spec.needs[1].ready"),
+        ("[db,", "[db, db,", "spec.needs[1].service"),
+        ("/usr/bin/shop", "shop", "spec.process.command[0]"),
+        ("${PORT_HTTP}", "${PORT_HTTPS}", "spec.process.command[1]"),
+        ("256MiB", "256MB", "spec.process.limits.memory"),
+        ("http: {port: http", "tcp: 1, http: {port: http", "spec.process.readiness"),
+        ("port: http,", "port: htp,", "spec.process.readiness.http.port"),
+        ("2m", "2", "spec.process.startTimeout"),
+        ("QUIT", "STOP", "spec.process.stopSignal"),
+        ("udp", "sctp", "spec.ports[1].protocol"),
+        ("9000}]", "9000}]\n  systemd: {unit: a.service}", "spec.systemd"),
+        ("drainTimeout: 1h", "drainTimeout: 2h", "spec.drainTimeout"),
+    ];
+    for (good, bad, field) in cases {
+        let text = DEPLOYMENT.replacen(good, bad, 1);
+        assert_ne!(text, DEPLOYMENT, "{good}");
+        let errors = read(&text).unwrap_err();
+        let fields: Vec<_> = errors.iter().map(Invalid::field).collect();
+        assert_eq!(fields, [field], "{errors}");
     }
 }
 
