@@ -1,13 +1,13 @@
 //! The one task that owns resources and agents: it makes each change durable before anybody sees it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
 use cnsmo_proto::{
-    model::Labels,
+    model::{Labels, NAME_BYTES_MAX},
     pb::{
         agent::{Hello, connect_request},
         resource::{
@@ -17,15 +17,17 @@ use cnsmo_proto::{
     },
 };
 use tokio::{
-    sync::{broadcast, mpsc, oneshot, watch},
+    sync::{Notify, broadcast, mpsc, oneshot, watch},
     task::JoinHandle,
 };
 use tonic::Status;
+use uuid::Uuid;
 
 use crate::{
     error::Error,
     fleet::{DownSender, Fleet, Timing},
-    identity::{Enrolled, Issued, Peer, Subject, registry::Registry},
+    identity::{Enrolled, Issued, Peer, Subject, registry::Registry, to_ms},
+    orchestrator::{self, Observed},
     state::{
         Admission, Announcement, Enrolment, Event, FOLDERS, Note, Plan, State, TokenRecord,
         TokenSummary, Wanted,
@@ -45,6 +47,11 @@ const WAITERS_MAX: usize = 1_024;
 pub const PROGRESS_MAX: usize = 16;
 /// Leases and status are looked at this often: far below a lease.
 const TICK: Duration = Duration::from_millis(100);
+
+/// Steps of deployments in one transaction; the others come with the next look.
+const STEPS_MAX: usize = 1_000;
+/// Random hexadecimal digits at the end of an instance's name: 2^32 of one deployment.
+const NAME_RANDOM: usize = 8;
 
 type Reply<T> = oneshot::Sender<Result<T, Error>>;
 
@@ -130,6 +137,20 @@ enum Input {
         note: Note,
         reply: Reply<Revision>,
     },
+    Scale {
+        name: String,
+        replicas: u32,
+        note: Note,
+        reply: Reply<(Revision, u32)>,
+    },
+    /// Which services the orchestrator has to know of.
+    Observed {
+        reply: Reply<BTreeSet<String>>,
+    },
+    Orchestrate {
+        observed: Observed,
+        reply: Reply<()>,
+    },
     List {
         kind: Kind,
         name: Option<String>,
@@ -202,7 +223,12 @@ pub struct Core {
 #[derive(Clone, Debug)]
 enum Seat {
     /// What this core writes as the leader carries the fence; none: it has the store for itself.
-    Here { inbox: mpsc::Sender<Input>, fence: Option<Fence> },
+    Here {
+        inbox: mpsc::Sender<Input>,
+        fence: Option<Fence>,
+        /// Something has changed that the orchestrator looks at.
+        deployments: Arc<Notify>,
+    },
     /// Address of the core that leads, if one does.
     Elsewhere(Option<String>),
 }
@@ -239,6 +265,7 @@ impl Seats {
             self.registry.set(identity, Some(enrolled));
         }
         let (inbox, inputs) = mpsc::channel(INBOX_MAX);
+        let deployments = Arc::new(Notify::new());
         let now = Instant::now();
         let actor = Actor {
             fleet: Fleet::new(&state, timing, now),
@@ -250,9 +277,10 @@ impl Seats {
             epoch: status.epoch,
             rings: BTreeMap::new(),
             waiters: Vec::new(),
+            deployments: deployments.clone(),
             last_tick: now,
         };
-        self.seat.send_replace(Seat::Here { inbox, fence });
+        self.seat.send_replace(Seat::Here { inbox, fence, deployments });
         Ok(tokio::spawn(actor.run(inputs)))
     }
 
@@ -298,6 +326,39 @@ impl Core {
     /// Removes one resource.
     pub async fn delete(&self, kind: Kind, name: String, note: Note) -> Result<Revision, Error> {
         self.ask(|reply| Input::Delete { kind, name, note, reply }).await
+    }
+
+    /// Changes the number of instances of a deployment. Returns the revision, and the number before.
+    pub async fn scale(
+        &self,
+        name: String,
+        replicas: u32,
+        note: Note,
+    ) -> Result<(Revision, u32), Error> {
+        self.ask(|reply| Input::Scale { name, replicas, note, reply }).await
+    }
+
+    /// Services of which the orchestrator has to know the instances: deployments, and what they need.
+    pub async fn observed_services(&self) -> Result<BTreeSet<String>, Error> {
+        self.ask(|reply| Input::Observed { reply }).await
+    }
+
+    /// Takes the next steps of all deployments: [`crate::orchestrator::plan`].
+    pub async fn orchestrate(&self, observed: Observed) -> Result<(), Error> {
+        self.ask(|reply| Input::Orchestrate { observed, reply }).await
+    }
+
+    /// Waits for a change of deployments or VMs; one that is missed is told of at the next call. While another core has
+    /// them there is none.
+    pub async fn deployments_changed(&self) {
+        let changed = match &*self.seat.borrow() {
+            Seat::Here { deployments, .. } => Some(deployments.clone()),
+            Seat::Elsewhere(_) => None,
+        };
+        match changed {
+            Some(changed) => changed.notified().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Resources by name, and the revision they are at.
@@ -443,6 +504,7 @@ struct Actor {
     epoch: u64,
     rings: BTreeMap<Kind, broadcast::Sender<Arc<Change>>>,
     waiters: Vec<Waiter>,
+    deployments: Arc<Notify>,
     last_tick: Instant,
 }
 
@@ -512,6 +574,15 @@ impl Actor {
                 let changed = self.change(plan, false, &note).await;
                 let _ = reply.send(changed.map(|answer| answer.revision));
             }
+            Input::Scale { name, replicas, note, reply } => {
+                let _ = reply.send(self.scale(&name, replicas, &note).await);
+            }
+            Input::Observed { reply } => {
+                let _ = reply.send(Ok(self.state.observed_services()));
+            }
+            Input::Orchestrate { observed, reply } => {
+                let _ = reply.send(self.orchestrate(observed).await);
+            }
             Input::List { kind, name, labels, reply } => {
                 let resources = self.list(kind, name.as_deref(), &labels);
                 let _ = reply.send(resources.map(|list| (list, self.state.revision())));
@@ -577,6 +648,26 @@ impl Actor {
             self.commit(self.state.noted(plan, note, SystemTime::now())).await?;
         }
         Ok(ApplyResponse { revision: self.state.revision(), changes })
+    }
+
+    async fn scale(
+        &mut self,
+        name: &str,
+        replicas: u32,
+        note: &Note,
+    ) -> Result<(Revision, u32), Error> {
+        let (plan, before) = self.state.plan_scale(name, replicas, SystemTime::now())?;
+        self.commit(self.state.noted(plan, note, SystemTime::now())).await?;
+        Ok((self.state.revision(), before))
+    }
+
+    async fn orchestrate(&mut self, observed: Observed) -> Result<(), Error> {
+        self.fleet.observe(observed, &self.state);
+        let now = SystemTime::now();
+        let world = self.fleet.world(&self.state, to_ms(now));
+        let mut steps = orchestrator::plan(&world, instance_name);
+        steps.truncate(STEPS_MAX);
+        self.commit(self.state.plan_steps(steps, now)).await
     }
 
     async fn connect(
@@ -673,6 +764,9 @@ impl Actor {
         // After the fleet: an agent that is cut has been told why.
         for (identity, enrolled) in identities {
             self.registry.set(&identity, enrolled.as_ref());
+        }
+        if events.iter().any(|event| matches!(event.kind, Kind::Deployment | Kind::Node)) {
+            self.deployments.notify_one();
         }
         for event in events {
             self.publish(event);
@@ -785,6 +879,14 @@ impl Actor {
             (!ticked && waiter.is_early(state, fleet)) || waiter.look(state, fleet, now)
         });
     }
+}
+
+/// A name that no instance ever had.
+fn instance_name(deployment: &str) -> String {
+    let id = Uuid::now_v7().simple().to_string();
+    let (random, stem) = (&id[id.len() - NAME_RANDOM..], deployment);
+    let stem = &stem[..stem.len().min(NAME_BYTES_MAX - NAME_RANDOM - 1)];
+    format!("{}-{random}", stem.trim_end_matches('-'))
 }
 
 impl Waiter {

@@ -28,6 +28,7 @@ use cnsmo_proto::{
             Welcome, connect_request, connect_response, resource, update::Kind as UpdateKind,
         },
         balancer::{Backend, LoadBalancerSpec},
+        deployment::Instance,
         network::{Member, NetworkSpec},
         policy::FirewallPolicySpec,
         resource::Kind,
@@ -47,6 +48,7 @@ use self::{
 };
 use crate::{
     error::Error,
+    orchestrator::{Host, Observed, World},
     state::{Event, Node, State},
     store::Revision,
 };
@@ -71,6 +73,7 @@ const NETWORK: &str = "network/";
 const MEMBER: &str = "member/";
 const BALANCER: &str = "load-balancer/";
 const BACKEND: &str = "backend/";
+const INSTANCE: &str = "instance/";
 
 /// Everything that agents are sent, as it is now.
 type Catalog = HashMap<Key, Entry>;
@@ -129,6 +132,7 @@ enum Spec {
     Member(Arc<Member>),
     Balancer(Arc<LoadBalancerSpec>),
     Backend(Arc<Backend>),
+    Instance(Arc<Instance>),
 }
 
 impl Spec {
@@ -139,6 +143,7 @@ impl Spec {
             Self::Member(spec) => spec.encode_to_vec(),
             Self::Balancer(spec) => spec.encode_to_vec(),
             Self::Backend(spec) => spec.encode_to_vec(),
+            Self::Instance(spec) => spec.encode_to_vec(),
         }
     }
 }
@@ -151,6 +156,7 @@ impl From<Spec> for resource::Spec {
             Spec::Member(spec) => Self::Member(Arc::unwrap_or_clone(spec)),
             Spec::Balancer(spec) => Self::LoadBalancer(Arc::unwrap_or_clone(spec)),
             Spec::Backend(spec) => Self::Backend(Arc::unwrap_or_clone(spec)),
+            Spec::Instance(spec) => Self::Instance(Arc::unwrap_or_clone(spec)),
         }
     }
 }
@@ -281,6 +287,10 @@ pub struct Fleet {
     selected: BTreeMap<String, BTreeSet<String>>,
     /// What each balancer has in the set of its network.
     served: BTreeMap<String, derive::Served>,
+    /// VM of each instance of each deployment, by deployment and the instance's key.
+    placed: BTreeMap<String, BTreeMap<String, String>>,
+    /// What the catalogue knows of deployments.
+    observed: Observed,
     /// What all members of each network are sent.
     shared: BTreeMap<String, Set>,
     /// Networks whose members have not been told yet.
@@ -292,7 +302,7 @@ pub struct Fleet {
     /// Resources whose status is another than when [`Self::take_changed`] was called last.
     changed: BTreeSet<(Kind, String)>,
     /// When the condition of each resource became what it is.
-    conditions: BTreeMap<(Kind, String), status::Seen>,
+    conditions: BTreeMap<(Kind, String, &'static str), status::Seen>,
     timing: Timing,
 }
 
@@ -304,6 +314,8 @@ impl Fleet {
             catalog: Catalog::new(),
             selected: BTreeMap::new(),
             served: BTreeMap::new(),
+            placed: BTreeMap::new(),
+            observed: Observed::default(),
             shared: BTreeMap::new(),
             stale: BTreeSet::new(),
             by_label: HashMap::new(),
@@ -313,12 +325,15 @@ impl Fleet {
             timing,
         };
         let event = |kind, name| Event { kind, name, deleted: None };
-        // Nodes last: policies and balancers that come after them would look for each of them.
+        // Nodes late: policies and balancers that come after them would look for each of them. Instances are sent to them.
         let kinds = [Kind::FirewallPolicy, Kind::Network, Kind::LoadBalancer, Kind::Node];
         let all = kinds
             .into_iter()
             .flat_map(|kind| state.names(kind).into_iter().map(move |name| event(kind, name)));
-        fleet.on_commit(&all.collect::<Vec<_>>(), state, 0, now);
+        let deployments: BTreeSet<_> =
+            state.placements().keys().map(|(deployment, _)| deployment.clone()).collect();
+        let placed = deployments.into_iter().map(|name| event(Kind::Deployment, name));
+        fleet.on_commit(&all.chain(placed).collect::<Vec<_>>(), state, 0, now);
         fleet
     }
 
@@ -330,12 +345,15 @@ impl Fleet {
                 Kind::FirewallPolicy => self.policy_changed(name, state, before),
                 Kind::Network => self.network_changed(name, state),
                 Kind::LoadBalancer => self.balancer_changed(name, state),
+                Kind::Deployment => self.deployment_changed(name, state, before),
                 Kind::Node if deleted.is_none() => self.node_changed(name, state, before, now),
                 Kind::Node => self.node_deleted(name),
                 Kind::Unspecified => {}
             }
             if deleted.is_some() {
-                self.conditions.remove(&(*kind, name.clone()));
+                let conditions = std::mem::take(&mut self.conditions);
+                let is_other = |of: &(Kind, String, &str)| (of.0, &of.1) != (*kind, name);
+                self.conditions = conditions.into_iter().filter(|(of, _)| is_other(of)).collect();
                 self.changed.remove(&(*kind, name.clone()));
             }
         }
@@ -579,6 +597,37 @@ impl Fleet {
         for (place, agent) in (0..).zip(connected) {
             agent.dismiss(Duration::from_secs(1) * place / RETURNS_PER_SECOND);
         }
+    }
+
+    /// What the orchestrator looks at.
+    pub fn world<'a>(&'a self, state: &'a State, now_ms: u64) -> World<'a> {
+        let host = |(name, node): (&'a String, &'a Node)| {
+            let agent = self.agents.get(name);
+            let host = Host {
+                labels: &node.labels,
+                is_seen: agent.is_some_and(|agent| agent.is_connected() && !agent.late),
+                is_draining: node.draining,
+            };
+            (name.as_str(), host)
+        };
+        World {
+            deployments: state.deployments(),
+            placements: state.placements(),
+            hosts: state.nodes().iter().map(host).collect(),
+            observed: &self.observed,
+            now_ms,
+        }
+    }
+
+    /// Takes over what the catalogue knows of the services that deployments are and need.
+    pub fn observe(&mut self, observed: Observed, state: &State) {
+        let differ = observed.differences(&self.observed);
+        let concerned = state.deployments().iter().filter(|(name, one)| {
+            let needs = one.model.needs.iter().any(|need| differ.contains(need.service.as_str()));
+            needs || differ.contains(name.as_str())
+        });
+        self.changed.extend(concerned.map(|(name, _)| (Kind::Deployment, name.clone())));
+        self.observed = observed;
     }
 
     fn touched(&mut self, name: &str) {

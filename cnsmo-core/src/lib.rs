@@ -34,6 +34,7 @@ pub mod http;
 pub mod identity;
 pub mod lease;
 pub mod links;
+pub mod orchestrator;
 pub mod own;
 pub mod server;
 pub mod state;

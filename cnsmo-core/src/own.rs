@@ -23,6 +23,7 @@ use crate::{
     identity::registry::{self, Registry},
     lease::Leases,
     links::Links,
+    orchestrator,
     store::Store,
 };
 
@@ -184,8 +185,9 @@ impl Service for Task {
     }
 }
 
-fn tasks(parts: Parts) -> [Task; 4] {
+fn tasks(parts: Parts) -> [Task; 5] {
     let Parts { id: _, alone, leases, bus, catalog, registry, store, core, links } = parts;
+    let (resources, seen) = (core.clone(), catalog.clone());
     [
         Task {
             name: "state",
@@ -209,6 +211,11 @@ fn tasks(parts: Parts) -> [Task; 4] {
                     }
                 })
             }),
+        },
+        Task {
+            name: "orchestrator",
+            features: &["placement", "needs", "rolling-update", "scale", "drain"],
+            work: Box::new(move || Box::pin(orchestrator::run(resources.clone(), seen.clone()))),
         },
         Task {
             name: "identity",

@@ -4,6 +4,7 @@
 //! [`State::commit`] change the memory: what was not committed was never seen.
 
 mod check;
+mod deployment;
 mod enrol;
 mod history;
 mod node;
@@ -19,9 +20,10 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{Addresses, Invalid, Labels, LoadBalancer, Name, Network, PublicKey},
+    model::{Addresses, Deployment, Invalid, Labels, LoadBalancer, Name, Network, PublicKey},
     pb::{
         balancer::{self, LoadBalancerSpec},
+        deployment::{self as deployment_pb, DeploymentSpec},
         meta::Metadata,
         network::{self, NetworkSpec},
         policy::{FirewallPolicy, FirewallPolicySpec},
@@ -30,6 +32,7 @@ use cnsmo_proto::{
 };
 use uuid::Uuid;
 
+pub use deployment::{DEPLOYMENTS_MAX, PLACEMENTS_MAX, Placed, Step, template};
 pub use enrol::{
     Admission, Enrolment, IDENTITIES_MAX, TOKEN_TTL_MAX, TOKEN_USES_MAX, TOKENS_MAX, TokenGrant,
     TokenRecord, TokenSummary,
@@ -75,6 +78,8 @@ pub type StoredPolicy = Stored<FirewallPolicySpec, Labels>;
 pub type StoredNetwork = Stored<NetworkSpec, Network>;
 /// A load balancer.
 pub type StoredBalancer = Stored<LoadBalancerSpec, LoadBalancer>;
+/// A deployment.
+pub type StoredDeployment = Stored<DeploymentSpec, Deployment>;
 
 /// One resource after a commit. The revision of a changed spec is set at the commit.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,6 +87,10 @@ enum Write {
     Policy(StoredPolicy),
     Network(StoredNetwork),
     Balancer(StoredBalancer),
+    Deployment(Box<StoredDeployment>),
+    Place(Box<Placed>),
+    /// Of this deployment, the instance of this name.
+    Unplace(String, String),
     Node(Box<Node>),
     Delete(Kind, String),
     /// Without its uses.
@@ -152,6 +161,9 @@ pub struct State {
     policies: BTreeMap<String, StoredPolicy>,
     networks: BTreeMap<String, StoredNetwork>,
     balancers: BTreeMap<String, StoredBalancer>,
+    deployments: BTreeMap<String, StoredDeployment>,
+    /// By deployment and name.
+    placements: BTreeMap<(String, String), Placed>,
     nodes: BTreeMap<String, Node>,
     tokens: BTreeMap<String, TokenRecord>,
     /// By `<kind>/<name>`.
@@ -195,6 +207,16 @@ impl State {
     /// By name.
     pub fn balancers(&self) -> &BTreeMap<String, StoredBalancer> {
         &self.balancers
+    }
+
+    /// By name.
+    pub fn deployments(&self) -> &BTreeMap<String, StoredDeployment> {
+        &self.deployments
+    }
+
+    /// Instances that are placed, by deployment and name.
+    pub fn placements(&self) -> &BTreeMap<(String, String), Placed> {
+        &self.placements
     }
 
     /// By name.
@@ -264,6 +286,12 @@ impl State {
                 let (outcome, new) = replace(self.balancers.get(name.as_str()), new);
                 (outcome, new.map(Write::Balancer))
             }
+            Body::Deployment { spec, deployment } => {
+                let (spec, model) = (Arc::new(spec), *deployment);
+                let new = Stored { metadata: metadata(), spec, model };
+                let (outcome, new) = replace(self.deployments.get(name.as_str()), new);
+                (outcome, new.map(|new| Write::Deployment(Box::new(new))))
+            }
             Body::Node(spec) => self.plan_node(&name, labels, spec, now)?,
         })
     }
@@ -315,6 +343,19 @@ impl State {
             }
             Write::Balancer(balancer) => {
                 changed(Kind::LoadBalancer, insert(&mut self.balancers, balancer, revision))
+            }
+            Write::Deployment(deployment) => {
+                changed(Kind::Deployment, insert(&mut self.deployments, *deployment, revision))
+            }
+            Write::Place(placed) => {
+                let event = changed(Kind::Deployment, placed.deployment());
+                self.placements.insert(placed.key(), *placed);
+                event
+            }
+            Write::Unplace(deployment, name) => {
+                let event = changed(Kind::Deployment, &deployment);
+                self.placements.remove(&(deployment, name));
+                event
             }
             Write::Node(mut node) => {
                 date(&mut node.metadata, revision);
@@ -368,6 +409,7 @@ impl State {
             Kind::FirewallPolicy => Resource::FirewallPolicy((&self.policies.remove(name)?).into()),
             Kind::Network => Resource::Network((&self.networks.remove(name)?).into()),
             Kind::LoadBalancer => Resource::LoadBalancer((&self.balancers.remove(name)?).into()),
+            Kind::Deployment => Resource::Deployment((&self.deployments.remove(name)?).into()),
             Kind::Node => {
                 self.forget_node(name);
                 Resource::Node((&self.nodes.remove(name)?).into())
@@ -419,6 +461,7 @@ impl State {
             Kind::FirewallPolicy => self.policies.get(name).map(|policy| &policy.metadata),
             Kind::Network => self.networks.get(name).map(|network| &network.metadata),
             Kind::LoadBalancer => self.balancers.get(name).map(|balancer| &balancer.metadata),
+            Kind::Deployment => self.deployments.get(name).map(|one| &one.metadata),
             Kind::Node => self.nodes.get(name).map(|node| &node.metadata),
             Kind::Unspecified => None,
         }
@@ -430,6 +473,7 @@ impl State {
             Kind::FirewallPolicy => self.policies.keys().cloned().collect(),
             Kind::Network => self.networks.keys().cloned().collect(),
             Kind::LoadBalancer => self.balancers.keys().cloned().collect(),
+            Kind::Deployment => self.deployments.keys().cloned().collect(),
             Kind::Node => self.nodes.keys().cloned().collect(),
             Kind::Unspecified => Vec::new(),
         }
@@ -442,6 +486,7 @@ pub fn word(kind: Kind) -> &'static str {
         Kind::FirewallPolicy => "FirewallPolicy",
         Kind::Network => "Network",
         Kind::LoadBalancer => "LoadBalancer",
+        Kind::Deployment => "Deployment",
         Kind::Node => "Node",
         Kind::Unspecified => "resource",
     }
@@ -465,6 +510,13 @@ impl From<&StoredBalancer> for balancer::LoadBalancer {
     fn from(balancer: &StoredBalancer) -> Self {
         let spec = Some(LoadBalancerSpec::clone(&balancer.spec));
         Self { metadata: Some(balancer.metadata.clone()), spec, status: None }
+    }
+}
+
+impl From<&StoredDeployment> for deployment_pb::Deployment {
+    fn from(deployment: &StoredDeployment) -> Self {
+        let spec = Some(DeploymentSpec::clone(&deployment.spec));
+        Self { metadata: Some(deployment.metadata.clone()), spec, status: None }
     }
 }
 

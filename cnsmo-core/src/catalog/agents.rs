@@ -197,7 +197,10 @@ impl Catalog {
 fn node(resource: Resource) -> Option<Node> {
     match resource.resource? {
         Inner::Node(node) => Some(node),
-        Inner::FirewallPolicy(_) | Inner::LoadBalancer(_) | Inner::Network(_) => None,
+        Inner::FirewallPolicy(_)
+        | Inner::LoadBalancer(_)
+        | Inner::Network(_)
+        | Inner::Deployment(_) => None,
     }
 }
 

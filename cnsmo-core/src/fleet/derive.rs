@@ -1,7 +1,8 @@
-//! What all members of a network are sent: the network, its members, its balancers and their backends.
+//! What all members of a network are sent: the network, its members, its balancers and their backends. And what one VM is
+//! sent alone: the instances that it is to run.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -15,7 +16,7 @@ use cnsmo_proto::{
     },
 };
 
-use super::{BACKEND, BALANCER, Fleet, Key, MEMBER, NETWORK, Revision, Set, Spec};
+use super::{BACKEND, BALANCER, Fleet, INSTANCE, Key, MEMBER, NETWORK, Revision, Set, Spec};
 use crate::state::{Node, State, StoredBalancer};
 
 /// What a balancer has in the set of its network.
@@ -78,6 +79,40 @@ impl Fleet {
             self.publish_backend(balancer, node, state);
         }
         self.served.insert(name.to_owned(), Served { network, backends });
+    }
+
+    /// Takes over which instances of a deployment are on which VM.
+    pub(super) fn deployment_changed(&mut self, name: &str, state: &State, before: Revision) {
+        let mut old = self.placed.remove(name).unwrap_or_default();
+        let mut placed = BTreeMap::new();
+        let from = (name.to_owned(), String::new());
+        let mine = state.placements().range(from..).take_while(|((of, _), _)| of == name);
+        for (_, one) in mine {
+            let key = format!("{INSTANCE}{name}/{}", one.instance.name);
+            old.remove(&key);
+            let spec = Spec::Instance(one.instance.clone());
+            if self.catalog.get(&*key).map(|entry| &entry.spec) != Some(&spec) {
+                let version = version_of(&spec.encode_to_vec());
+                self.catalog.insert(Key::from(&*key), spec.into());
+                self.want(one.node(), &key, Some(version), before);
+            }
+            placed.insert(key, one.node().to_owned());
+        }
+        for (key, node) in old {
+            self.catalog.remove(&*key);
+            self.want(&node, &key, None, before);
+        }
+        if !placed.is_empty() {
+            self.placed.insert(name.to_owned(), placed);
+        }
+    }
+
+    fn want(&mut self, node: &str, key: &str, version: Option<Revision>, before: Revision) {
+        let Some(agent) = self.agents.get_mut(node) else { return };
+        if agent.want(key, version, before) {
+            self.changed.insert((Kind::Node, node.to_owned()));
+            self.outbox.insert(node.to_owned());
+        }
     }
 
     /// Takes over where a node is now, and what is derived from it.

@@ -6,6 +6,8 @@ use cnsmo_proto::{
     model::Labels,
     pb::{
         balancer::{LoadBalancer, LoadBalancerStatus, NodeBalancerStatus},
+        catalog::Phase as InstancePhase,
+        deployment::{Deployment, DeploymentStatus, InstanceStatus},
         meta::{Condition, Metadata, condition::Status as Truth},
         network::{Network, NetworkStatus, Refused},
         node::{self, NodeStatus, node_status::Phase},
@@ -14,8 +16,15 @@ use cnsmo_proto::{
     },
 };
 
-use super::{Agent, Fleet, MEMBER, Revision, Spec, State, Topic, derive::backend_key, wall_clock};
-use crate::state::{Node, StoredBalancer, StoredNetwork, StoredPolicy};
+use super::{
+    Agent, Fleet, Instance, MEMBER, Revision, Spec, State, Topic, derive::backend_key, wall_clock,
+};
+use crate::{
+    orchestrator::shortage,
+    state::{
+        Node, Placed, StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, template,
+    },
+};
 
 /// Pending nodes that one answer lists.
 const PENDING_MAX: usize = 1_000;
@@ -33,6 +42,8 @@ pub(super) struct Seen {
     since: SystemTime,
 }
 
+/// That all agents together do.
+const APPLIED: &str = "Applied";
 /// Why a node does not enforce a revision, as in `PendingNode.reason`.
 const UNREACHABLE: &str = "Unreachable";
 const REJECTED: &str = "Rejected";
@@ -51,6 +62,10 @@ impl Fleet {
             Kind::LoadBalancer => {
                 let balancer = state.balancers().get(name)?;
                 resource::Resource::LoadBalancer(self.balancer(balancer, state))
+            }
+            Kind::Deployment => {
+                let deployment = state.deployments().get(name)?;
+                resource::Resource::Deployment(self.deployment(deployment, state))
             }
             Kind::Node => {
                 resource::Resource::Node(self.node(state.nodes().get(name)?, state.revision()))
@@ -91,7 +106,7 @@ impl Fleet {
                 rules: within(&mut room, agent.counters.get(name)),
             })
             .collect();
-        let condition = self.condition(Kind::FirewallPolicy, &policy.metadata, judgement);
+        let condition = self.condition(Kind::FirewallPolicy, APPLIED, &policy.metadata, judgement);
         let status = FirewallPolicyStatus { nodes, conditions: vec![condition] };
         FirewallPolicy { status: Some(status), ..policy.into() }
     }
@@ -121,7 +136,12 @@ impl Fleet {
             refused: selected.iter().filter_map(refused).collect(),
             conditions: Vec::new(),
         };
-        status.conditions.push(self.condition(Kind::Network, &network.metadata, judgement));
+        status.conditions.push(self.condition(
+            Kind::Network,
+            APPLIED,
+            &network.metadata,
+            judgement,
+        ));
         Network { status: Some(status), ..network.into() }
     }
 
@@ -147,7 +167,7 @@ impl Fleet {
         };
         let backends = self.served.get(name).into_iter().flat_map(|served| &served.backends);
         let backends = backends.filter_map(record).collect();
-        let condition = self.condition(Kind::LoadBalancer, &balancer.metadata, judgement);
+        let condition = self.condition(Kind::LoadBalancer, APPLIED, &balancer.metadata, judgement);
         let status = LoadBalancerStatus { backends, nodes, conditions: vec![condition] };
         LoadBalancer { status: Some(status), ..balancer.into() }
     }
@@ -163,12 +183,109 @@ impl Fleet {
         nodes.filter_map(|node| Some((node, self.agents.get(node)?))).collect()
     }
 
-    /// The condition that all agents together make, with the time since when it is so.
-    fn condition(&mut self, kind: Kind, metadata: &Metadata, judgement: Judgement) -> Condition {
+    fn deployment(&mut self, deployment: &StoredDeployment, state: &State) -> Deployment {
+        let name = &deployment.metadata.name;
+        let current = template(&deployment.spec);
+        let from = (name.clone(), String::new());
+        let placed: Vec<_> =
+            state.placements().range(from..).take_while(|((of, _), _)| of == name).collect();
+        let instances: Vec<_> = placed.iter().map(|(_, one)| self.instance(one)).collect();
+        let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let wanted = || placed.iter().filter(|(_, one)| one.is_wanted());
+        let is_ready = |one: &&InstanceStatus| one.phase() == InstancePhase::Ready;
+        let mut status = DeploymentStatus {
+            observed_generation: deployment.metadata.generation,
+            desired: deployment.model.replicas,
+            placed: count(placed.len()),
+            ready: count(instances.iter().filter(is_ready).count()),
+            updated: count(wanted().filter(|(_, one)| one.template == current).count()),
+            instances,
+            conditions: Vec::new(),
+        };
+        let needs = self.needs(deployment);
+        let judgements = [
+            ("Available", available(deployment, &status)),
+            ("Progressing", self.progressing(deployment, &status, &needs, state)),
+            ("NeedsMet", needs),
+        ];
+        let kind = Kind::Deployment;
+        let conditions = judgements.map(|(condition, judgement)| {
+            self.condition(kind, condition, &deployment.metadata, judgement)
+        });
+        status.conditions.extend(conditions);
+        Deployment { status: Some(status), ..deployment.into() }
+    }
+
+    fn instance(&self, placed: &Placed) -> InstanceStatus {
+        let Instance { name, deployment, node, generation, ports, .. } = &*placed.instance;
+        let seen = self.observed.instance(deployment, name);
+        InstanceStatus {
+            name: name.clone(),
+            node: node.clone(),
+            phase: seen.map(|seen| seen.phase).unwrap_or_default(),
+            reason: seen.map(|seen| seen.reason.clone()).unwrap_or_default(),
+            message: seen.map(|seen| seen.message.clone()).unwrap_or_default(),
+            generation: *generation,
+            ports: ports.clone(),
+            phase_time: seen.and_then(|seen| seen.phase_time),
+        }
+    }
+
+    fn needs(&self, deployment: &StoredDeployment) -> Judgement {
+        let missing = deployment.model.needs.iter().find_map(|need| {
+            let ready = self.observed.ready(need.service.as_str());
+            (ready < need.ready).then(|| (need, ready))
+        });
+        let Some((need, ready)) = missing else {
+            let n = deployment.model.needs.len();
+            return (Truth::True, "Met", format!("{n} of {n} services are ready"));
+        };
+        let text = format!("{}: {ready} of {} instances are ready", need.service, need.ready);
+        let changed = deployment.metadata.update_time.and_then(|time| time.try_into().ok());
+        let waited = changed.and_then(|since: SystemTime| wall_clock().duration_since(since).ok());
+        match waited.is_some_and(|waited| waited > need.timeout) {
+            true => {
+                (Truth::False, "Timeout", format!("{text}, for longer than {:?}", need.timeout))
+            }
+            false => (Truth::False, "Waiting", text),
+        }
+    }
+
+    fn progressing(
+        &self,
+        deployment: &StoredDeployment,
+        status: &DeploymentStatus,
+        needs: &Judgement,
+        state: &State,
+    ) -> Judgement {
+        let DeploymentStatus { desired, placed, ready, updated, .. } = *status;
+        let text = format!("{ready} of {desired} ready, {updated} as they shall be");
+        if (placed, ready, updated) == (desired, desired, desired) {
+            return (Truth::False, "Complete", text);
+        }
+        if updated < desired && needs.0 == Truth::False {
+            return (Truth::True, "WaitingForNeeds", needs.2.clone());
+        }
+        let world = self.world(state, crate::identity::to_ms(wall_clock()));
+        match shortage(&world, &deployment.metadata.name) {
+            Some(why) => (Truth::True, "NoPlace", format!("{text}; {why}")),
+            None if placed > updated => (Truth::True, "Replacing", text),
+            None => (Truth::True, "Starting", text),
+        }
+    }
+
+    /// A condition, with the time since when it is so.
+    fn condition(
+        &mut self,
+        kind: Kind,
+        condition: &'static str,
+        metadata: &Metadata,
+        judgement: Judgement,
+    ) -> Condition {
         let (truth, reason, message) = judgement;
         let seen = self
             .conditions
-            .entry((kind, metadata.name.clone()))
+            .entry((kind, metadata.name.clone(), condition))
             .and_modify(|seen| {
                 if (seen.truth, seen.reason) != (truth, reason) {
                     *seen = Seen { truth, reason, since: wall_clock() };
@@ -176,7 +293,7 @@ impl Fleet {
             })
             .or_insert_with(|| Seen { truth, reason, since: wall_clock() });
         Condition {
-            r#type: "Applied".into(),
+            r#type: condition.into(),
             status: truth.into(),
             reason: reason.into(),
             message,
@@ -309,6 +426,17 @@ fn why_not(topic: &Topic, agent: &Agent) -> Option<(&'static str, String)> {
 type Judgement = (Truth, &'static str, String);
 
 /// The worst of all nodes makes the condition.
+fn available(deployment: &StoredDeployment, status: &DeploymentStatus) -> Judgement {
+    let DeploymentStatus { desired, ready, .. } = *status;
+    let least =
+        desired.saturating_sub(deployment.model.rollout.max_unavailable).max(desired.min(1));
+    let text = format!("{ready} of {desired} ready; {least} are needed");
+    match ready >= least {
+        true => (Truth::True, "EnoughReady", text),
+        false => (Truth::False, "TooFewReady", text),
+    }
+}
+
 fn judge(topic: &Topic, agents: &[(&String, &Agent)]) -> Judgement {
     let mut worst: Option<(&'static str, String)> = None;
     let rank = |reason: &str| [PENDING, UNREACHABLE, REJECTED].iter().position(|r| *r == reason);

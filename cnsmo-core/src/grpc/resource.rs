@@ -7,9 +7,9 @@ use cnsmo_proto::{
     pb::resource::{
         ApplyRequest, ApplyResponse, DeleteRequest, DeleteResponse, GetRequest, GetResponse, Kind,
         ListHistoryRequest, ListHistoryResponse, ListRequest, ListResponse, Resource,
-        RollbackRequest, RollbackResponse, WaitAppliedRequest, WaitAppliedResponse, WatchRequest,
-        WatchResponse, apply_request::Mode, change::Outcome, resource,
-        resource_service_server::ResourceService, watch_response::Event,
+        RollbackRequest, RollbackResponse, ScaleRequest, ScaleResponse, WaitAppliedRequest,
+        WaitAppliedResponse, WatchRequest, WatchResponse, apply_request::Mode, change::Outcome,
+        resource, resource_service_server::ResourceService, watch_response::Event,
     },
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
@@ -151,6 +151,20 @@ impl ResourceService for Service {
         let selector = selector(request.selector, "selector")?;
         let wait = Wait { revision: request.revision, selector, timeout };
         Ok(Response::new(ReceiverStream::new(self.core.wait(wait).await?)))
+    }
+
+    async fn scale(
+        &self,
+        request: Request<ScaleRequest>,
+    ) -> Result<Response<ScaleResponse>, Status> {
+        let by = note(&request, "Scale")?;
+        let ScaleRequest { name, replicas } = request.into_inner();
+        let detail = format!("Deployment {name} to {replicas}");
+        let (revision, replicas_before) = self.core.scale(name, replicas, by).await?;
+        let mut response = Response::new(ScaleResponse { revision, replicas_before });
+        let revision = if replicas == replicas_before { 0 } else { revision };
+        response.extensions_mut().insert(Note { revision, detail });
+        Ok(response)
     }
 
     async fn list_history(
@@ -326,6 +340,7 @@ fn name_of(resource: &Resource) -> String {
         Some(resource::Resource::FirewallPolicy(policy)) => policy.metadata.as_ref(),
         Some(resource::Resource::Network(network)) => network.metadata.as_ref(),
         Some(resource::Resource::LoadBalancer(balancer)) => balancer.metadata.as_ref(),
+        Some(resource::Resource::Deployment(one)) => one.metadata.as_ref(),
         Some(resource::Resource::Node(node)) => node.metadata.as_ref(),
         None => None,
     };

@@ -6,23 +6,37 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{Labels, LoadBalancer, Name, Network},
+    model::{Labels, LoadBalancer, Name, Network, cycle},
     pb::resource::Kind,
 };
 use ipnet::IpNet;
 use prost::Message;
 
 use super::{
-    BALANCERS_MAX, NETWORKS_MAX, POLICIES_MAX, SPEC_BYTES_MAX, State, Stored, StoredBalancer,
-    StoredNetwork, StoredPolicy, Write,
+    BALANCERS_MAX, DEPLOYMENTS_MAX, NETWORKS_MAX, PLACEMENTS_MAX, POLICIES_MAX, SPEC_BYTES_MAX,
+    State, Stored, StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, Write,
 };
 use crate::error::Error;
+
+/// Services that cores and agents are made of: the catalogue has them already.
+const OWN_SERVICES: [&str; 9] = [
+    "agent",
+    "vpn",
+    "firewall",
+    "loadbalancer",
+    "state",
+    "bus",
+    "catalogue",
+    "orchestrator",
+    "identity",
+];
 
 /// Policies, networks and balancers after a plan, by name.
 pub(super) struct Next<'a> {
     policies: BTreeMap<&'a str, &'a StoredPolicy>,
     pub(super) networks: BTreeMap<&'a str, &'a StoredNetwork>,
     pub(super) balancers: BTreeMap<&'a str, &'a StoredBalancer>,
+    deployments: BTreeMap<&'a str, &'a StoredDeployment>,
 }
 
 impl<'a> Next<'a> {
@@ -31,6 +45,7 @@ impl<'a> Next<'a> {
             policies: by_name(&state.policies),
             networks: by_name(&state.networks),
             balancers: by_name(&state.balancers),
+            deployments: by_name(&state.deployments),
         };
         for write in writes {
             match write {
@@ -40,11 +55,19 @@ impl<'a> Next<'a> {
                 Write::Delete(Kind::FirewallPolicy, name) => {
                     next.policies.remove(name.as_str());
                 }
+                Write::Deployment(one) => {
+                    next.deployments.insert(&one.metadata.name, one);
+                }
+                Write::Delete(Kind::Deployment, name) => {
+                    next.deployments.remove(name.as_str());
+                }
                 Write::Delete(Kind::Network, name) => drop(next.networks.remove(name.as_str())),
                 Write::Delete(Kind::LoadBalancer, name) => {
                     next.balancers.remove(name.as_str());
                 }
                 Write::Delete(..)
+                | Write::Place(_)
+                | Write::Unplace(..)
                 | Write::Node(_)
                 | Write::Token(..)
                 | Write::TokenUse(..)
@@ -80,6 +103,9 @@ impl<'a> Next<'a> {
             self.check_networks_in_use(state)?;
             self.check_balancers()?;
         }
+        if writes.iter().any(|write| matches!(write, Write::Deployment(_))) {
+            self.check_deployments()?;
+        }
         Ok(())
     }
 
@@ -88,6 +114,7 @@ impl<'a> Next<'a> {
             ("firewall policies", self.policies.len(), POLICIES_MAX),
             ("networks", self.networks.len(), NETWORKS_MAX),
             ("load balancers", self.balancers.len(), BALANCERS_MAX),
+            ("deployments", self.deployments.len(), DEPLOYMENTS_MAX),
         ];
         for (what, count, max) in counts {
             if count > max {
@@ -95,13 +122,35 @@ impl<'a> Next<'a> {
                 return Err(Error::Exhausted(why));
             }
         }
-        let bytes = bytes(&self.policies) + bytes(&self.networks) + bytes(&self.balancers);
+        let bytes = bytes(&self.policies)
+            + bytes(&self.networks)
+            + bytes(&self.balancers)
+            + bytes(&self.deployments);
         if bytes > SPEC_BYTES_MAX {
             return Err(Error::Exhausted(format!(
                 "all specs together take {bytes} bytes; at most {SPEC_BYTES_MAX} are allowed"
             )));
         }
         Ok(())
+    }
+
+    fn check_deployments(&self) -> Result<(), Error> {
+        let all = self.deployments.values();
+        let instances: u64 = all.map(|one| u64::from(one.model.replicas)).sum();
+        if instances > PLACEMENTS_MAX as u64 {
+            let why = format!("{instances} instances in all; at most {PLACEMENTS_MAX} are allowed");
+            return Err(Error::Exhausted(why));
+        }
+        if let Some(name) = self.deployments.keys().find(|name| OWN_SERVICES.contains(name)) {
+            let why = "is the name of a service of our own";
+            return Err(Error::Invalid(format!("Deployment {name}: metadata.name: {why}")));
+        }
+        let needs = self.deployments.iter().map(|(name, one)| {
+            (*name, one.model.needs.iter().map(|need| need.service.as_str()).collect())
+        });
+        let Some(circle) = cycle(&needs.collect()) else { return Ok(()) };
+        let (name, circle) = (circle[0], circle.join(" needs "));
+        Err(Error::Invalid(format!("Deployment {name}: spec.needs: a circle: {circle}")))
     }
 
     fn check_overlap(&self) -> Result<(), Error> {
@@ -210,7 +259,7 @@ fn static_addresses(network: &Network) -> impl Iterator<Item = (IpAddr, &Name)> 
 impl Write {
     /// It changes what operators write as a whole.
     fn is_object(&self) -> bool {
-        matches!(self, Self::Policy(_) | Self::Network(_) | Self::Balancer(_))
+        matches!(self, Self::Policy(_) | Self::Network(_) | Self::Balancer(_) | Self::Deployment(_))
     }
 
     /// It changes who is in which network, or which addresses are free.
@@ -220,6 +269,9 @@ impl Write {
             Self::Network(_) | Self::Balancer(_) => true,
             Self::Delete(kind, _) => kinds.contains(kind),
             Self::Policy(_)
+            | Self::Deployment(_)
+            | Self::Place(_)
+            | Self::Unplace(..)
             | Self::Node(_)
             | Self::Token(..)
             | Self::TokenUse(..)

@@ -16,7 +16,8 @@ pub const HISTORY_MAX: usize = 1_000;
 /// Changed resources that are named in one entry; the rest is counted.
 const CHANGES_MAX: usize = 100;
 /// Kinds that operators write as a whole: what a rollback is about. A node is a fact.
-const KINDS: [Kind; 3] = [Kind::FirewallPolicy, Kind::Network, Kind::LoadBalancer];
+const KINDS: [Kind; 4] =
+    [Kind::FirewallPolicy, Kind::Network, Kind::LoadBalancer, Kind::Deployment];
 
 /// Who asked for a change, and how.
 #[derive(Clone, Debug)]
@@ -129,6 +130,10 @@ fn wanted(entry: &Entry) -> Result<Wanted, Invalid> {
         }
         Write::Balancer(old) => {
             (old.metadata, Body::Balancer { spec: (*old.spec).clone(), balancer: old.model })
+        }
+        Write::Deployment(old) => {
+            let (spec, deployment) = ((*old.spec).clone(), Box::new(old.model));
+            (old.metadata, Body::Deployment { spec, deployment })
         }
         _ => return Err(Invalid::new("is not of a kind that operators write as a whole")),
     };

@@ -3,9 +3,9 @@
 use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 
 use cnsmo_proto::{
-    model::{Addresses, Invalid, Labels, LoadBalancer, Name, Network},
+    model::{Addresses, Deployment, Invalid, Labels, LoadBalancer, Name, Network},
     pb::{
-        agent, balancer, identity,
+        agent, balancer, deployment, identity,
         meta::Metadata,
         network,
         policy::FirewallPolicy,
@@ -16,15 +16,20 @@ use prost::Message;
 use prost_types::Timestamp;
 
 use super::{
-    Announcement, Entry, Membership, Node, Op, Remembered, Revision, Stored, StoredBalancer,
-    StoredNetwork, StoredPolicy, TokenGrant, TokenRecord, Write,
+    Announcement, Entry, Membership, Node, Op, Placed, Remembered, Revision, Stored,
+    StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, TokenGrant, TokenRecord, Write,
 };
-use crate::events::Seen;
-use crate::identity::{Enrolled, Grants, Role, from_ms, registry::IDENTITIES, to_ms};
+use crate::{
+    events::Seen,
+    identity::{Enrolled, Grants, Role, from_ms, registry::IDENTITIES, to_ms},
+};
 
 const POLICIES: &str = "cnsmo/firewall-policies/";
 const NETWORKS: &str = "cnsmo/networks/";
 const BALANCERS: &str = "cnsmo/load-balancers/";
+const DEPLOYMENTS: &str = "cnsmo/deployments/";
+/// By deployment, then name.
+const PLACEMENTS: &str = "cnsmo/placements/";
 const NODES: &str = "cnsmo/nodes/";
 /// A token's uses are below it, so they are read after it.
 const TOKENS: &str = "cnsmo/tokens/";
@@ -32,9 +37,10 @@ const TOKENS: &str = "cnsmo/tokens/";
 const HISTORY: &str = "cnsmo/history/";
 
 /// How the keys begin that make up the state; other keys are not its own.
-pub const FOLDERS: [&str; 7] = [POLICIES, NETWORKS, BALANCERS, NODES, TOKENS, IDENTITIES, HISTORY];
+pub const FOLDERS: [&str; 9] =
+    [POLICIES, NETWORKS, BALANCERS, DEPLOYMENTS, PLACEMENTS, NODES, TOKENS, IDENTITIES, HISTORY];
 /// Those with the resources that a rollback is about.
-pub const ROLLBACK_FOLDERS: [&str; 3] = [POLICIES, NETWORKS, BALANCERS];
+pub const ROLLBACK_FOLDERS: [&str; 4] = [POLICIES, NETWORKS, BALANCERS, DEPLOYMENTS];
 
 /// Revision 0 in the metadata: that of this put.
 #[derive(Clone, PartialEq, Message)]
@@ -91,6 +97,18 @@ struct JoinTokenRecord {
 }
 
 #[derive(Clone, PartialEq, Message)]
+struct PlacementRecord {
+    #[prost(message, optional, tag = "1")]
+    instance: Option<deployment::Instance>,
+    #[prost(bytes = "vec", tag = "2")]
+    template: Vec<u8>,
+    #[prost(uint64, tag = "3")]
+    create_ms: u64,
+    #[prost(uint64, tag = "4")]
+    drain_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
 struct HistoryRecord {
     #[prost(uint64, tag = "1")]
     time_ms: u64,
@@ -118,6 +136,18 @@ pub(super) fn op(write: &Write) -> Op {
         Write::Balancer(balancer) => {
             let value = balancer::LoadBalancer::from(balancer).encode_to_vec();
             put(BALANCERS, &balancer.metadata.name, value)
+        }
+        Write::Deployment(one) => {
+            let value = deployment::Deployment::from(&**one).encode_to_vec();
+            put(DEPLOYMENTS, &one.metadata.name, value)
+        }
+        Write::Place(placed) => {
+            let (deployment, name) = placed.key();
+            let record = placement_record(placed).encode_to_vec();
+            put(PLACEMENTS, &format!("{deployment}/{name}"), record)
+        }
+        Write::Unplace(deployment, name) => {
+            Op::Delete { key: format!("{PLACEMENTS}{deployment}/{name}") }
         }
         Write::Node(node) => put(NODES, &node.metadata.name, node_record(node).encode_to_vec()),
         Write::Token(id, token) => put(TOKENS, id, token_record(token).encode_to_vec()),
@@ -148,6 +178,7 @@ fn folder(kind: Kind) -> &'static str {
         Kind::FirewallPolicy => POLICIES,
         Kind::Network => NETWORKS,
         Kind::LoadBalancer => BALANCERS,
+        Kind::Deployment => DEPLOYMENTS,
         Kind::Node => NODES,
         Kind::Unspecified => "",
     }
@@ -163,6 +194,12 @@ pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
     }
     if entry.key.starts_with(BALANCERS) {
         return balancer(decode(value)?).map(Write::Balancer);
+    }
+    if entry.key.starts_with(DEPLOYMENTS) {
+        return deployment(decode(value)?).map(|one| Write::Deployment(Box::new(one)));
+    }
+    if entry.key.starts_with(PLACEMENTS) {
+        return placement(decode(value)?).map(|one| Write::Place(Box::new(one)));
     }
     if entry.key.starts_with(NODES) {
         return node(decode(value)?).map(|node| Write::Node(Box::new(node)));
@@ -188,6 +225,7 @@ pub(crate) fn seen(entry: &Entry) -> Option<Seen> {
     let (kind, name) = of(POLICIES, "firewall-policy")
         .or_else(|| of(NETWORKS, "network"))
         .or_else(|| of(BALANCERS, "load-balancer"))
+        .or_else(|| of(DEPLOYMENTS, "deployment"))
         .or_else(|| of(NODES, "node"))?;
     // All of these records begin with the metadata.
     let record = Headed::decode(entry.value.as_ref()).unwrap_or_default();
@@ -234,6 +272,31 @@ fn balancer(record: balancer::LoadBalancer) -> Result<StoredBalancer, Invalid> {
     let spec = record.spec.unwrap_or_default();
     let model = LoadBalancer::try_from(spec.clone()).map_err(|e| e.at("spec"))?;
     Ok(Stored { metadata, model, spec: Arc::new(spec) })
+}
+
+fn deployment(record: deployment::Deployment) -> Result<StoredDeployment, Invalid> {
+    let metadata = record.metadata.unwrap_or_default();
+    let spec = record.spec.unwrap_or_default();
+    let model = Deployment::try_from(spec.clone()).map_err(|e| e.at("spec"))?;
+    Ok(Stored { metadata, model, spec: Arc::new(spec) })
+}
+
+fn placement_record(placed: &Placed) -> PlacementRecord {
+    PlacementRecord {
+        instance: Some(deployment::Instance::clone(&placed.instance)),
+        template: placed.template.to_vec(),
+        create_ms: placed.create_ms,
+        drain_ms: placed.drain_ms,
+    }
+}
+
+fn placement(record: PlacementRecord) -> Result<Placed, Invalid> {
+    Ok(Placed {
+        instance: Arc::new(record.instance.unwrap_or_default()),
+        template: hash(&record.template)?,
+        create_ms: record.create_ms,
+        drain_ms: record.drain_ms,
+    })
 }
 
 fn node_record(node: &Node) -> NodeRecord {

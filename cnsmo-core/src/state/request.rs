@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 
 use cnsmo_proto::{
-    model::{FirewallPolicy, Invalid, Labels, LoadBalancer, Name, Network},
+    model::{Deployment, FirewallPolicy, Invalid, Labels, LoadBalancer, Name, Network},
     pb::{
         balancer::LoadBalancerSpec,
+        deployment::DeploymentSpec,
         meta::Metadata,
         network::NetworkSpec,
         node::NodeSpec,
@@ -55,6 +56,13 @@ pub enum Body {
         /// The same.
         balancer: LoadBalancer,
     },
+    /// A deployment.
+    Deployment {
+        /// As it is handed on.
+        spec: DeploymentSpec,
+        /// The same.
+        deployment: Box<Deployment>,
+    },
     /// A node. None: its spec stays.
     Node(Option<NodeSpec>),
 }
@@ -66,6 +74,7 @@ impl Wanted {
             Body::Policy { .. } => Kind::FirewallPolicy,
             Body::Network { .. } => Kind::Network,
             Body::Balancer { .. } => Kind::LoadBalancer,
+            Body::Deployment { .. } => Kind::Deployment,
             Body::Node(_) => Kind::Node,
         }
     }
@@ -115,6 +124,10 @@ fn parse(n: usize, resource: Resource) -> Result<Wanted, Error> {
             let body = balancer.spec.ok_or_else(missing).and_then(balancer_body);
             (Kind::LoadBalancer, balancer.metadata, body)
         }
+        Some(resource::Resource::Deployment(one)) => {
+            let body = one.spec.ok_or_else(missing).and_then(deployment_body);
+            (Kind::Deployment, one.metadata, body)
+        }
         Some(resource::Resource::Node(node)) => {
             (Kind::Node, node.metadata, Ok(Body::Node(node.spec)))
         }
@@ -142,6 +155,11 @@ fn network_body(spec: NetworkSpec) -> Result<Body, Invalid> {
 fn balancer_body(spec: LoadBalancerSpec) -> Result<Body, Invalid> {
     let balancer = LoadBalancer::try_from(spec).map_err(|e| e.at("spec"))?;
     Ok(Body::Balancer { spec: (&balancer).into(), balancer })
+}
+
+fn deployment_body(spec: DeploymentSpec) -> Result<Body, Invalid> {
+    let deployment = Deployment::try_from(spec).map_err(|e| e.at("spec"))?;
+    Ok(Body::Deployment { spec: (&deployment).into(), deployment: Box::new(deployment) })
 }
 
 fn who(kind: &str, n: usize, metadata: Option<&Metadata>) -> String {

@@ -66,6 +66,7 @@ pub const RULES: &[Rule] = &[
     rule("/cnsmo.resource.v1.ResourceService/List", READERS),
     rule("/cnsmo.resource.v1.ResourceService/ListHistory", READERS),
     audited("/cnsmo.resource.v1.ResourceService/Rollback", WRITERS),
+    audited("/cnsmo.resource.v1.ResourceService/Scale", WRITERS),
     rule("/cnsmo.resource.v1.ResourceService/WaitApplied", READERS),
     rule("/cnsmo.resource.v1.ResourceService/Watch", READERS),
     rule("/cnsmo.service.v1.HostService/GetFeatures", READERS),
