@@ -101,7 +101,7 @@ pub(crate) async fn delete(client: &Client, args: DeleteArgs) -> Result<()> {
 /// A balancer needs its network. Policies go last: what they close stays closed while there is a way to it.
 fn deleted_as(resource: &Resource) -> u8 {
     match kind_of(resource) {
-        Kind::LoadBalancer => 0,
+        Kind::LoadBalancer | Kind::Deployment => 0,
         Kind::Network => 1,
         Kind::FirewallPolicy | Kind::Unspecified => 2,
         Kind::Node => 3,

@@ -95,6 +95,10 @@ pub(crate) enum Command {
     /// Steer one service of a VM or of the core; with --socket of an agent, of its own VM
     #[command(subcommand)]
     Service(ServiceCommand),
+    /// Change how many instances a deployment has
+    Scale(ScaleArgs),
+    /// Run a program on a VM, as a deployment of one instance
+    Spawn(SpawnArgs),
     /// Set or remove labels
     Label(LabelArgs),
     /// Let balancers give a VM no new flows; those it has go on to their end
@@ -171,7 +175,7 @@ pub(crate) struct EventsArgs {
     /// Go on with what happens, until interrupted
     #[arg(long)]
     pub(crate) follow: bool,
-    /// Only these kinds: firewall-policy, instance, load-balancer, network, node; repeatable
+    /// Only these kinds: deployment, firewall-policy, instance, load-balancer, network, node; repeatable
     #[arg(long = "kind", value_name = "KIND", value_delimiter = ',')]
     pub(crate) kinds: Vec<String>,
     /// Only about this VM, resource, service or instance
@@ -286,6 +290,39 @@ pub(crate) struct StopArgs {
     /// How long it may finish what it has, at most 1h [default: the service's own]
     #[arg(long, value_parser = wait_time)]
     pub(crate) deadline: Option<Duration>,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ScaleArgs {
+    #[arg(value_name = "NAME=N", value_parser = scaled)]
+    pub(crate) to: (Name, u32),
+    /// Return when that many are ready and the others are gone
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// At most 1h
+    #[arg(long, default_value = "60s", requires = "wait", value_parser = wait_time)]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct SpawnArgs {
+    /// Of the deployment, and of the service in the catalogue
+    pub(crate) name: Name,
+    /// The VM [default: one that has the least to do]
+    #[arg(long, visible_alias = "host", value_name = "NAME")]
+    pub(crate) node: Option<Name>,
+    /// Whom it runs as [default: the agent's user]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) user: Option<String>,
+    /// A port of its own, which it finds in the variable PORT_<NAME>; repeatable
+    #[arg(long = "port", value_name = "NAME")]
+    pub(crate) ports: Vec<String>,
+    /// How long to wait until it is ready, at most 1h
+    #[arg(long, default_value = "60s", value_parser = wait_time)]
+    pub(crate) timeout: Duration,
+    /// Program, by its absolute path, and arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub(crate) command: Vec<String>,
 }
 
 #[derive(clap::Args)]
@@ -470,6 +507,11 @@ pub(crate) struct WatchKeysArgs {
 #[derive(Clone, Copy, ValueEnum)]
 pub(crate) enum KindArg {
     #[value(
+        name = "deployments",
+        aliases = ["deployment", "deploy", "Deployment", "Deployments"]
+    )]
+    Deployments,
+    #[value(
         name = "firewallpolicies",
         aliases = ["firewallpolicy", "fw", "FirewallPolicy", "FirewallPolicies"]
     )]
@@ -488,12 +530,20 @@ pub(crate) enum KindArg {
 impl From<KindArg> for Kind {
     fn from(kind: KindArg) -> Self {
         match kind {
+            KindArg::Deployments => Self::Deployment,
             KindArg::FirewallPolicies => Self::FirewallPolicy,
             KindArg::LoadBalancers => Self::LoadBalancer,
             KindArg::Networks => Self::Network,
             KindArg::Nodes => Self::Node,
         }
     }
+}
+
+fn scaled(text: &str) -> Result<(Name, u32), String> {
+    let (name, number) = text.split_once('=').ok_or("not of the form NAME=N, such as web=3")?;
+    let name = Name::new(name).map_err(|invalid| invalid.to_string())?;
+    let number = number.parse().map_err(|_| format!("`{number}` is not a number"))?;
+    Ok((name, number))
 }
 
 pub(crate) fn wait_time(text: &str) -> Result<Duration, String> {

@@ -18,6 +18,7 @@ use cnsmo_proto::{
 use crate::{
     args::Format,
     client::Client,
+    deployment,
     get::{default_word, list, one, print_one},
     output::{age, labels, or_none, table},
 };
@@ -33,6 +34,7 @@ pub(crate) async fn describe(
         return print_one(format, &resource);
     }
     match &resource.resource {
+        Some(Inner::Deployment(one)) => deployment::describe(one),
         Some(Inner::FirewallPolicy(policy)) => describe_policy(policy),
         Some(Inner::LoadBalancer(balancer)) => balancer::describe(balancer),
         Some(Inner::Network(network)) => network::describe(network),
@@ -85,7 +87,7 @@ fn rule_row(rule: &FirewallRule) -> Vec<String> {
     ]
 }
 
-fn describe_metadata(metadata: Option<&Metadata>) -> Result<()> {
+pub(crate) fn describe_metadata(metadata: Option<&Metadata>) -> Result<()> {
     let metadata = metadata.cloned().unwrap_or_default();
     field("Name", &metadata.name)?;
     field("UID", &or_none(&metadata.uid))?;
@@ -95,7 +97,7 @@ fn describe_metadata(metadata: Option<&Metadata>) -> Result<()> {
     field("Age", &age(metadata.create_time))
 }
 
-fn describe_conditions(conditions: &[Condition]) -> Result<()> {
+pub(crate) fn describe_conditions(conditions: &[Condition]) -> Result<()> {
     let condition = |c: &Condition| {
         let status = c.status().as_str_name().trim_start_matches("STATUS_").to_lowercase();
         vec![c.r#type.clone(), status, or_none(&c.reason), or_none(&c.message)]
@@ -104,12 +106,12 @@ fn describe_conditions(conditions: &[Condition]) -> Result<()> {
     section("Conditions", &["TYPE", "STATUS", "REASON", "MESSAGE"], conditions)
 }
 
-fn field(name: &str, value: &str) -> Result<()> {
+pub(crate) fn field(name: &str, value: &str) -> Result<()> {
     writeln!(io::stdout(), "{:<18}{value}", format!("{name}:"))?;
     Ok(())
 }
 
-fn section(name: &str, header: &[&str], rows: Vec<Vec<String>>) -> Result<()> {
+pub(crate) fn section(name: &str, header: &[&str], rows: Vec<Vec<String>>) -> Result<()> {
     if rows.is_empty() {
         return field(name, "none");
     }

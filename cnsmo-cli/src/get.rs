@@ -15,6 +15,7 @@ use crate::{
     args::{Format, GetArgs},
     backends,
     client::{Client, refused},
+    deployment,
     output::{
         NONE, addresses, age, labels, manifests, or_none, print_json, print_table, print_yaml,
     },
@@ -78,6 +79,13 @@ async fn print_list(client: &Client, format: Format, kind: Kind, selector: &Labe
 
 fn print_rows(kind: Kind, resources: &[Resource]) -> Result<()> {
     match kind {
+        Kind::Deployment => {
+            let rows = resources.iter().filter_map(|one| match &one.resource {
+                Some(Inner::Deployment(one)) => Some(deployment::row(one)),
+                _ => None,
+            });
+            print_table(&deployment::HEADER, rows.collect())
+        }
         Kind::Node => print_table(
             &["NAME", "PHASE", "APPLIED", "ATTACH", "ADDRESSES", "LABELS", "AGE"],
             resources.iter().filter_map(node).map(node_row).collect(),

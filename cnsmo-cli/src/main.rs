@@ -7,6 +7,7 @@ mod backends;
 mod backup;
 mod bus;
 mod client;
+mod deployment;
 mod describe;
 mod diff;
 mod drain;
@@ -91,6 +92,8 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Agents { host } => services::agents(&client, format, host).await?,
         Command::Service(command) => service::service(&client, format, command).await?,
         Command::Services(args) => services::services(&client, format, args).await?,
+        Command::Scale(args) => return deployment::scale(&client, args).await,
+        Command::Spawn(args) => return deployment::spawn(&client, args).await,
         Command::Label(label) => label::label(&client, label).await?,
         Command::Drain(drain) => return drain::drain(&client, drain).await,
         Command::Token(TokenCommand::Create(create)) => token::create(&client, create).await?,

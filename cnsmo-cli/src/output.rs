@@ -22,6 +22,7 @@ pub(crate) const NONE: &str = "-";
 
 fn metadata(resource: &Resource) -> Option<&Metadata> {
     match resource.resource.as_ref()? {
+        Inner::Deployment(one) => one.metadata.as_ref(),
         Inner::FirewallPolicy(policy) => policy.metadata.as_ref(),
         Inner::LoadBalancer(balancer) => balancer.metadata.as_ref(),
         Inner::Network(network) => network.metadata.as_ref(),
@@ -35,6 +36,7 @@ pub(crate) fn name_of(resource: &Resource) -> &str {
 
 pub(crate) fn kind_of(resource: &Resource) -> Kind {
     match &resource.resource {
+        Some(Inner::Deployment(_)) => Kind::Deployment,
         Some(Inner::FirewallPolicy(_)) => Kind::FirewallPolicy,
         Some(Inner::LoadBalancer(_)) => Kind::LoadBalancer,
         Some(Inner::Network(_)) => Kind::Network,
@@ -46,6 +48,7 @@ pub(crate) fn kind_of(resource: &Resource) -> Kind {
 /// As in `firewallpolicy/web`.
 pub(crate) fn kind_word(kind: Kind) -> &'static str {
     match kind {
+        Kind::Deployment => "deployment",
         Kind::FirewallPolicy => "firewallpolicy",
         Kind::LoadBalancer => "loadbalancer",
         Kind::Network => "network",

@@ -14,6 +14,7 @@ use crate::{
     args::Format,
     backends,
     client::{Client, refused},
+    deployment::state,
     get::is_draining,
     output::{kind_of, kind_word, name_of, print_text, print_yaml},
 };
@@ -77,6 +78,11 @@ fn summary(resource: &Resource) -> String {
             let phase = manifest::phase(status.phase());
             let draining = if is_draining(node) { " draining" } else { "" };
             format!("{name} {phase}{draining} applied={}", status.applied_revision)
+        }
+        Some(Inner::Deployment(deployment)) => {
+            let status = deployment.status.clone().unwrap_or_default();
+            let (ready, desired, updated) = (status.ready, status.desired, status.updated);
+            format!("{name} ready={ready}/{desired} updated={updated} {}", state(&status))
         }
         Some(Inner::Network(network)) => {
             let status = network.status.clone().unwrap_or_default();

@@ -93,3 +93,6 @@ async fn look(core: &Core, catalog: &Catalog) -> Result<(), Error> {
     let observed = Observed::new(services.into_iter().flat_map(of));
     core.orchestrate(observed).await
 }
+
+#[cfg(test)]
+mod tests;

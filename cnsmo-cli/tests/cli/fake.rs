@@ -30,8 +30,8 @@ use cnsmo_proto::pb::{
     resource::{
         ApplyRequest, ApplyResponse, Change, DeleteRequest, DeleteResponse, GetRequest,
         GetResponse, HistoryEntry, Kind, ListHistoryRequest, ListHistoryResponse, ListRequest,
-        ListResponse, Resource, RollbackRequest, RollbackResponse, WaitAppliedRequest,
-        WaitAppliedResponse, WatchRequest, WatchResponse,
+        ListResponse, Resource, RollbackRequest, RollbackResponse, ScaleRequest, ScaleResponse,
+        WaitAppliedRequest, WaitAppliedResponse, WatchRequest, WatchResponse,
         apply_request::Mode,
         change::Outcome,
         resource::Resource as Inner,
@@ -282,6 +282,10 @@ impl ResourceService for Core {
         let limit = request.into_inner().limit as usize;
         let entries = self.0.lock().unwrap().history.iter().take(limit).cloned().collect();
         Ok(Response::new(ListHistoryResponse { entries }))
+    }
+
+    async fn scale(&self, _: Request<ScaleRequest>) -> Result<Response<ScaleResponse>, Status> {
+        Err(Status::not_found("Deployment shop: does not exist"))
     }
 
     async fn rollback(

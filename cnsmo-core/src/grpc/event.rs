@@ -20,7 +20,8 @@ const WATCHERS_MAX: usize = 256;
 /// Watches of one identity; a further one is refused.
 const WATCHERS_PER_IDENTITY_MAX: usize = 64;
 /// As the events name them.
-const KINDS: [&str; 5] = ["firewall-policy", "instance", "load-balancer", "network", "node"];
+const KINDS: [&str; 6] =
+    ["deployment", "firewall-policy", "instance", "load-balancer", "network", "node"];
 
 #[derive(Debug)]
 pub(super) struct Service {

@@ -1,0 +1,417 @@
+//! A fleet in memory that does what it is told, late and in any order.
+
+use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+
+use cnsmo_proto::{
+    model::{Labels, Name},
+    pb::{
+        catalog::{Instance, Phase},
+        deployment::{self as pb, DeploymentSpec},
+        meta::Metadata,
+        resource::{Resource, apply_request::Mode, resource},
+    },
+};
+use proptest::{collection::vec, prelude::*};
+
+use super::{Host, Observed, World, plan, shortage};
+use crate::{
+    identity::to_ms,
+    state::{Note, Placed, State, Step, parse_apply},
+};
+
+struct Vm {
+    labels: Labels,
+    is_seen: bool,
+    is_draining: bool,
+}
+
+/// State, VMs, and what the catalogue knows.
+struct Fleet {
+    state: State,
+    vms: BTreeMap<String, Vm>,
+    seen: BTreeMap<(String, String), (Phase, u64)>,
+    now_ms: u64,
+    named: usize,
+    revision: i64,
+}
+
+impl Fleet {
+    /// VMs and their zones.
+    fn new(zones: &[&str]) -> Self {
+        let vm = |(n, zone): (usize, &&str)| {
+            let labels = format!("zone={zone}").parse().unwrap();
+            (format!("vm{n}"), Vm { labels, is_seen: true, is_draining: false })
+        };
+        Self {
+            state: State::default(),
+            vms: zones.iter().enumerate().map(vm).collect(),
+            seen: BTreeMap::new(),
+            now_ms: to_ms(SystemTime::now()),
+            named: 0,
+            revision: 0,
+        }
+    }
+
+    fn now(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(self.now_ms)
+    }
+
+    fn commit(&mut self, plan: crate::state::Plan) {
+        if !plan.is_empty() {
+            self.revision += 1;
+            self.state.commit(plan, self.revision);
+        }
+    }
+
+    fn apply(&mut self, name: &str, change: impl FnOnce(&mut DeploymentSpec)) {
+        let mut spec = match self.state.deployments().get(name) {
+            Some(old) => DeploymentSpec::clone(&old.spec),
+            None => DeploymentSpec {
+                replicas: 3,
+                driver: Some(pb::deployment_spec::Driver::Process(pb::Process {
+                    command: vec!["/bin/app".into()],
+                    ..Default::default()
+                })),
+                ..Default::default()
+            },
+        };
+        change(&mut spec);
+        let metadata = Some(Metadata { name: name.into(), ..Metadata::default() });
+        let one = pb::Deployment { metadata, spec: Some(spec), status: None };
+        let resource = Resource { resource: Some(resource::Resource::Deployment(one)) };
+        let wanted = parse_apply(vec![resource]).unwrap();
+        let plan = self.state.plan_apply(wanted, Mode::Unspecified, self.now()).unwrap();
+        let note = Note { by: "test".into(), call: "Apply", to_revision: 0 };
+        let plan = self.state.noted(plan, &note, self.now());
+        self.commit(plan);
+    }
+
+    fn observed(&self) -> Observed {
+        Observed::new(self.seen.iter().map(|((service, name), (phase, since))| {
+            Arc::new(Instance {
+                service: service.clone(),
+                name: name.clone(),
+                phase: (*phase).into(),
+                phase_time: Some(prost_types::Timestamp {
+                    seconds: (since / 1_000).cast_signed(),
+                    nanos: 0,
+                }),
+                ..Instance::default()
+            })
+        }))
+    }
+
+    fn with_world<T>(&self, look: impl FnOnce(&World<'_>) -> T) -> T {
+        let observed = self.observed();
+        let host = |vm: &Vm| (vm.is_seen, vm.is_draining);
+        let hosts = self.vms.iter().map(|(name, vm)| {
+            let (is_seen, is_draining) = host(vm);
+            (name.as_str(), Host { labels: &vm.labels, is_seen, is_draining })
+        });
+        look(&World {
+            deployments: self.state.deployments(),
+            placements: self.state.placements(),
+            hosts: hosts.collect(),
+            observed: &observed,
+            now_ms: self.now_ms,
+        })
+    }
+
+    /// One look of the orchestrator; returns how many steps it took.
+    fn look(&mut self) -> usize {
+        let mut named = self.named;
+        let steps = self.with_world(|world| {
+            plan(world, |deployment| {
+                named += 1;
+                format!("{deployment}-{named:04}")
+            })
+        });
+        self.named = named;
+        let count = steps.len();
+        for step in &steps {
+            if let Step::Remove { deployment, name } = step {
+                self.seen.remove(&(deployment.clone(), name.clone()));
+            }
+        }
+        let plan = self.state.plan_steps(steps, self.now());
+        self.commit(plan);
+        count
+    }
+
+    fn placed(&self, deployment: &str) -> Vec<&Placed> {
+        let all = self.state.placements().values();
+        all.filter(|placed| placed.deployment() == deployment).collect()
+    }
+
+    fn set(&mut self, placed: &Placed, phase: Phase) {
+        let key = (placed.deployment().to_owned(), placed.instance.name.clone());
+        self.seen.insert(key, (phase, self.now_ms));
+    }
+
+    /// Every VM that is seen does all that it is told.
+    fn obey(&mut self) {
+        let all: Vec<Placed> = self.state.placements().values().cloned().collect();
+        for placed in &all {
+            if !self.vms[placed.node()].is_seen {
+                continue;
+            }
+            let phase = if placed.is_wanted() { Phase::Ready } else { Phase::Stopped };
+            let key = (placed.deployment().to_owned(), placed.instance.name.clone());
+            if self.seen.get(&key).map(|(phase, _)| *phase) != Some(phase) {
+                self.set(placed, phase);
+            }
+        }
+    }
+
+    /// Until nothing is left to do.
+    fn settle(&mut self) {
+        for _ in 0..100 {
+            self.now_ms += 1_000;
+            let steps = self.look();
+            self.obey();
+            if steps == 0 && self.look() == 0 {
+                return;
+            }
+        }
+        panic!("it never ends: {:?}", self.state.placements());
+    }
+
+    fn ready(&self, deployment: &str) -> usize {
+        let is_ready = |placed: &&&Placed| {
+            let key = (deployment.to_owned(), placed.instance.name.clone());
+            self.seen.get(&key).is_some_and(|(phase, _)| *phase == Phase::Ready)
+        };
+        self.placed(deployment).iter().filter(is_ready).count()
+    }
+
+    fn nodes(&self, deployment: &str) -> Vec<&str> {
+        let mut nodes: Vec<_> = self.placed(deployment).iter().map(|one| one.node()).collect();
+        nodes.sort_unstable();
+        nodes
+    }
+}
+
+#[test]
+fn instances_are_spread_over_zones_then_over_vms() {
+    let mut fleet = Fleet::new(&["a", "a", "a", "b"]);
+    fleet.apply("web", |spec| spec.replicas = 4);
+    fleet.settle();
+    assert_eq!(fleet.nodes("web"), ["vm0", "vm1", "vm3", "vm3"]);
+    // More or fewer: what is there stays.
+    let before: Vec<_> = fleet.placed("web").iter().map(|one| one.instance.name.clone()).collect();
+    fleet.apply("web", |spec| spec.replicas = 6);
+    fleet.settle();
+    let names: Vec<_> = fleet.placed("web").iter().map(|one| one.instance.name.clone()).collect();
+    assert!(names.len() == 6 && before.iter().all(|name| names.contains(name)));
+    fleet.apply("web", |spec| spec.replicas = 4);
+    fleet.settle();
+    let left: Vec<_> = fleet.placed("web").iter().map(|one| one.instance.name.clone()).collect();
+    assert_eq!(left, before, "the youngest go");
+}
+
+#[test]
+fn a_deployment_waits_for_what_it_needs() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.apply("web", |spec| {
+        spec.needs = vec![pb::Need { service: "db".into(), ready: 2, timeout: None }];
+    });
+    assert_eq!(fleet.look(), 0);
+    fleet.apply("db", |spec| spec.replicas = 2);
+    fleet.look();
+    assert_eq!((fleet.placed("db").len(), fleet.placed("web").len()), (2, 0));
+    fleet.settle();
+    assert_eq!(fleet.placed("web").len(), 3);
+    // What runs goes on when what it needs is gone.
+    fleet.apply("db", |spec| spec.replicas = 0);
+    fleet.settle();
+    assert_eq!((fleet.placed("db").len(), fleet.placed("web").len()), (0, 3));
+}
+
+#[test]
+fn a_vm_that_is_emptied_is_replaced_first_and_a_lost_one_is_replaced() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.apply("web", |spec| spec.replicas = 1);
+    fleet.settle();
+    assert_eq!(fleet.nodes("web"), ["vm0"]);
+    fleet.vms.get_mut("vm0").unwrap().is_draining = true;
+    fleet.look();
+    assert_eq!(fleet.nodes("web"), ["vm0", "vm1"]);
+    assert!(fleet.placed("web").iter().all(|one| one.is_wanted()), "until the other one is ready");
+    fleet.settle();
+    assert_eq!((fleet.nodes("web"), fleet.ready("web")), (vec!["vm1"], 1));
+
+    // Out of sight is not lost.
+    fleet.vms.get_mut("vm0").unwrap().is_draining = false;
+    fleet.vms.get_mut("vm1").unwrap().is_seen = false;
+    let placed = fleet.placed("web")[0].clone();
+    fleet.set(&placed, Phase::Unreachable);
+    assert_eq!(fleet.look(), 0);
+    fleet.set(&placed, Phase::Lost);
+    fleet.look();
+    assert_eq!(fleet.placed("web").iter().filter(|one| one.is_wanted()).count(), 1);
+    fleet.settle();
+    assert_eq!(fleet.nodes("web"), ["vm0"]);
+}
+
+#[test]
+fn an_end_does_not_hang_on_a_vm_that_does_nothing() {
+    let mut fleet = Fleet::new(&["a"]);
+    fleet.apply("web", |_| {});
+    fleet.settle();
+    let deleted = fleet.state.plan_delete(cnsmo_proto::pb::resource::Kind::Deployment, "web");
+    fleet.commit(deleted.unwrap());
+    fleet.look();
+    assert!(fleet.placed("web").iter().all(|one| !one.is_wanted()));
+    assert_eq!(fleet.look(), 0);
+    // Its drain time of 30 s, its stop time of 10 s and a minute.
+    fleet.now_ms += 99_000;
+    assert_eq!(fleet.look(), 0);
+    fleet.now_ms += 2_000;
+    assert_eq!(fleet.look(), 3);
+    assert!(fleet.placed("web").is_empty());
+}
+
+#[test]
+fn ports_are_each_instances_own() {
+    let mut fleet = Fleet::new(&["a", "a"]);
+    let port = |name: &str, port| pb::Port { name: name.into(), protocol: 6, port };
+    fleet.apply("web", |spec| (spec.replicas, spec.ports) = (4, vec![port("http", 0)]));
+    fleet.apply("fixed", |spec| (spec.replicas, spec.ports) = (3, vec![port("http", 8080)]));
+    fleet.settle();
+    let mut used: Vec<_> = fleet
+        .state
+        .placements()
+        .values()
+        .map(|placed| (placed.node(), placed.instance.ports[0].port))
+        .collect();
+    used.sort_unstable();
+    let count = used.len();
+    used.dedup();
+    assert_eq!((count, used.len()), (6, 6), "{used:?}");
+    assert_eq!(fleet.placed("fixed").len(), 2);
+    let why = fleet.with_world(|world| shortage(world, "fixed"));
+    assert!(why.unwrap().contains("ports are in use"), "{why:?}");
+    fleet.apply("nowhere", |spec| {
+        let selector = [("zone".into(), "c".into())].into();
+        spec.placement = Some(pb::Placement { selector, ..Default::default() });
+    });
+    let why = fleet.with_world(|world| shortage(world, "nowhere"));
+    assert!(why.unwrap().contains("no VM"), "{why:?}");
+}
+
+#[derive(Clone, Debug)]
+enum Deed {
+    Scale(u32),
+    Replace(u32),
+    Unavailable(u32),
+    Drain(usize, bool),
+    See(usize, bool),
+    Obey,
+    Fail(usize),
+    Pass,
+}
+
+fn deed() -> impl Strategy<Value = Deed> {
+    prop_oneof![
+        (0..6_u32).prop_map(Deed::Scale),
+        (0..3_u32).prop_map(Deed::Replace),
+        (1..4_u32).prop_map(Deed::Unavailable),
+        (0..4_usize, any::<bool>()).prop_map(|(n, is)| Deed::Drain(n, is)),
+        (0..4_usize, any::<bool>()).prop_map(|(n, is)| Deed::See(n, is)),
+        Just(Deed::Obey),
+        Just(Deed::Obey),
+        (0..8_usize).prop_map(Deed::Fail),
+        Just(Deed::Pass),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever happens in between: no look makes more of them than there shall be and may be in between, or takes away
+    /// one that is ready beyond what may be missing; and when VMs obey, all is as it shall be.
+    #[test]
+    fn it_keeps_to_its_limits_and_comes_to_an_end(deeds in vec(deed(), 1..40)) {
+        let mut fleet = Fleet::new(&["a", "a", "b", "b"]);
+        fleet.apply("web", |_| {});
+        for deed in deeds {
+            fleet.now_ms += 1_000;
+            match deed {
+                Deed::Scale(n) => fleet.apply("web", |spec| spec.replicas = n),
+                Deed::Replace(n) => fleet.apply("web", |spec| {
+                    spec.attributes = [("version".to_owned(), n.to_string())].into();
+                }),
+                Deed::Unavailable(n) => fleet.apply("web", |spec| {
+                    spec.rollout = Some(pb::Rollout { max_unavailable: n, soak: None });
+                }),
+                Deed::Drain(n, is) => fleet.vms.get_mut(&format!("vm{n}")).unwrap().is_draining = is,
+                Deed::See(n, is) => fleet.vms.get_mut(&format!("vm{n}")).unwrap().is_seen = is,
+                Deed::Obey => fleet.obey(),
+                Deed::Fail(n) => {
+                    let placed = fleet.placed("web").get(n).map(|one| (*one).clone());
+                    if let Some(placed) = placed {
+                        fleet.set(&placed, Phase::Failed);
+                    }
+                }
+                Deed::Pass => fleet.now_ms += 30_000,
+            }
+            let model = fleet.state.deployments()["web"].model.clone();
+            let (desired, most) = (model.replicas as usize, model.rollout.max_unavailable as usize);
+            let wanted = |fleet: &Fleet| fleet.placed("web").iter().filter(|one| one.is_wanted()).count();
+            let ready = |fleet: &Fleet| {
+                let wanted = fleet.placed("web").into_iter().filter(|one| one.is_wanted());
+                wanted.filter(|one| {
+                    let key = ("web".to_owned(), one.instance.name.clone());
+                    fleet.seen.get(&key).is_some_and(|(phase, _)| *phase == Phase::Ready)
+                }).count()
+            };
+            let (wanted_before, ready_before) = (wanted(&fleet), ready(&fleet));
+            fleet.look();
+            let limit = (desired + most).max(wanted_before);
+            prop_assert!(wanted(&fleet) <= limit, "{} of {limit}", wanted(&fleet));
+            let least = ready_before.min(desired.saturating_sub(most));
+            prop_assert!(ready(&fleet) >= least, "{} ready of {least}", ready(&fleet));
+            // The same world gives the same steps.
+            let twice = [(); 2].map(|()| fleet.with_world(|world| plan(world, |d| format!("{d}-x"))));
+            prop_assert_eq!(&twice[0], &twice[1]);
+        }
+        for vm in fleet.vms.values_mut() {
+            (vm.is_seen, vm.is_draining) = (true, false);
+        }
+        fleet.obey();
+        fleet.settle();
+        let model = &fleet.state.deployments()["web"];
+        let desired = model.model.replicas as usize;
+        prop_assert_eq!((fleet.placed("web").len(), fleet.ready("web")), (desired, desired));
+        let current = crate::state::template(&model.spec);
+        prop_assert!(fleet.placed("web").iter().all(|one| one.template == current));
+    }
+}
+
+#[test]
+fn needs_in_a_circle_are_refused_with_the_circle() {
+    let one = |name: &str, need: &str| {
+        let spec = DeploymentSpec {
+            needs: vec![pb::Need { service: need.into(), ready: 1, timeout: None }],
+            driver: Some(pb::deployment_spec::Driver::Process(pb::Process {
+                command: vec!["/bin/app".into()],
+                ..Default::default()
+            })),
+            ..Default::default()
+        };
+        let metadata =
+            Some(Metadata { name: Name::new(name).unwrap().to_string(), ..Metadata::default() });
+        let one = pb::Deployment { metadata, spec: Some(spec), status: None };
+        Resource { resource: Some(resource::Resource::Deployment(one)) }
+    };
+    let wanted = parse_apply(vec![one("a", "b"), one("b", "c"), one("c", "a")]).unwrap();
+    let refused = State::default().plan_apply(wanted, Mode::Unspecified, SystemTime::now());
+    let text = refused.unwrap_err().to_string();
+    assert!(
+        text.contains("Deployment a: spec.needs: a circle: a needs b needs c needs a"),
+        "{text}"
+    );
+    let wanted = parse_apply(vec![one("firewall", "b")]).unwrap();
+    let refused = State::default().plan_apply(wanted, Mode::Unspecified, SystemTime::now());
+    assert!(refused.unwrap_err().to_string().contains("a service of our own"));
+}
