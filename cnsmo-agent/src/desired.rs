@@ -11,7 +11,9 @@ use std::{
 
 use cnsmo_proto::{
     digest::Digest,
-    model::{Backend, FirewallPolicy, Invalid, LoadBalancer, Member, Name, Network},
+    model::{
+        Backend, Driver, FirewallPolicy, Instance, Invalid, LoadBalancer, Member, Name, Network,
+    },
     pb::agent::{Resource, ResourceError, TypeState, Update, resource, update::Kind},
 };
 
@@ -47,6 +49,7 @@ enum Spec {
     Member(Member),
     LoadBalancer(LoadBalancer),
     Backend(Backend),
+    Instance(Box<Instance>),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -221,6 +224,14 @@ impl DesiredSet {
     pub fn backends(&self) -> impl Iterator<Item = &Backend> {
         self.running.values().filter_map(|r| match &*r.spec {
             Spec::Backend(backend) => Some(backend),
+            _ => None,
+        })
+    }
+
+    /// Instances of services that this VM is to run, by deployment and name.
+    pub fn instances(&self) -> impl Iterator<Item = &Instance> {
+        self.running.values().filter_map(|r| match &*r.spec {
+            Spec::Instance(instance) => Some(&**instance),
             _ => None,
         })
     }
@@ -477,9 +488,23 @@ fn convert(resource: Resource) -> Result<(Key, Spec), Invalid> {
             .and_then(|b| named(&b.load_balancer, balancer, "loadBalancer").map(|()| b))
             .and_then(|backend| named(&backend.node, node, "node").map(|()| backend))
             .map(Spec::Backend),
+        (Key::Instance(deployment, name), Wire::Instance(spec)) => Instance::try_from(spec)
+            .and_then(|one| named(&one.deployment, deployment, "deployment").map(|()| one))
+            .and_then(|one| named(&one.name, name, "name").map(|()| one))
+            .and_then(can_be_run)
+            .map(|instance| Spec::Instance(Box::new(instance))),
         _ => Err(Invalid::new("is not of the kind that the name says")),
     };
     Ok((key, spec.map_err(|e| e.at("spec"))?))
+}
+
+fn can_be_run(instance: Instance) -> Result<Instance, Invalid> {
+    match instance.template.driver {
+        Driver::Process(_) => Ok(instance),
+        Driver::Unit(_) | Driver::Transient(_) => {
+            Err(Invalid::new("this agent runs processes only").at("systemd"))
+        }
+    }
 }
 
 /// Name and content of a derived record must agree.
@@ -498,6 +523,7 @@ impl From<&Spec> for resource::Spec {
             Spec::Member(spec) => Self::Member(spec.into()),
             Spec::LoadBalancer(spec) => Self::LoadBalancer(spec.into()),
             Spec::Backend(spec) => Self::Backend(spec.into()),
+            Spec::Instance(spec) => Self::Instance((&**spec).into()),
         }
     }
 }

@@ -15,7 +15,7 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{Name, PublicKey},
+    model::{Instance, Name, PublicKey},
     pb::agent::{Ack, TypeState, Update},
 };
 use cnsmo_service::supervise::Stop;
@@ -79,8 +79,12 @@ pub struct EnforcerHandle {
     mailbox: mpsc::Sender<Message>,
     in_force: watch::Receiver<InForce>,
     checks: watch::Receiver<Arc<Checks>>,
+    instances: watch::Receiver<Arc<Instances>>,
     parts: Parts,
 }
+
+/// What this VM is to run, by deployment and name.
+pub type Instances = BTreeMap<(Name, Name), Instance>;
 
 /// A service runs. Dropped with it: then its part is held as it is.
 #[derive(Debug)]
@@ -206,6 +210,11 @@ impl EnforcerHandle {
         let _ = self.mailbox.try_send(Message::Sweep { part });
     }
 
+    /// What this VM is to run, now and after each change.
+    pub fn instances(&self) -> watch::Receiver<Arc<Instances>> {
+        self.instances.clone()
+    }
+
     /// What is in force now and after each change.
     pub fn in_force(&self) -> watch::Receiver<InForce> {
         self.in_force.clone()
@@ -240,6 +249,7 @@ pub struct Seat {
 struct Outlets {
     in_force: watch::Sender<InForce>,
     checks: watch::Sender<Arc<Checks>>,
+    instances: watch::Sender<Arc<Instances>>,
 }
 
 impl Seat {
@@ -255,17 +265,21 @@ impl Seat {
         let (sender, mailbox) = mpsc::channel(MAILBOX_MAX);
         let (in_force, in_force_watch) = watch::channel(InForce::default());
         let (checks, checks_watch) = watch::channel(Arc::default());
+        let (instances, instances_watch) = watch::channel(Arc::default());
         let seat = Self {
             datapath,
             tunnel,
             state_dir: state_dir.to_owned(),
             node: Arc::new(node.map_or_else(OnceLock::new, OnceLock::from)),
             mailbox: Arc::new(Mutex::new(mailbox)),
-            outlets: Outlets { in_force, checks },
+            outlets: Outlets { in_force, checks, instances },
             parts: parts.clone(),
         };
         let (in_force, checks) = (in_force_watch, checks_watch);
-        (seat, EnforcerHandle { mailbox: sender, in_force, checks, parts })
+        (
+            seat,
+            EnforcerHandle { mailbox: sender, in_force, checks, instances: instances_watch, parts },
+        )
     }
 
     /// Opens tunnel and data path and enforces what the ledger holds. Returns the enforcer and where the core was last.

@@ -38,12 +38,14 @@ impl Part {
         }
     }
 
-    fn of(key: &Key) -> Self {
-        match key {
+    /// None: it is the services' own that run as processes.
+    fn of(key: &Key) -> Option<Self> {
+        Some(match key {
+            Key::Instance(..) => return None,
             Key::Network(_) | Key::Member(..) => Self::Vpn,
             Key::FirewallPolicy(_) => Self::Firewall,
             Key::LoadBalancer(_) | Key::Backend(..) => Self::LoadBalancer,
-        }
+        })
     }
 }
 
@@ -93,13 +95,13 @@ impl Parts {
         if state == [FOLLOWED; 3] {
             return (wanted.clone(), BTreeMap::new());
         }
-        let of = |key: &Key| state[Part::of(key) as usize];
+        let of = |key: &Key| Part::of(key).map_or(FOLLOWED, |part| state[part as usize]);
         let nothing = DesiredSet::default();
         let restricted = wanted
             .with_those_of(enforced.unwrap_or(&nothing), |key| of(key) == HELD)
             .with_those_of(&nothing, |key| of(key) == ABSENT);
         let why = |key: &Key| {
-            let service = Part::of(key).name();
+            let service = Part::of(key).map_or("", Part::name);
             match of(key) {
                 HELD => format!("service {service} does not run"),
                 _ => format!("this VM has no service {service}"),

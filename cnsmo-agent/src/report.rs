@@ -18,7 +18,7 @@ use cnsmo_proto::{
 
 use cnsmo_service::{
     announce::incarnation,
-    host::{Following, Host, front::Local},
+    host::{About, Following, Host, News, front::Local},
     lifecycle::State,
 };
 use tonic::Code;
@@ -66,18 +66,26 @@ impl Services {
     }
 
     /// `complete`: these are all.
-    pub fn report(&self, states: Vec<(String, State)>, complete: bool) -> InstanceReport {
-        let instance = |(service, state): (String, State)| Instance {
-            name: self.node.to_string(),
-            service,
+    pub fn report(&self, news: News, complete: bool) -> InstanceReport {
+        let name = |about: &About| match about.instance.as_str() {
+            "" => self.node.to_string(),
+            instance => instance.to_owned(),
+        };
+        let instance = |(about, state): (About, State)| Instance {
+            name: name(&about),
+            service: about.service,
+            endpoints: about.endpoints,
+            attributes: about.attributes,
             phase: catalog::Phase::from(state.phase).into(),
             reason: state.reason.into(),
             message: state.message,
             incarnation: self.incarnation.clone(),
             ..Instance::default()
         };
-        let instances = states.into_iter().map(instance).collect();
-        InstanceReport { complete, instances, removed: Vec::new() }
+        let removed = |about: &About| format!("{}/{}", about.service, name(about));
+        let removed = news.removed.iter().map(removed).collect();
+        let instances = news.states.into_iter().map(instance).collect();
+        InstanceReport { complete, instances, removed }
     }
 }
 

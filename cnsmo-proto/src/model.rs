@@ -14,7 +14,7 @@ pub use balancer::{
     ADDRESSES_MAX, Algorithm, Backend, HealthCheck, LoadBalancer, Mode, PORTS_MAX, ServicePort,
 };
 pub use deployment::{
-    ATTRIBUTES_MAX, DEPLOYMENT_PORTS_MAX, Deployment, NEEDS_MAX, Need, Placement, Port,
+    ATTRIBUTES_MAX, DEPLOYMENT_PORTS_MAX, Deployment, Instance, NEEDS_MAX, Need, Placement, Port,
     REPLICAS_MAX, Rollout, SPREAD, Template, cycle, port_variable,
 };
 pub use error::Invalid;

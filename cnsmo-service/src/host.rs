@@ -14,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use cnsmo_proto::pb::catalog::Endpoint;
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
     task::JoinHandle,
@@ -42,16 +43,53 @@ pub trait Service: Send + Sync + 'static {
         Vec::new()
     }
 
+    /// As it is in the catalogue.
+    fn about(&self) -> About {
+        About { service: self.name().to_owned(), driver: "builtin", ..About::default() }
+    }
+
+    /// The process that it runs in, if it runs.
+    fn pid(&self) -> u32 {
+        std::process::id()
+    }
+
+    /// When it is started again, and how long it may take to stop. None: as its host says.
+    fn limits(&self) -> Option<Limits> {
+        None
+    }
+
+    /// It goes on without this program: when the host ends it is left alone.
+    fn outlives(&self) -> bool {
+        false
+    }
+
     /// One life of it: until `stop` is asked for, or until it fails. Reports through `life` when it is ready or
     /// degraded; the host does the rest. Dropped where a crash is wanted, so what must not be lost is not in it.
     fn run(&self, life: Lifecycle, stop: Stop) -> Run;
 }
 
+/// What a service is, whatever phase it is in.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct About {
+    /// Its name in the catalogue.
+    pub service: String,
+    /// Which of several instances of the service it is; empty: there is one on each host.
+    pub instance: String,
+    /// builtin, process or systemd.
+    pub driver: &'static str,
+    /// Where it is reached.
+    pub endpoints: Vec<Endpoint>,
+    /// Of the instance.
+    pub attributes: BTreeMap<String, String>,
+}
+
 /// What can be known of a service from outside.
 #[derive(Clone, Debug)]
 pub struct Status {
-    /// Its name.
-    pub service: String,
+    /// What it is.
+    pub about: About,
+    /// The process that it runs in; 0: none.
+    pub pid: u32,
     /// Phase, since when, and why.
     pub state: State,
     /// By its supervisor, since the host has it.
@@ -64,6 +102,14 @@ pub enum OrderError {
     /// There is no such service here.
     #[error("there is no service {0} on this host")]
     Unknown(String),
+    /// There are several instances, and none is named.
+    #[error("there are {count} instances of service {service} on this host: name one")]
+    Several {
+        /// Its name.
+        service: String,
+        /// So many.
+        count: usize,
+    },
     /// A service of this name is there already.
     #[error("service {0} runs on this host already")]
     Taken(String),
@@ -97,6 +143,8 @@ pub enum AnnounceError {
 pub struct Host {
     limits: Limits,
     services: Arc<Mutex<BTreeMap<String, Hosted>>>,
+    /// Counts services that came and went.
+    roster: Arc<watch::Sender<u64>>,
 }
 
 struct Hosted {
@@ -130,7 +178,7 @@ enum What {
 impl Host {
     /// Without services. `limits`: of the supervisor of each.
     pub fn new(limits: Limits) -> Self {
-        Self { limits, services: Arc::default() }
+        Self { limits, services: Arc::default(), roster: Arc::new(watch::Sender::new(0)) }
     }
 
     /// Starts a service.
@@ -148,7 +196,7 @@ impl Host {
         let starts = Arc::default();
         let keeper = Keeper {
             service: service.clone(),
-            limits: self.limits,
+            limits: service.limits().unwrap_or(self.limits),
             life: life.clone(),
             starts: Arc::clone(&starts),
             kill: Arc::default(),
@@ -156,12 +204,48 @@ impl Host {
         };
         let keeper = tokio::spawn(keeper.keep());
         place.insert(Hosted { service, life: life.clone(), orders, starts, keeper });
+        drop(services);
+        self.roster.send_modify(|count| *count += 1);
         Ok(life)
+    }
+
+    /// Takes a service out. One that runs is ended as a crash would: stop it before.
+    ///
+    /// # Errors
+    /// [`OrderError::Unknown`].
+    pub fn remove(&self, service: &str) -> Result<(), OrderError> {
+        let hosted = self.services().remove(service);
+        let hosted = hosted.ok_or_else(|| OrderError::Unknown(service.to_owned()))?;
+        hosted.keeper.abort();
+        self.roster.send_modify(|count| *count += 1);
+        Ok(())
+    }
+
+    /// The host's name of what is in the catalogue as this service and instance; empty: the only one.
+    ///
+    /// # Errors
+    /// [`OrderError::Unknown`]; [`OrderError::Several`].
+    pub fn name_of(&self, service: &str, instance: &str) -> Result<String, OrderError> {
+        let services = self.services();
+        let is_it = |hosted: &Hosted| {
+            let about = hosted.service.about();
+            about.service == service && (instance.is_empty() || about.instance == instance)
+        };
+        let mut found = services.iter().filter(|(_, hosted)| is_it(hosted)).map(|(name, _)| name);
+        let unknown = || match instance {
+            "" => OrderError::Unknown(service.to_owned()),
+            instance => OrderError::Unknown(format!("{service}/{instance}")),
+        };
+        let name = found.next().ok_or_else(unknown)?;
+        match found.count() {
+            0 => Ok(name.clone()),
+            more => Err(OrderError::Several { service: service.to_owned(), count: more + 1 }),
+        }
     }
 
     /// All services, by name.
     pub fn list(&self) -> Vec<Status> {
-        self.services().iter().map(|(name, hosted)| hosted.status(name)).collect()
+        self.services().values().map(Hosted::status).collect()
     }
 
     /// One service.
@@ -169,7 +253,7 @@ impl Host {
     /// # Errors
     /// [`OrderError::Unknown`].
     pub fn status(&self, service: &str) -> Result<Status, OrderError> {
-        self.with(service, |hosted| hosted.status(service))
+        self.with(service, Hosted::status)
     }
 
     /// What a service can do.
@@ -231,13 +315,8 @@ impl Host {
 
     /// The states of all services that it has now, and each that they enter later.
     pub fn follow(&self) -> Following {
-        let follow = |(service, life): (String, Lifecycle)| Followed {
-            service,
-            states: life.watch(),
-            life,
-            seen: 0,
-        };
-        Following(self.lives().into_iter().map(follow).collect())
+        let roster = self.roster.subscribe();
+        Following { host: self.clone(), roster, followed: BTreeMap::new() }
     }
 
     /// The services and their phases, by name.
@@ -265,6 +344,10 @@ impl Host {
         let hosted = std::mem::take(&mut *self.services());
         let mut keepers = Vec::new();
         for hosted in hosted.into_values() {
+            if hosted.service.outlives() {
+                hosted.keeper.abort();
+                continue;
+            }
             // Without its orders a keeper stops its service and ends.
             drop(hosted.orders);
             keepers.push(hosted.keeper);
@@ -298,57 +381,95 @@ impl Host {
 }
 
 impl Hosted {
-    fn status(&self, name: &str) -> Status {
+    fn status(&self) -> Status {
         let restarts = self.starts.load(Ordering::Relaxed).saturating_sub(1);
         let state = self.life.watch().borrow().clone();
-        Status { service: name.to_owned(), state, restarts }
+        Status { about: self.service.about(), pid: self.service.pid(), state, restarts }
     }
 }
 
-/// One who is told every state of every service once.
+/// One who is told every state of every service once, and of those that are taken out.
 #[derive(Debug)]
-pub struct Following(Vec<Followed>);
+pub struct Following {
+    host: Host,
+    roster: watch::Receiver<u64>,
+    followed: BTreeMap<String, Followed>,
+}
 
 #[derive(Debug)]
 struct Followed {
-    service: String,
+    about: About,
     life: Lifecycle,
     states: watch::Receiver<State>,
     seen: u64,
 }
 
+/// What has happened to the services of a host.
+#[derive(Debug, Default)]
+pub struct News {
+    /// States that were entered, those of one service in order.
+    pub states: Vec<(About, State)>,
+    /// They are not there any more.
+    pub removed: Vec<About>,
+}
+
 impl Following {
     /// The state that each service is in, by name. What came before is not told any more.
-    pub fn present(&mut self) -> Vec<(String, State)> {
+    pub fn present(&mut self) -> Vec<(About, State)> {
+        self.look_for_services();
         let present = |one: &mut Followed| {
             let (states, entered) = one.life.entered_after(0);
             one.seen = entered;
-            Some((one.service.clone(), states.last()?.clone()))
+            Some((one.about.clone(), states.last()?.clone()))
         };
-        self.0.iter_mut().filter_map(present).collect()
+        self.followed.values_mut().filter_map(present).collect()
     }
 
-    /// The states entered since this was asked last, those of one service in order; waits until there is one.
-    pub async fn next(&mut self) -> Vec<(String, State)> {
+    /// What has happened since this was asked last; waits until there is something.
+    pub async fn next(&mut self) -> News {
         loop {
-            let mut news = Vec::new();
-            for one in &mut self.0 {
+            let removed = self.look_for_services();
+            let mut news = News { states: Vec::new(), removed };
+            for one in self.followed.values_mut() {
                 let (states, entered) = one.life.entered_after(one.seen);
                 one.seen = entered;
-                news.extend(states.into_iter().map(|state| (one.service.clone(), state)));
+                news.states.extend(states.into_iter().map(|state| (one.about.clone(), state)));
             }
-            if !news.is_empty() {
+            if !(news.states.is_empty() && news.removed.is_empty()) {
                 return news;
             }
-            let changed = self.0.iter_mut().map(|one| Box::pin(one.states.changed()));
+            let changed = self.followed.values_mut().map(|one| Box::pin(one.states.changed()));
             let mut changed: Vec<_> = changed.collect();
-            // The senders are in the lives. Without services there is never anything to tell.
-            poll_fn(|context| {
+            // The senders are in the lives, and in the host.
+            let any = poll_fn(|context| {
                 let is_any = changed.iter_mut().any(|one| one.as_mut().poll(context).is_ready());
                 if is_any { Poll::Ready(()) } else { Poll::Pending }
-            })
-            .await;
+            });
+            tokio::select! {
+                () = any => {}
+                _ = self.roster.changed() => {}
+            }
         }
+    }
+
+    /// Takes up those that are new. Returns those that are gone.
+    fn look_for_services(&mut self) -> Vec<About> {
+        let services = self.host.services();
+        // Another one of the same name is another one.
+        let is_same = |name: &String, one: &mut Followed| {
+            services.get(name).is_some_and(|hosted| hosted.life.is_same(&one.life))
+        };
+        let gone = self.followed.extract_if(.., |name, one| !is_same(name, one));
+        let gone: Vec<_> = gone.map(|(_, one)| one.about).collect();
+        for (name, hosted) in services.iter() {
+            self.followed.entry(name.clone()).or_insert_with(|| Followed {
+                about: hosted.service.about(),
+                states: hosted.life.watch(),
+                life: hosted.life.clone(),
+                seen: 0,
+            });
+        }
+        gone
     }
 }
 
@@ -609,7 +730,8 @@ mod tests {
         assert_eq!(seen.first(), Some(&Phase::Failed));
         let mut told = Vec::new();
         while told.last() != Some(&Phase::Ready) {
-            told.extend(following.next().await.into_iter().map(|(_, state)| state.phase));
+            let news = following.next().await;
+            told.extend(news.states.into_iter().map(|(_, state)| state.phase));
         }
         assert_eq!(told, [Phase::Failed, Phase::Starting, Phase::Ready]);
         assert_eq!(host.status("a").unwrap().restarts, 1);

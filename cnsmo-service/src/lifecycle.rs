@@ -131,6 +131,11 @@ struct History {
 }
 
 impl Lifecycle {
+    /// Whether both are of one service.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.history, &other.history)
+    }
+
     /// Begins with [`Phase::Installing`].
     pub fn new(reason: &'static str) -> Self {
         let (phase, since) = (Phase::Installing, SystemTime::now());

@@ -7,6 +7,7 @@ const NETWORK: &str = "network";
 const MEMBER: &str = "member";
 const LOAD_BALANCER: &str = "load-balancer";
 const BACKEND: &str = "backend";
+const INSTANCE: &str = "instance";
 
 /// Names a resource in the set of a VM, as `Resource.name` of agent.proto does.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -21,6 +22,8 @@ pub enum Key {
     LoadBalancer(Name),
     /// `backend/BALANCER/NODE`
     Backend(Name, Name),
+    /// `instance/DEPLOYMENT/NAME`
+    Instance(Name, Name),
 }
 
 impl Key {
@@ -48,6 +51,7 @@ impl std::str::FromStr for Key {
             NETWORK => Name::new(rest).map(Self::Network),
             LOAD_BALANCER => Name::new(rest).map(Self::LoadBalancer),
             MEMBER => pair().map(|(network, node)| Self::Member(network, node)),
+            INSTANCE => pair().map(|(deployment, name)| Self::Instance(deployment, name)),
             BACKEND => pair().map(|(balancer, node)| Self::Backend(balancer, node)),
             _ => Err(Invalid::new("begins with no kind of resource that this agent knows")),
         }
@@ -61,6 +65,7 @@ impl fmt::Display for Key {
             Self::Network(name) => write!(f, "{NETWORK}/{name}"),
             Self::Member(network, node) => write!(f, "{MEMBER}/{network}/{node}"),
             Self::LoadBalancer(name) => write!(f, "{LOAD_BALANCER}/{name}"),
+            Self::Instance(deployment, name) => write!(f, "{INSTANCE}/{deployment}/{name}"),
             Self::Backend(balancer, node) => write!(f, "{BACKEND}/{balancer}/{node}"),
         }
     }
@@ -72,9 +77,14 @@ mod tests {
 
     #[test]
     fn keys_are_read_as_they_are_written() {
-        for text in
-            ["firewall-policy/a", "network/n", "member/n/vm-1", "load-balancer/b", "backend/b/vm-1"]
-        {
+        for text in [
+            "firewall-policy/a",
+            "network/n",
+            "member/n/vm-1",
+            "load-balancer/b",
+            "backend/b/vm-1",
+            "instance/web/web-1",
+        ] {
             assert_eq!(text.parse::<Key>().unwrap().to_string(), text);
         }
         for text in

@@ -32,7 +32,8 @@ impl MemoryEnforcer {
         let this = Self { mailbox, in_force, _checks: checks, set };
         let (in_force, checks) = (in_force_watch, checks_watch);
         let parts = Parts::default();
-        (this, EnforcerHandle { mailbox: sender, in_force, checks, parts })
+        let (_, instances) = watch::channel(Arc::default());
+        (this, EnforcerHandle { mailbox: sender, in_force, checks, instances, parts })
     }
 
     /// Runs until no handle is left. `received` sees each update before it is carried out.

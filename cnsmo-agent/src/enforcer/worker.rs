@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use cnsmo_proto::{
     digest::Digest,
-    model::{Action, Name},
+    model::{Action, Instance, Name},
     pb::agent::{Ack, TypeState, Update, update::Kind},
 };
 use cnsmo_service::supervise::Chain;
@@ -457,6 +457,17 @@ impl Enforcer {
     fn publish(&mut self) {
         if self.plane.crashed {
             return;
+        }
+        if let Some(set) = &self.set {
+            let one = |one: &Instance| ((one.deployment.clone(), one.name.clone()), one.clone());
+            let instances = set.instances().map(one).collect();
+            self.outlets.instances.send_if_modified(|then| {
+                let changed = **then != instances;
+                if changed {
+                    *then = Arc::new(instances);
+                }
+                changed
+            });
         }
         let blocked = &self.shortfall.blocked;
         let types = self.set.iter();

@@ -16,6 +16,7 @@ use cnsmo_proto::{
 use cnsmo_service::{
     backoff::{Backoff, jittered},
     channel::{ConnectError, CoreAddress, connect},
+    host::News,
     identity::{Credentials, EnrollError},
     lifecycle::{Lifecycle, Phase},
     supervise::{Chain, Stop},
@@ -285,7 +286,7 @@ impl Stream<'_> {
         }
         let mut commands = FuturesUnordered::new();
         let mut services = self.services.follow();
-        let present = services.present();
+        let present = News { states: services.present(), removed: Vec::new() };
         self.send(Session::instances(self.services.report(present, true))).await?;
         let mut update: Answer<Ack> = None;
         let mut status: Answer<VmStatus> = None;

@@ -86,6 +86,25 @@ pub struct Port {
     pub port: u16,
 }
 
+/// One instance, as its VM is to run it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance {
+    /// Unique among all of the deployment that ever were.
+    pub name: Name,
+    /// Name of the deployment, and of the service.
+    pub deployment: Name,
+    /// Name of the VM.
+    pub node: Name,
+    /// It shall end: why.
+    pub draining: Option<String>,
+    /// Of the deployment.
+    pub generation: i64,
+    /// What it is; ports have numbers.
+    pub template: Template,
+    /// For its connections when it shall end.
+    pub drain_timeout: Duration,
+}
+
 /// How instances are replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rollout {
@@ -213,6 +232,60 @@ impl From<&Port> for pb::Port {
     fn from(port: &Port) -> Self {
         let Port { name, protocol, port } = port;
         Self { name: name.to_string(), protocol: (*protocol).into(), port: (*port).into() }
+    }
+}
+
+impl TryFrom<pb::Instance> for Instance {
+    type Error = Invalid;
+
+    fn try_from(wire: pb::Instance) -> Result<Self, Invalid> {
+        let draining = match wire.goal() {
+            pb::instance::Goal::Run => None,
+            pb::instance::Goal::Drain => Some(wire.goal_reason),
+            pb::instance::Goal::Unspecified => return Err(Invalid::new("missing").at("goal")),
+        };
+        let ports = ports(&wire.ports).map_err(|e| e.at("ports"))?;
+        if let Some(port) = ports.iter().find(|port| port.port == 0) {
+            return Err(Invalid::new(format!("{} has no number", port.name)).at("ports"));
+        }
+        let driver = wire.driver.map(|driver| match driver {
+            pb::instance::Driver::Process(one) => pb::deployment_spec::Driver::Process(one),
+            pb::instance::Driver::Systemd(one) => pb::deployment_spec::Driver::Systemd(one),
+        });
+        let attributes = Labels::new(wire.attributes).map_err(|e| e.at("attributes"))?;
+        Ok(Self {
+            name: Name::new(wire.name).map_err(|e| e.at("name"))?,
+            deployment: Name::new(wire.deployment).map_err(|e| e.at("deployment"))?,
+            node: Name::new(wire.node).map_err(|e| e.at("node"))?,
+            draining,
+            generation: wire.generation,
+            drain_timeout: time(wire.drain_timeout, DRAIN_TIMEOUT, Duration::ZERO..=HOUR)
+                .map_err(|e| e.at("drainTimeout"))?,
+            template: Template { driver: Driver::new(driver, &ports)?, ports, attributes },
+        })
+    }
+}
+
+impl From<&Instance> for pb::Instance {
+    fn from(instance: &Instance) -> Self {
+        use pb::instance::Goal;
+        let goal = if instance.draining.is_some() { Goal::Drain } else { Goal::Run };
+        let driver = match pb::deployment_spec::Driver::from(&instance.template.driver) {
+            pb::deployment_spec::Driver::Process(one) => pb::instance::Driver::Process(one),
+            pb::deployment_spec::Driver::Systemd(one) => pb::instance::Driver::Systemd(one),
+        };
+        Self {
+            name: instance.name.to_string(),
+            deployment: instance.deployment.to_string(),
+            node: instance.node.to_string(),
+            goal: goal.into(),
+            goal_reason: instance.draining.clone().unwrap_or_default(),
+            generation: instance.generation,
+            driver: Some(driver),
+            ports: instance.template.ports.iter().map(Into::into).collect(),
+            attributes: instance.template.attributes.as_map().clone(),
+            drain_timeout: instance.drain_timeout.try_into().ok(),
+        }
     }
 }
 

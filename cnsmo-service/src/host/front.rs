@@ -15,7 +15,7 @@ use cnsmo_proto::pb::{
 use tokio_stream::Empty;
 use tonic::{Request, Response, Status};
 
-use super::{Host, OrderError};
+use super::{About, Host, OrderError};
 use crate::{
     lifecycle::{Phase, State},
     supervise::Chain,
@@ -60,17 +60,18 @@ impl Local {
     }
 
     fn status(&self, status: super::Status) -> ServiceStatus {
-        let super::Status { service, state, restarts } = status;
+        let super::Status { about, pid, state, restarts } = status;
         let State { phase, reason, message, since } = state;
+        let About { service, instance, driver, .. } = about;
         ServiceStatus {
-            id: Some(ServiceId { node: self.node.to_string(), service, instance: String::new() }),
+            id: Some(ServiceId { node: self.node.to_string(), service, instance }),
             phase: catalog::Phase::from(phase).into(),
             reason: reason.into(),
             message,
             phase_time: Some(since.into()),
-            pid: std::process::id(),
+            pid,
             restarts,
-            driver: "builtin".into(),
+            driver: driver.into(),
         }
     }
 
@@ -88,11 +89,7 @@ impl Local {
         if service.is_empty() {
             return Err(Status::invalid_argument("id.service: missing"));
         }
-        if !instance.is_empty() {
-            let text = format!("id.instance: service {service} has no instance {instance} here");
-            return Err(Status::not_found(text));
-        }
-        Ok(service)
+        Ok(self.host.name_of(&service, &instance)?)
     }
 }
 
@@ -154,6 +151,7 @@ impl From<OrderError> for Status {
         let text = Chain(&error).to_string();
         match error {
             OrderError::Unknown(_) => Self::not_found(text),
+            OrderError::Several { .. } => Self::invalid_argument(text),
             OrderError::Taken(_) => Self::already_exists(text),
             OrderError::Illegal { .. } => Self::failed_precondition(text),
             OrderError::Busy(_) => Self::resource_exhausted(text),
