@@ -12,7 +12,8 @@ use std::{
 use cnsmo_proto::{
     digest::Digest,
     model::{
-        Backend, Driver, FirewallPolicy, Instance, Invalid, LoadBalancer, Member, Name, Network,
+        Backend, Check, Driver, FirewallPolicy, Instance, Invalid, LoadBalancer, Member, Name,
+        Network, Probe,
     },
     pb::agent::{Resource, ResourceError, TypeState, Update, resource, update::Kind},
 };
@@ -499,8 +500,14 @@ fn convert(resource: Resource) -> Result<(Key, Spec), Invalid> {
 }
 
 fn can_be_run(instance: Instance) -> Result<Instance, Invalid> {
-    match instance.template.driver {
-        Driver::Process(_) => Ok(instance),
+    match &instance.template.driver {
+        Driver::Process(process) => match process.readiness {
+            Some(Probe { check: Check::Announced, .. }) => {
+                Err(Invalid::new("this agent does not hear of it")
+                    .at("process.readiness.announced"))
+            }
+            _ => Ok(instance),
+        },
         Driver::Unit(_) | Driver::Transient(_) => {
             Err(Invalid::new("this agent runs processes only").at("systemd"))
         }

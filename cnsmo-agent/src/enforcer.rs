@@ -79,7 +79,7 @@ pub struct EnforcerHandle {
     mailbox: mpsc::Sender<Message>,
     in_force: watch::Receiver<InForce>,
     checks: watch::Receiver<Arc<Checks>>,
-    instances: watch::Receiver<Arc<Instances>>,
+    instances: watch::Receiver<Option<Arc<Instances>>>,
     parts: Parts,
 }
 
@@ -210,8 +210,8 @@ impl EnforcerHandle {
         let _ = self.mailbox.try_send(Message::Sweep { part });
     }
 
-    /// What this VM is to run, now and after each change.
-    pub fn instances(&self) -> watch::Receiver<Arc<Instances>> {
+    /// What this VM is to run, now and after each change; none: it is not known, and whatever runs goes on.
+    pub fn instances(&self) -> watch::Receiver<Option<Arc<Instances>>> {
         self.instances.clone()
     }
 
@@ -249,7 +249,7 @@ pub struct Seat {
 struct Outlets {
     in_force: watch::Sender<InForce>,
     checks: watch::Sender<Arc<Checks>>,
-    instances: watch::Sender<Arc<Instances>>,
+    instances: watch::Sender<Option<Arc<Instances>>>,
 }
 
 impl Seat {
@@ -265,7 +265,7 @@ impl Seat {
         let (sender, mailbox) = mpsc::channel(MAILBOX_MAX);
         let (in_force, in_force_watch) = watch::channel(InForce::default());
         let (checks, checks_watch) = watch::channel(Arc::default());
-        let (instances, instances_watch) = watch::channel(Arc::default());
+        let (instances, instances_watch) = watch::channel(None);
         let seat = Self {
             datapath,
             tunnel,

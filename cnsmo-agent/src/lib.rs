@@ -18,3 +18,4 @@ pub mod runtime;
 pub mod session;
 pub mod socket;
 pub mod tunnel;
+pub mod workload;

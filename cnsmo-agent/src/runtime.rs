@@ -5,7 +5,7 @@ use std::{
     io::{Read as _, Write as _},
     os::unix::fs::DirBuilderExt as _,
     path::Path,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -33,6 +33,7 @@ use crate::{
     report::Services,
     session::{self, Connection},
     socket,
+    workload::Workloads,
 };
 
 /// What an agent's certificate must be of.
@@ -92,6 +93,9 @@ pub async fn run(
     let locator = Locator::new(config.cores.clone(), last_core, enforcer.clone());
     let asked = config.parts.clone();
     let undoing_stop = parts_stop.clone();
+    let workloads = Workloads::new(host.clone(), &config.state_dir);
+    let leaving = workloads.leaving();
+    let working = workloads.run(enforcer.instances(), parts_stop.clone());
     let talking = talk(config, locator, enforcer.clone(), host.clone(), parts_stop);
     let parts = async {
         tokio::try_join!(
@@ -99,6 +103,7 @@ pub async fn run(
             async { steering.await.context("the task of the socket failed") },
             talking,
             undo_in_time(enforcer.clone(), undoing_stop),
+            async { working.await.context("instances cannot be run") },
         )
     };
     for part in asked {
@@ -109,6 +114,7 @@ pub async fn run(
         ended = &mut parts => ended,
         () = stop.asked() => {
             tracing::info!("stopping; the data path stays attached");
+            leaving.store(true, Ordering::Relaxed);
             // Services first: they need the enforcer, and the core hears of their end.
             let stop_all = async {
                 host.shut_down().await;

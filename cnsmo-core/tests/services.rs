@@ -24,7 +24,7 @@ use tonic::{Code, Status, transport::Channel};
 
 use crate::harness::{Agent, PATIENCE, TestCore, unix};
 
-const SERVICES: [&str; 4] = ["bus", "catalogue", "identity", "state"];
+const SERVICES: [&str; 5] = ["bus", "catalogue", "identity", "orchestrator", "state"];
 
 struct Client {
     hosts: HostServiceClient<Channel>,

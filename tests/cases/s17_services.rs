@@ -60,7 +60,7 @@ fn revision(core: &Core) -> u64 {
 #[tokio::test]
 async fn s08_a_core_has_its_own_agent_and_what_is_killed_of_it_is_back() {
     let core = Core::start("s08");
-    let services = ["bus", "catalogue", "identity", "state"];
+    let services = ["bus", "catalogue", "identity", "orchestrator", "state"];
     let listed = phases(&core.cnsmo_json(&["services", "--host", "core"]));
     assert_eq!(listed, all(&services, "ready"));
     for service in services {

@@ -32,7 +32,7 @@ impl MemoryEnforcer {
         let this = Self { mailbox, in_force, _checks: checks, set };
         let (in_force, checks) = (in_force_watch, checks_watch);
         let parts = Parts::default();
-        let (_, instances) = watch::channel(Arc::default());
+        let (_, instances) = watch::channel(None);
         (this, EnforcerHandle { mailbox: sender, in_force, checks, instances, parts })
     }
 

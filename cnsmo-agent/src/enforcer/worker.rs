@@ -462,9 +462,9 @@ impl Enforcer {
             let one = |one: &Instance| ((one.deployment.clone(), one.name.clone()), one.clone());
             let instances = set.instances().map(one).collect();
             self.outlets.instances.send_if_modified(|then| {
-                let changed = **then != instances;
+                let changed = then.as_deref() != Some(&instances);
                 if changed {
-                    *then = Arc::new(instances);
+                    *then = Some(Arc::new(instances));
                 }
                 changed
             });
