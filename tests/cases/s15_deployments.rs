@@ -1,6 +1,8 @@
 //! Instances of a service on a VM: placed, scaled, replaced and ended by the core, whoever is killed meanwhile.
 
-use std::{collections::BTreeSet, fs, net::SocketAddr, path::PathBuf, process::Command};
+use std::{
+    cell::Cell, collections::BTreeSet, fs, net::SocketAddr, path::PathBuf, process::Command,
+};
 
 use cnsmo_tests::{Process, sweep};
 use serde_json::Value;
@@ -110,17 +112,17 @@ impl Fleet {
 
 /// Time and number of ready instances, once and again.
 async fn fewest_ready(fleet: &Fleet, deployment: &str, version: &str) -> usize {
-    let mut fewest = usize::MAX;
+    let fewest = Cell::new(usize::MAX);
     until("the new version", async || {
         let all = fleet.core.cnsmo_json(&["services", "--service", deployment]);
         let all = all.as_array().unwrap();
         let ready: Vec<_> = all.iter().filter(|one| one["phase"] == "ready").collect();
-        fewest = fewest.min(ready.len());
+        fewest.set(fewest.get().min(ready.len()));
         let is_new = |one: &Value| one["attributes"]["version"] == version;
         (ready.len() == all.len() && all.iter().all(is_new)).then_some(())
     })
     .await;
-    fewest
+    fewest.get()
 }
 
 #[tokio::test]
