@@ -489,7 +489,7 @@ fn convert(resource: Resource) -> Result<(Key, Spec), Invalid> {
             .and_then(|b| named(&b.load_balancer, balancer, "loadBalancer").map(|()| b))
             .and_then(|backend| named(&backend.node, node, "node").map(|()| backend))
             .map(Spec::Backend),
-        (Key::Instance(deployment, name), Wire::Instance(spec)) => Instance::try_from(spec)
+        (Key::Instance(deployment, name), Wire::Instance(spec)) => Instance::try_from(*spec)
             .and_then(|one| named(&one.deployment, deployment, "deployment").map(|()| one))
             .and_then(|one| named(&one.name, name, "name").map(|()| one))
             .and_then(can_be_run)
@@ -530,7 +530,7 @@ impl From<&Spec> for resource::Spec {
             Spec::Member(spec) => Self::Member(spec.into()),
             Spec::LoadBalancer(spec) => Self::LoadBalancer(spec.into()),
             Spec::Backend(spec) => Self::Backend(spec.into()),
-            Spec::Instance(spec) => Self::Instance((&**spec).into()),
+            Spec::Instance(spec) => Self::Instance(Box::new((&**spec).into())),
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Instances of services that this VM runs for the core, each a child process.
 //!
-//! They outlive the agent: what is known of each is on disk (`record.rs`), and the next agent takes them up where they are.
-//! An instance is never started twice, because the record is written before the child is made, and the child can be told by
-//! its environment.
+//! They outlive the agent: the next one finds each by its record (`child.rs`) and takes it up where it is.
 
+mod cgroup;
 mod child;
+mod launch;
+mod log;
 mod probe;
-mod record;
 mod runner;
 
 use std::{
@@ -20,15 +20,22 @@ use std::{
     time::Duration,
 };
 
-use cnsmo_proto::model::{Driver, Instance, Name};
+use cnsmo_proto::{
+    model::{Driver, Instance, Name},
+    pb::deployment as pb,
+};
 use cnsmo_service::{
     host::{Host, OrderError},
     lifecycle::{Lifecycle, Phase},
     supervise::Stop,
 };
+use prost::Message as _;
 use tokio::{sync::watch, task::JoinSet};
 
-use self::{record::Record, runner::Runner};
+use self::{
+    child::Folder,
+    runner::{Runner, folder},
+};
 use crate::enforcer::Instances;
 
 /// Folder of the instances, within the agent's own.
@@ -115,10 +122,10 @@ impl Workloads {
             folders => folders?,
         };
         for folder in folders {
-            let folder = folder?.path();
-            let Some(instance) = Record::load(&folder).and_then(|record| record.instance()) else {
-                continue;
-            };
+            let message = Folder::new(folder?.path(), None).message();
+            let message = fs::read(message).unwrap_or_default();
+            let instance = pb::Instance::decode(message.as_slice());
+            let Ok(instance) = Instance::try_from(instance.unwrap_or_default()) else { continue };
             if !wanted.contains_key(&(instance.deployment.clone(), instance.name.clone())) {
                 let draining = Some("Removed".to_owned());
                 self.begin(Instance { draining, ..instance });
@@ -145,7 +152,7 @@ impl Workloads {
         let Driver::Process(process) = instance.template.driver.clone() else { return };
         let key = (instance.deployment.clone(), instance.name.clone());
         let name = format!("{}/{}", instance.deployment, instance.name);
-        let folder = self.folder.join(format!("{}.{}", instance.deployment, instance.name));
+        let folder = folder(&self.folder, &instance.deployment, &instance.name);
         let is_ending = instance.draining.is_some();
         tracing::info!(instance = name, "to be run");
         let runner = Runner::new(name.clone(), instance, process, folder, self.leaving.clone());
@@ -193,10 +200,7 @@ impl Workloads {
     fn remove(&mut self, key: &(Name, Name)) {
         let Some(known) = self.known.remove(key) else { return };
         let (deployment, name) = key;
-        let folder = self.folder.join(format!("{deployment}.{name}"));
-        if let Err(error) = fs::remove_dir_all(&folder)
-            && error.kind() != io::ErrorKind::NotFound
-        {
+        if let Err(error) = folder(&self.folder, deployment, name).remove() {
             tracing::warn!(instance = known.name, %error, "its folder is left behind");
         }
         if let Err(error) = self.host.remove(&known.name) {

@@ -99,6 +99,8 @@ pub(crate) enum Command {
     Scale(ScaleArgs),
     /// Run a program on a VM, as a deployment of one instance
     Spawn(SpawnArgs),
+    /// What an instance of a deployment has written
+    Logs(LogsArgs),
     /// Set or remove labels
     Label(LabelArgs),
     /// Let balancers give a VM no new flows; those it has go on to their end
@@ -302,6 +304,21 @@ pub(crate) struct ScaleArgs {
     /// At most 1h
     #[arg(long, default_value = "60s", requires = "wait", value_parser = wait_time)]
     pub(crate) timeout: Duration,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct LogsArgs {
+    /// Of the deployment
+    pub(crate) deployment: Name,
+    /// Of several instances, one [default: the only one]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) instance: Option<Name>,
+    /// The last lines alone [default: all that are kept, by way of a core the last 256 KiB]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) tail: Option<u32>,
+    /// Go on with what is written from now on; on the VM, with --socket of its agent
+    #[arg(long, short = 'f')]
+    pub(crate) follow: bool,
 }
 
 #[derive(clap::Args)]

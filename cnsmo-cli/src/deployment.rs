@@ -21,13 +21,14 @@ use cnsmo_proto::{
             ApplyRequest, Kind, Resource, ScaleRequest, apply_request::Mode,
             resource::Resource as Inner,
         },
+        service::{ListServicesRequest, LogLine, ReadLogsRequest, ServiceId},
     },
 };
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
     EXIT_TIMEOUT,
-    args::{ScaleArgs, SpawnArgs},
+    args::{Format, LogsArgs, ScaleArgs, SpawnArgs},
     client::{Client, refused},
     describe::{describe_conditions, describe_metadata, field, section},
     get::one,
@@ -83,6 +84,51 @@ pub(crate) async fn spawn(client: &Client, args: SpawnArgs) -> Result<ExitCode> 
     let (name, revision) = (&args.name, answer.revision);
     writeln!(io::stdout(), "deployment/{name} created\nrevision {revision}")?;
     complete(client, name, args.timeout).await
+}
+
+/// Prints what one instance has written.
+pub(crate) async fn logs(client: &Client, format: Format, args: LogsArgs) -> Result<()> {
+    let mut hosts = client.hosts().await?;
+    let all = hosts.list_services(ListServicesRequest::default()).await.map_err(refused)?;
+    let (service, instance) =
+        (args.deployment.to_string(), args.instance.map(|one| one.to_string()));
+    let ids = all.into_inner().services.into_iter().filter_map(|status| status.id);
+    let is_meant = |id: &ServiceId| {
+        id.service == service && instance.as_ref().is_none_or(|i| *i == id.instance)
+    };
+    let found: Vec<_> = ids.filter(is_meant).collect();
+    let id = match &*found {
+        [] => bail!("no instance of {service} is on a VM that is connected"),
+        [one] => one.clone(),
+        several => {
+            let names: Vec<_> = several.iter().map(|id| id.instance.as_str()).collect();
+            bail!("--instance: missing, {service} has several: {}", names.join(", "));
+        }
+    };
+    let tail = args.tail.unwrap_or_default();
+    let request = ReadLogsRequest { id: Some(id), tail, follow: args.follow };
+    let mut stream = hosts.read_logs(request).await.map_err(refused)?.into_inner();
+    while let Some(some) = stream.message().await.map_err(refused)? {
+        for line in &some.lines {
+            print_line(format, line)?;
+        }
+        io::stdout().flush()?;
+    }
+    Ok(())
+}
+
+fn print_line(format: Format, line: &LogLine) -> Result<()> {
+    let LogLine { time, stream, text } = line;
+    let out = &mut io::stdout();
+    match format {
+        Format::Table => writeln!(out, "{text}")?,
+        Format::Json | Format::Yaml => {
+            let time = time.map(|time| time.to_string());
+            let line = serde_json::json!({"time": time, "stream": stream, "text": text});
+            writeln!(out, "{line}")?;
+        }
+    }
+    Ok(())
 }
 
 /// Until all instances are as they shall be.

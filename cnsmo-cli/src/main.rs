@@ -93,6 +93,7 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Service(command) => service::service(&client, format, command).await?,
         Command::Services(args) => services::services(&client, format, args).await?,
         Command::Scale(args) => return deployment::scale(&client, args).await,
+        Command::Logs(args) => deployment::logs(&client, format, args).await?,
         Command::Spawn(args) => return deployment::spawn(&client, args).await,
         Command::Label(label) => label::label(&client, label).await?,
         Command::Drain(drain) => return drain::drain(&client, drain).await,

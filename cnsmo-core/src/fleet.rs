@@ -156,7 +156,7 @@ impl From<Spec> for resource::Spec {
             Spec::Member(spec) => Self::Member(Arc::unwrap_or_clone(spec)),
             Spec::Balancer(spec) => Self::LoadBalancer(Arc::unwrap_or_clone(spec)),
             Spec::Backend(spec) => Self::Backend(Arc::unwrap_or_clone(spec)),
-            Spec::Instance(spec) => Self::Instance(Arc::unwrap_or_clone(spec)),
+            Spec::Instance(spec) => Self::Instance(Box::new(Arc::unwrap_or_clone(spec))),
         }
     }
 }

@@ -278,6 +278,7 @@ pub(crate) async fn unix(socket: &Path) -> Result<Channel, tonic::transport::Err
 
 pub(crate) fn name_of(resource: &Resource) -> String {
     match resource.resource.as_ref().unwrap() {
+        resource::Resource::Deployment(one) => one.metadata.clone().unwrap().name,
         resource::Resource::FirewallPolicy(policy) => policy.metadata.clone().unwrap().name,
         resource::Resource::Network(network) => network.metadata.clone().unwrap().name,
         resource::Resource::LoadBalancer(balancer) => balancer.metadata.clone().unwrap().name,

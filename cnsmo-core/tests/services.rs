@@ -141,6 +141,7 @@ async fn a_service_of_the_core_that_is_stopped_takes_no_calls_and_says_so() {
                 ("bus", Phase::Ready),
                 ("catalogue", Phase::Ready),
                 ("identity", Phase::Ready),
+                ("orchestrator", Phase::Ready),
                 ("state", Phase::Stopped),
             ],
         )

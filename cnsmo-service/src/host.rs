@@ -58,6 +58,12 @@ pub trait Service: Send + Sync + 'static {
         None
     }
 
+    /// What it writes to standard output and error: the last `tail` lines of the past (0: all that are kept), and with
+    /// `follow` what comes. None: it has no output of its own.
+    fn logs(&self, _tail: usize, _follow: bool) -> Option<front::LogStream> {
+        None
+    }
+
     /// It goes on without this program: when the host ends it is left alone.
     fn outlives(&self) -> bool {
         false
@@ -262,6 +268,19 @@ impl Host {
     /// [`OrderError::Unknown`].
     pub fn features(&self, service: &str) -> Result<Vec<String>, OrderError> {
         self.with(service, |hosted| hosted.service.features())
+    }
+
+    /// What a service writes: see [`Service::logs`].
+    ///
+    /// # Errors
+    /// [`OrderError::Unknown`].
+    pub fn logs(
+        &self,
+        service: &str,
+        tail: usize,
+        follow: bool,
+    ) -> Result<Option<front::LogStream>, OrderError> {
+        self.with(service, |hosted| hosted.service.logs(tail, follow))
     }
 
     /// Its phases.

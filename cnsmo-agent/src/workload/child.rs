@@ -1,251 +1,418 @@
-//! A child process: made or taken up, waited for, ended.
+//! A child that outlives the agent, and is found again by the next one.
+//!
+//! Its record is written by the child itself, between fork and exec, under a lock that exec lets go: whoever gets the lock
+//! sees either a record with the child's identity, or that there is no child. So no crash of the agent starts one twice.
+//! An identity is of one boot; nothing of it must survive a loss of power.
 
 use std::{
-    collections::BTreeMap,
-    ffi::CString,
-    fs::{self, DirBuilder, File, OpenOptions, Permissions},
-    io,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::{
-            fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, chown},
-            process::CommandExt as _,
+            fs::{DirBuilderExt as _, OpenOptionsExt as _},
+            process::{CommandExt as _, ExitStatusExt as _},
         },
     },
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
+    path::PathBuf,
+    process::{Command, ExitStatus, Stdio},
 };
 
-use cnsmo_proto::model::{Instance, Process, port_variable};
+use cnsmo_proto::model::Limits;
 use nix::{
     errno::Errno,
-    sys::{
-        signal::{Signal, killpg},
-        wait::{WaitPidFlag, WaitStatus, waitpid},
-    },
-    unistd::{Gid, Group, Pid, Uid, User, getgrouplist, setgid, setgroups, setsid, setuid},
+    sys::signal::{Signal, killpg},
+    unistd::{Gid, Pid, Uid, User, chown, getgrouplist},
 };
 use tokio::io::unix::AsyncFd;
 
-use super::record::MARK;
+use super::{cgroup::Group, launch::Launch};
 
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Of what is written to standard output or error. Twice as much is kept, the older half beside it as `.1`.
-const LOG_BYTES_MAX: u64 = 8 << 20;
-const LOGS: [&str; 2] = ["stdout.log", "stderr.log"];
+const RECORD: &str = "process";
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// /proc/PID/stat has 52 numbers and a name of at most 64 bytes.
+const STAT_BYTES: usize = 2048;
+/// Larger records are not ours.
+const RECORD_BYTES_MAX: u64 = 4096;
 
-/// How an instance is started: names are numbers, variables have values.
+/// The folder of one instance.
 #[derive(Clone, Debug)]
-pub(super) struct Launch {
-    command: Vec<String>,
-    environment: BTreeMap<String, String>,
-    account: Option<Account>,
-    directory: Option<PathBuf>,
+pub(super) struct Folder {
+    path: PathBuf,
+    group: Option<Group>,
 }
 
-#[derive(Clone, Debug)]
-struct Account {
-    user: Option<Uid>,
-    group: Gid,
-    groups: Vec<Gid>,
-}
-
-impl Launch {
-    /// Looks names up on this VM.
-    pub(super) fn new(instance: &Instance, process: &Process) -> Result<Self, String> {
-        let mut variables = BTreeMap::from([
-            ("INSTANCE".to_owned(), instance.name.to_string()),
-            ("DEPLOYMENT".to_owned(), instance.deployment.to_string()),
-            ("NODE".to_owned(), instance.node.to_string()),
-        ]);
-        let ports = instance.template.ports.iter();
-        variables.extend(ports.map(|port| (port_variable(&port.name), port.port.to_string())));
-        let command = process.command.iter().map(|text| expand(text, &variables)).collect();
-        let given = process.environment.iter();
-        let given: Vec<_> =
-            given.map(|(key, text)| (key.clone(), expand(text, &variables))).collect();
-        let mut environment = variables;
-        environment.insert("PATH".to_owned(), PATH.to_owned());
-        environment.extend(given);
-        environment.insert(MARK.to_owned(), format!("{}/{}", instance.deployment, instance.name));
-        let account = account(process.user.as_deref(), process.group.as_deref())?;
-        let directory = process.directory.as_ref().map(PathBuf::from);
-        Ok(Self { command, environment, account, directory })
+impl Folder {
+    pub(super) fn new(path: PathBuf, group: Option<Group>) -> Self {
+        Self { path, group }
     }
 
-    fn command(&self, folder: &Path, command: &[String]) -> io::Result<Command> {
-        let Some((program, arguments)) = command.split_first() else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        let directory = match &self.directory {
-            Some(directory) => directory.clone(),
-            None => self.own_directory(folder)?,
-        };
-        let mut command = Command::new(program);
-        command.args(arguments).env_clear().envs(&self.environment).current_dir(directory);
-        command.stdin(Stdio::null());
-        let account = self.account.clone();
-        let become_it = move || {
-            // A signal for the agent's session is not for it.
-            setsid()?;
-            let Some(Account { user, group, groups }) = &account else { return Ok(()) };
-            setgroups(groups)?;
-            setgid(*group)?;
-            if let Some(user) = user {
-                setuid(*user)?;
-                nix::sys::prctl::set_no_new_privs()?;
+    /// Puts limits in force. What is told are those that are not, and why.
+    pub(super) fn limit(&self, limits: &Limits) -> Option<String> {
+        match &self.group {
+            Some(group) => group.limit(limits),
+            None if *limits == Limits::default() => None,
+            None => Some("limits: not in force: this agent makes no control groups".into()),
+        }
+    }
+
+    /// Output of a stream.
+    pub(super) fn log(&self, stream: &str) -> PathBuf {
+        self.path.join(format!("{stream}.log"))
+    }
+
+    /// What the child was made of, as it was sent.
+    pub(super) fn message(&self) -> PathBuf {
+        self.path.join("instance")
+    }
+
+    pub(super) fn remove(&self) -> io::Result<()> {
+        if let Some(group) = &self.group {
+            group.remove();
+        }
+        match fs::remove_dir_all(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    fn record(&self) -> PathBuf {
+        self.path.join(RECORD)
+    }
+
+    fn work(&self) -> PathBuf {
+        self.path.join("work")
+    }
+
+    /// The user of the instance passes through to its working folder; only root lists what is in between.
+    pub(super) fn make(&self) -> io::Result<()> {
+        fs::DirBuilder::new().mode(0o711).recursive(true).create(&self.path)
+    }
+}
+
+/// How a child ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Exit {
+    Code(i32),
+    Signal(i32),
+    /// Another agent launched it: only the kernel knows.
+    Unknown,
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "ended with exit code {code}"),
+            Self::Signal(signal) => write!(f, "ended by signal {signal}"),
+            Self::Unknown => {
+                write!(f, "ended; an agent before this one launched it and had its exit code")
             }
-            Ok(())
+        }
+    }
+}
+
+impl From<ExitStatus> for Exit {
+    fn from(status: ExitStatus) -> Self {
+        match (status.code(), status.signal()) {
+            (Some(code), _) => Self::Code(code),
+            (None, Some(signal)) => Self::Signal(signal),
+            (None, None) => Self::Unknown,
+        }
+    }
+}
+
+/// A process with its group. Dropping it leaves it running.
+#[derive(Debug)]
+pub(super) struct Child {
+    pid: i32,
+    pidfd: AsyncFd<OwnedFd>,
+    group: Option<Group>,
+    own: Option<std::process::Child>,
+}
+
+impl Child {
+    /// Launches `process`. Blocks until it is executed. In a runtime.
+    ///
+    /// # Errors
+    /// Of the file system, or of the system calls on the way to exec.
+    pub(super) fn launch(folder: &Folder, launch: &Launch) -> io::Result<Self> {
+        folder.make()?;
+        let mut record = open_record(folder)?;
+        record.set_len(0)?;
+        let boot = boot_id()?;
+        writeln!(record, "{boot}")?;
+        let child = command(folder, launch, &record)?.spawn()?;
+        let pid = child.id().cast_signed();
+        let (pidfd, group) = (watched(pidfd(pid)?)?, folder.group.clone());
+        Ok(Self { pid, pidfd, group, own: Some(child) })
+    }
+
+    /// The child that an agent before this one launched, if it still runs. In a runtime.
+    ///
+    /// # Errors
+    /// Of the file system. It is then not known whether one runs, and none must be launched.
+    pub(super) fn adopt(folder: &Folder) -> io::Result<Option<Self>> {
+        if !folder.record().exists() {
+            return Ok(None);
+        }
+        let mut text = String::new();
+        open_record(folder)?.take(RECORD_BYTES_MAX).read_to_string(&mut text)?;
+        let Some(identity) =
+            Identity::of(&text).filter(|found| boot_id().is_ok_and(|id| id == found.boot))
+        else {
+            return Ok(None);
         };
-        // SAFETY: between fork and exec it makes system calls only, on memory that was allocated before.
-        unsafe { command.pre_exec(become_it) };
-        Ok(command)
-    }
-
-    /// Its own, which is removed with it.
-    fn own_directory(&self, folder: &Path) -> io::Result<PathBuf> {
-        let directory = folder.join("work");
-        match DirBuilder::new().mode(0o700).create(&directory) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
+        let pidfd = match pidfd(identity.pid) {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            pidfd => watched(pidfd?)?,
+        };
+        // After the pidfd: the process that it stands for is the one looked at.
+        let now = fs::read_to_string(format!("/proc/{}/stat", identity.pid)).unwrap_or_default();
+        if stat(&now).is_none_or(|(_, started, ended)| ended || started != identity.started) {
+            return Ok(None);
         }
-        if let Some(Account { user, group, .. }) = &self.account {
-            // The way to it is the agent's own, which others may pass and not read.
-            chown(&directory, user.map(Uid::as_raw), Some(group.as_raw()))?;
+        Ok(Some(Self { pid: identity.pid, pidfd, group: folder.group.clone(), own: None }))
+    }
+
+    pub(super) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Waits for the end, and ends what is left of its group. Can be cancelled.
+    pub(super) async fn ended(&mut self) -> Exit {
+        // An error of the runtime's driver: it ends with the runtime.
+        if self.pidfd.readable().await.is_err() {
+            std::future::pending::<()>().await;
         }
-        Ok(directory)
+        // Not reaped yet: its number is still its own.
+        self.kill();
+        match &mut self.own {
+            Some(child) => child.wait().map_or(Exit::Unknown, Exit::from),
+            None => Exit::Unknown,
+        }
     }
 
-    /// Makes the child. Returns its id.
-    pub(super) fn start(&self, folder: &Path) -> io::Result<i32> {
-        let mut command = self.command(folder, &self.command)?;
-        let [out, err] = LOGS.map(|name| log(&folder.join(name)));
-        let child = command.stdout(out?).stderr(err?).spawn()?;
-        Ok(child.id().cast_signed())
+    /// Sends a signal to the process itself.
+    pub(super) fn signal(&self, signal: i32) {
+        // SAFETY: pidfd_send_signal(2) reads no memory when the info is null.
+        unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                signal,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            );
+        }
     }
 
-    /// To find out whether the instance is ready.
-    pub(super) fn check(
-        &self,
-        folder: &Path,
-        check: &[String],
-    ) -> io::Result<tokio::process::Command> {
-        let mut command = self.command(folder, check)?;
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        let mut command = tokio::process::Command::from(command);
-        command.kill_on_drop(true);
-        Ok(command)
+    /// Ends the whole group.
+    pub(super) fn kill(&self) {
+        self.signal(libc::SIGKILL);
+        if let Some(group) = &self.group {
+            group.kill();
+        }
+        match killpg(Pid::from_raw(self.pid), Signal::SIGKILL) {
+            Ok(()) | Err(Errno::ESRCH) => {}
+            Err(error) => tracing::warn!(pid = self.pid, %error, "cannot end a group of processes"),
+        }
     }
 }
 
-fn expand(text: &str, variables: &BTreeMap<String, String>) -> String {
-    let mut expanded = text.to_owned();
-    for (name, value) in variables {
-        expanded = expanded.replace(&format!("${{{name}}}"), value);
+struct Identity {
+    boot: String,
+    pid: i32,
+    started: u64,
+}
+
+impl Identity {
+    fn of(record: &str) -> Option<Self> {
+        let (boot, rest) = record.split_once('\n')?;
+        let (pid, started, _) = stat(rest)?;
+        Some(Self { boot: boot.into(), pid, started })
     }
-    expanded
 }
 
-fn account(user: Option<&str>, group: Option<&str>) -> Result<Option<Account>, String> {
-    let group = group.map(group_id).transpose()?;
-    let Some(user) = user else {
-        let only = |group| Account { user: None, group, groups: vec![group] };
-        return Ok(group.map(only));
-    };
-    let known = match user.parse() {
-        Ok(number) => User::from_uid(Uid::from_raw(number)),
-        Err(_) => User::from_name(user),
-    };
-    let known = known.map_err(|error| format!("user {user}: {error}"))?;
-    let (uid, own) = match (&known, user.parse()) {
-        (Some(known), _) => (known.uid, Some(known.gid)),
-        (None, Ok(number)) => (Uid::from_raw(number), None),
-        (None, Err(_)) => return Err(format!("user {user}: this VM does not know it")),
-    };
-    let Some(group) = group.or(own) else {
-        return Err(format!("user {user}: this VM does not know it, so its group must be named"));
-    };
-    let groups = known.and_then(|known| {
-        let name = CString::new(known.name).ok()?;
-        getgrouplist(&name, group).ok()
-    });
-    Ok(Some(Account { user: Some(uid), group, groups: groups.unwrap_or_else(|| vec![group]) }))
+/// Of a line of /proc/PID/stat: number, start in ticks since boot (field 22), and whether it has ended.
+fn stat(line: &str) -> Option<(i32, u64, bool)> {
+    let pid = line.split_once(' ')?.0.parse().ok()?;
+    // The name may hold anything, parentheses too.
+    let fields = line[line.rfind(')')? + 1..].split_ascii_whitespace().collect::<Vec<_>>();
+    let ended = matches!(*fields.first()?, "Z" | "X");
+    Some((pid, fields.get(19)?.parse().ok()?, ended))
 }
 
-fn group_id(group: &str) -> Result<Gid, String> {
-    if let Ok(number) = group.parse() {
-        return Ok(Gid::from_raw(number));
-    }
-    let known = Group::from_name(group).map_err(|error| format!("group {group}: {error}"))?;
-    known.map(|known| known.gid).ok_or_else(|| format!("group {group}: this VM does not know it"))
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string(BOOT_ID)?.trim().to_owned())
 }
 
-fn log(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(path)?;
-    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+/// Locked. A child between fork and exec holds the lock.
+fn open_record(folder: &Folder) -> io::Result<File> {
+    let path = folder.record();
+    let mut file = File::options().read(true).append(true).create(true).mode(0o600).open(path)?;
+    file.lock()?;
+    file.seek(SeekFrom::Start(0))?;
     Ok(file)
 }
 
-/// Keeps the end of what was written. The child goes on writing to the same file, at its end: it appends.
-pub(super) fn rotate_logs(folder: &Path) -> io::Result<()> {
-    for name in LOGS {
-        let path = folder.join(name);
-        match fs::metadata(&path) {
-            Ok(metadata) if metadata.len() > LOG_BYTES_MAX => {
-                let older = folder.join(format!("{name}.1"));
-                fs::copy(&path, older)?;
-                OpenOptions::new().write(true).open(&path)?.set_len(0)?;
+/// A program run as the instance is, in its folder, without a record and output.
+pub(super) fn beside(folder: &Folder, launch: &Launch, command: &[String]) -> io::Result<Command> {
+    let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(directory(folder, launch)?);
+    command.env_clear().envs(&launch.environment);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    before_exec(&mut command, folder, launch, None)?;
+    Ok(command)
+}
+
+fn command(folder: &Folder, launch: &Launch, record: &File) -> io::Result<Command> {
+    let output = |stream| {
+        let path = folder.log(stream);
+        File::options().append(true).create(true).mode(0o600).open(path).map(Stdio::from)
+    };
+    let (program, arguments) = launch.command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(directory(folder, launch)?);
+    command.env_clear().envs(&launch.environment);
+    command.stdin(Stdio::null()).stdout(output("stdout")?).stderr(output("stderr")?);
+    before_exec(&mut command, folder, launch, Some(record.as_raw_fd()))?;
+    Ok(command)
+}
+
+fn directory(folder: &Folder, launch: &Launch) -> io::Result<PathBuf> {
+    if let Some(directory) = &launch.directory {
+        return Ok(directory.clone());
+    }
+    let work = folder.work();
+    fs::DirBuilder::new().mode(0o700).recursive(true).create(&work)?;
+    chown(&work, launch.user, launch.group)?;
+    Ok(work)
+}
+
+fn before_exec(
+    command: &mut Command,
+    folder: &Folder,
+    launch: &Launch,
+    record: Option<RawFd>,
+) -> io::Result<()> {
+    let door = folder.group.as_ref().and_then(Group::door);
+    let privileges = Privileges::of(launch)?;
+    let steps = move || {
+        if let Some(record) = record {
+            record_self(record)?;
+        }
+        // SAFETY: setsid(2) and close_range(2) touch no memory.
+        unsafe {
+            done(libc::setsid())?;
+            // Marked, not closed: the pipe that tells a failed exec is among them.
+            let (first, last) = (3, libc::c_uint::MAX);
+            done(libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_CLOEXEC))?;
+        }
+        if let Some(door) = &door {
+            // SAFETY: one byte of a constant is read.
+            done(unsafe { libc::write(door.as_raw_fd(), c"0".as_ptr().cast(), 1) } as i64)?;
+        }
+        privileges.drop_to()
+    };
+    // SAFETY: only system calls, with memory that was made before the fork.
+    unsafe { command.pre_exec(steps) };
+    Ok(())
+}
+
+/// Whom the child becomes.
+struct Privileges {
+    user: Option<Uid>,
+    group: Option<Gid>,
+    groups: Vec<libc::gid_t>,
+}
+
+impl Privileges {
+    fn of(launch: &Launch) -> io::Result<Self> {
+        let (user, group) = (launch.user, launch.group);
+        let mut groups = group.iter().map(|gid| gid.as_raw()).collect::<Vec<_>>();
+        if let Some(known) = user.map(User::from_uid).transpose()?.flatten() {
+            let name = std::ffi::CString::new(known.name)?;
+            let all = getgrouplist(&name, group.unwrap_or(known.gid))?;
+            groups = all.into_iter().map(Gid::as_raw).collect();
+        }
+        Ok(Self { user, group, groups })
+    }
+
+    /// Async-signal-safe.
+    fn drop_to(&self) -> io::Result<()> {
+        if self.user.is_none() && self.group.is_none() {
+            return Ok(());
+        }
+        // SAFETY: `groups` is as long as is told; the other calls touch no memory.
+        unsafe {
+            done(libc::setgroups(self.groups.len(), self.groups.as_ptr()))?;
+            if let Some(group) = self.group {
+                let gid = group.as_raw();
+                done(libc::setresgid(gid, gid, gid))?;
             }
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+            if let Some(user) = self.user {
+                let uid = user.as_raw();
+                done(libc::setresuid(uid, uid, uid))?;
+            }
+            done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        }
+    }
+}
+
+/// Appends the caller's line of /proc to the record. Async-signal-safe.
+fn record_self(record: RawFd) -> io::Result<()> {
+    let mut line = [0u8; STAT_BYTES];
+    // SAFETY: the path ends with NUL; the buffer is as long as is told; the descriptor is closed once.
+    unsafe {
+        let stat = libc::open(c"/proc/self/stat".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+        done(stat)?;
+        let length = libc::read(stat, line.as_mut_ptr().cast(), line.len());
+        libc::close(stat);
+        let written = libc::write(record, line.as_ptr().cast(), length.max(0).unsigned_abs());
+        if length <= 0 || written != length {
+            return Err(io::Error::last_os_error());
         }
     }
     Ok(())
 }
 
-/// A process, whoever has made it.
-#[derive(Debug)]
-pub(super) struct Child {
-    pid: i32,
-    ended: AsyncFd<OwnedFd>,
+fn done(result: impl Into<i64>) -> io::Result<()> {
+    if result.into() < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-impl Child {
-    /// Takes up a process that runs.
-    pub(super) fn of(pid: i32) -> io::Result<Self> {
-        let flags = 0;
-        // SAFETY: pidfd_open(2) takes two integers and touches no memory of ours.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, flags) };
-        let fd = RawFd::try_from(Errno::result(fd)?).map_err(io::Error::other)?;
-        // SAFETY: the descriptor is new, and nobody else has it.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        debug_assert!(fd.as_raw_fd() >= 0);
-        // SAFETY: the descriptor is owned, and stays open as long as the registration.
-        Ok(Self { pid, ended: unsafe { AsyncFd::register(fd) }? })
+fn watched(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an owned descriptor stays the same open file until it is dropped.
+    Ok(unsafe { AsyncFd::register(pidfd) }?)
+}
+
+fn pidfd(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open(2) touches no memory; a descriptor that is not negative is new and the caller's.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        done(fd)?;
+        Ok(OwnedFd::from_raw_fd(i32::try_from(fd).map_err(io::Error::other)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_forge_a_line() {
+        let line = "7 (a) Z 1 (x) S 1 7 7 0 -1 4 1 0 0 0 0 0 0 0 20 0 1 0 4711 1 1";
+        assert_eq!(stat(line), Some((7, 4711, false)));
+        assert_eq!(stat("7 (a) S 1"), None);
+        assert_eq!(
+            stat(&fs::read_to_string("/proc/self/stat").unwrap()).unwrap().0,
+            std::process::id().cast_signed()
+        );
     }
 
-    pub(super) fn pid(&self) -> u32 {
-        self.pid.cast_unsigned()
-    }
-
-    /// Waits for its end, and says how it ended as far as it can be known: of one that another agent has made it cannot.
-    pub(super) async fn exited(&self) -> String {
-        if let Err(error) = self.ended.readable().await {
-            tracing::warn!(%error, pid = self.pid, "cannot wait for a process");
-        }
-        match waitpid(Pid::from_raw(self.pid), Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(_, code)) => format!("exited with {code}"),
-            Ok(WaitStatus::Signaled(_, signal, _)) => format!("killed by {signal}"),
-            _ => "ended".to_owned(),
-        }
-    }
-
-    /// To all of its group, which is its session's unless some of them left it.
-    pub(super) fn signal(&self, signal: Signal) {
-        match killpg(Pid::from_raw(self.pid), signal) {
-            Ok(()) | Err(Errno::ESRCH) => {}
-            Err(error) => tracing::warn!(%error, pid = self.pid, "cannot be signalled"),
-        }
+    #[test]
+    fn a_record_without_a_child_is_no_child() {
+        assert!(Identity::of("boot\n").is_none());
+        assert!(Identity::of("").is_none());
     }
 }

@@ -3,7 +3,6 @@
 use std::{
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::Path,
 };
 
 use cnsmo_proto::model::{Check, Instance, Probe, protocol};
@@ -13,7 +12,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::child::Launch;
+use super::{
+    child::{Folder, beside},
+    launch::Launch,
+};
 
 /// Bytes of an answer in which its first line must end.
 const STATUS_LINE_BYTES_MAX: usize = 256;
@@ -28,15 +30,17 @@ pub(super) async fn look(
     probe: &Probe,
     instance: &Instance,
     launch: &Launch,
-    folder: &Path,
+    folder: &Folder,
 ) -> Result<(), String> {
     let look = async {
         match &probe.check {
             Check::Tcp(port) => connect(number(port, instance)?).await.map(drop),
             Check::Http { port, path } => get(number(port, instance)?, path).await,
             Check::Exec(command) => {
-                let mut command = launch.check(folder, command).map_err(|e| e.to_string())?;
-                let status = command.status().await.map_err(|e| e.to_string())?;
+                let command = beside(folder, launch, command).map_err(|e| e.to_string())?;
+                let mut command = tokio::process::Command::from(command);
+                let status =
+                    command.kill_on_drop(true).status().await.map_err(|e| e.to_string())?;
                 let failed = || format!("the check ended with {status}");
                 status.success().then_some(()).ok_or_else(failed)
             }

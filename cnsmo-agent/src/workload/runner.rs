@@ -1,10 +1,8 @@
 //! The life of one instance.
 
 use std::{
-    fs::DirBuilder,
     io,
-    os::unix::fs::DirBuilderExt as _,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -13,21 +11,29 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{Instance, Port, Probe, Process, protocol},
-    pb::catalog::Endpoint,
+    model::{Instance, Name, Port, Probe, Process, protocol},
+    pb::{
+        catalog::Endpoint,
+        deployment as pb,
+        service::{LogLine, ReadLogsResponse},
+    },
 };
 use cnsmo_service::{
-    host::{About, Run, Service},
+    durable,
+    host::{About, Run, Service, front::LogStream},
     lifecycle::{Lifecycle, Phase},
     supervise::{Limits, Stop},
 };
-use nix::sys::signal::Signal;
+use prost::Message as _;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio_stream::{StreamExt as _, wrappers::ReceiverStream};
+use tonic::Status;
 
 use super::{
-    child::{Child, Launch, rotate_logs},
-    probe,
-    record::Record,
+    cgroup::Group,
+    child::{Child, Folder},
+    launch::Launch,
+    log, probe,
 };
 use crate::node;
 
@@ -43,6 +49,10 @@ const RESTARTS: Limits = Limits {
 const GRACE: Duration = Duration::from_secs(1);
 /// Between two looks at its connections.
 const LOOK: Duration = Duration::from_millis(200);
+/// Of each of standard output and error; as much of the past is kept beside it.
+const LOG_BYTES_MAX: u64 = 8 << 20;
+/// Where control groups of version 2 are, on machines that have no others.
+const CONTROL_GROUPS: &str = "/sys/fs/cgroup/cnsmo";
 /// Between two looks at its logs.
 const LOGS: Duration = Duration::from_secs(5);
 /// Beyond its own times: for the kernel to end what was killed.
@@ -59,7 +69,7 @@ struct Life {
     name: String,
     instance: Instance,
     process: Process,
-    folder: PathBuf,
+    folder: Folder,
     /// 0: it does not run.
     pid: AtomicU32,
     leaving: Arc<AtomicBool>,
@@ -70,7 +80,7 @@ impl Runner {
         name: String,
         instance: Instance,
         process: Process,
-        folder: PathBuf,
+        folder: Folder,
         leaving: Arc<AtomicBool>,
     ) -> Self {
         let address = node::addresses(None).first().map(ToString::to_string).unwrap_or_default();
@@ -115,6 +125,16 @@ impl Service for Runner {
         true
     }
 
+    fn logs(&self, tail: usize, follow: bool) -> Option<LogStream> {
+        let lines = ReceiverStream::new(log::read(self.life.folder.clone(), tail, follow));
+        Some(Box::pin(lines.map(|line| {
+            let line = line.map_err(|error| Status::internal(error.to_string()))?;
+            let log::Line { time, stream, text } = line;
+            let line = LogLine { time: Some(time.into()), stream: stream.to_owned(), text };
+            Ok(ReadLogsResponse { lines: vec![line] })
+        })))
+    }
+
     fn run(&self, life: Lifecycle, stop: Stop) -> Run {
         let this = self.life.clone();
         Box::pin(async move { Ok(this.live(life, stop).await?) })
@@ -131,9 +151,15 @@ impl Drop for Held<'_> {
     fn drop(&mut self) {
         self.of.pid.store(0, Ordering::Relaxed);
         if !self.of.leaving.load(Ordering::Relaxed) {
-            self.child.signal(Signal::SIGKILL);
+            self.child.kill();
         }
     }
+}
+
+/// The folder of an instance and its control group, which may not be there.
+pub(super) fn folder(all: &Path, deployment: &Name, name: &Name) -> Folder {
+    let own = format!("{deployment}.{name}");
+    Folder::new(all.join(&own), Some(Group::new(Path::new(CONTROL_GROUPS).join(own))))
 }
 
 /// How it ended, or could not begin.
@@ -144,55 +170,61 @@ struct Failed(String);
 impl Life {
     async fn live(&self, life: Lifecycle, mut stop: Stop) -> Result<(), Failed> {
         let launch = Launch::new(&self.instance, &self.process).map_err(Failed)?;
-        let found = Record::load(&self.folder).and_then(|record| record.alive(&self.name));
+        let failed = |error: io::Error| Failed(format!("cannot be started: {error}"));
+        let found = Child::adopt(&self.folder).map_err(failed)?;
+        // There is nothing to end.
+        if found.is_none() && self.instance.draining.is_some() {
+            stop.asked().await;
+            return Ok(());
+        }
+        let is_found = found.is_some();
+        let unlimited = self.folder.limit(&launch.limits).unwrap_or_default();
         let child = match found {
-            Some(pid) => Child::of(pid),
-            // There is nothing to end.
-            None if self.instance.draining.is_some() => {
-                stop.asked().await;
-                return Ok(());
-            }
-            None => self.start(&launch),
+            Some(child) => child,
+            None => self.start(&launch).map_err(failed)?,
         };
-        let child = child.map_err(|error| Failed(format!("cannot be started: {error}")))?;
-        if found.is_some() {
+        if is_found {
             tracing::info!(instance = self.name, pid = child.pid(), "runs already: taken up");
         }
-        self.pid.store(child.pid(), Ordering::Relaxed);
-        let held = Held { child, of: self };
+        self.pid.store(child.pid().cast_unsigned(), Ordering::Relaxed);
+        let mut held = Held { child, of: self };
         tokio::select! {
-            how = held.child.exited() => return Err(Failed(how)),
+            how = held.child.ended() => return Err(Failed(how.to_string())),
             () = stop.asked() => {}
-            failed = self.watch(&launch, &life) => return failed,
+            failed = self.watch(&launch, &life, unlimited) => return failed,
         }
-        self.drain(&held.child).await;
+        self.drain(&mut held.child).await;
         Ok(())
     }
 
     fn start(&self, launch: &Launch) -> io::Result<Child> {
-        make_folder(&self.folder)?;
-        let record = Record::before(&self.folder, &self.instance)?;
-        let pid = launch.start(&self.folder)?;
-        record.made(&self.folder, pid)?;
-        Child::of(pid)
+        self.folder.make()?;
+        let message = pb::Instance::from(&self.instance).encode_to_vec();
+        durable::write(&self.folder.message(), &message, 0o600)?;
+        Child::launch(&self.folder, launch)
     }
 
     /// Tells whether it is ready, until it has not become so in time.
-    async fn watch(&self, launch: &Launch, life: &Lifecycle) -> Result<(), Failed> {
+    async fn watch(
+        &self,
+        launch: &Launch,
+        life: &Lifecycle,
+        message: String,
+    ) -> Result<(), Failed> {
         let mut logs = interval(LOGS);
         let keep_logs = async {
             loop {
                 logs.tick().await;
-                if let Err(error) = rotate_logs(&self.folder) {
+                if let Err(error) = log::rotate(&self.folder, LOG_BYTES_MAX) {
                     tracing::warn!(instance = self.name, %error, "its logs cannot be kept short");
                 }
             }
         };
         let look = async {
             match &self.process.readiness {
-                Some(probe) => self.probe(probe, launch, life).await,
+                Some(probe) => self.probe(probe, launch, life, &message).await,
                 None => {
-                    step(life, Phase::Ready, "Running", String::new())?;
+                    step(life, Phase::Ready, "Running", message.clone())?;
                     std::future::pending().await
                 }
             }
@@ -203,39 +235,44 @@ impl Life {
         }
     }
 
-    async fn probe(&self, probe: &Probe, launch: &Launch, life: &Lifecycle) -> Result<(), Failed> {
+    async fn probe(
+        &self,
+        probe: &Probe,
+        launch: &Launch,
+        life: &Lifecycle,
+        message: &str,
+    ) -> Result<(), Failed> {
         let begin = Instant::now();
-        let mut failures = 0;
+        let mut failures = 0_u8;
         let mut ticks = interval(probe.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
             let seen = probe::look(probe, &self.instance, launch, &self.folder).await;
+            failures = if seen.is_ok() { 0 } else { failures.saturating_add(1) };
             match (life.phase(), seen) {
-                (Phase::Starting, Ok(())) => step(life, Phase::Ready, "Healthy", String::new())?,
+                (Phase::Starting, Ok(())) => {
+                    step(life, Phase::Ready, "Healthy", message.to_owned())?;
+                }
                 (Phase::Starting, Err(why)) => {
-                    if begin.elapsed() > self.process.start_timeout {
-                        let limit = self.process.start_timeout;
+                    let limit = self.process.start_timeout;
+                    if begin.elapsed() > limit {
                         return Err(Failed(format!("not ready within {limit:?}: {why}")));
                     }
                 }
-                (Phase::Degraded, Ok(())) => step(life, Phase::Ready, "Recovered", String::new())?,
-                (_, Ok(())) => failures = 0,
-                (phase, Err(why)) => {
-                    failures += 1;
-                    if phase == Phase::Ready && failures >= probe.fall {
-                        step(life, Phase::Degraded, "ProbeFailed", why)?;
-                    }
+                (Phase::Degraded, Ok(())) => {
+                    step(life, Phase::Ready, "Recovered", message.to_owned())?;
                 }
-            }
-            if life.phase() == Phase::Ready && failures >= probe.fall {
-                failures = 0;
+                (Phase::Ready, Err(why)) if failures >= probe.fall => {
+                    step(life, Phase::Degraded, "ProbeFailed", why)?;
+                }
+                (_, Ok(()) | Err(_)) => {}
             }
         }
     }
 
     /// Lets connections end, then asks it to end, then ends it.
-    async fn drain(&self, child: &Child) {
+    async fn drain(&self, child: &mut Child) {
         let Process { stop_signal, stop_timeout, .. } = self.process;
         let finish = async {
             tokio::time::sleep(GRACE).await;
@@ -245,7 +282,7 @@ impl Life {
         };
         let finish = timeout(GRACE + self.instance.drain_timeout, finish);
         let ended = tokio::select! {
-            _ = child.exited() => true,
+            _ = child.ended() => true,
             finished = finish => {
                 if finished.is_err() {
                     tracing::warn!(instance = self.name, "still has connections: ended all the same");
@@ -256,20 +293,15 @@ impl Life {
         if ended {
             return;
         }
-        child.signal(Signal::try_from(i32::from(stop_signal)).unwrap_or(Signal::SIGTERM));
-        if timeout(stop_timeout, child.exited()).await.is_err() {
+        child.signal(i32::from(stop_signal));
+        if timeout(stop_timeout, child.ended()).await.is_err() {
             tracing::warn!(instance = self.name, ?stop_timeout, "does not end: killed");
-            child.signal(Signal::SIGKILL);
-            child.exited().await;
+            child.kill();
+            child.ended().await;
         }
     }
 }
 
 fn step(life: &Lifecycle, to: Phase, reason: &'static str, message: String) -> Result<(), Failed> {
     life.step(to, reason, message).map_err(|error| Failed(error.to_string()))
-}
-
-fn make_folder(folder: &Path) -> io::Result<()> {
-    // Others may pass, to the instance's own folder.
-    DirBuilder::new().recursive(true).mode(0o711).create(folder)
 }

@@ -115,8 +115,10 @@ impl Agent {
     }
 }
 
+/// One that has ended and whose parent, this process, does not ask for its status counts as gone.
 fn lives(pid: u32) -> bool {
-    kill(Pid::from_raw(pid.cast_signed()), None).is_ok()
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
 }
 
 fn drained(instance: &pb::Instance) -> pb::Instance {
@@ -206,7 +208,7 @@ async fn what_cannot_run_says_why_and_what_hears_no_signal_is_killed() {
     for (name, reason) in [
         ("missing", "cannot be started: No such file"),
         ("stranger", "user nosuchuser: this VM does not know it"),
-        ("failing", "exited with 7"),
+        ("failing", "ended with exit code 7"),
         ("never", "not ready within 1s: port"),
     ] {
         let told = |all: &[Status]| {

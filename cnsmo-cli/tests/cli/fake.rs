@@ -175,6 +175,7 @@ impl Core {
 
 fn key(resource: &Resource) -> (i32, String) {
     let (kind, metadata) = match resource.resource.as_ref().unwrap() {
+        Inner::Deployment(one) => (Kind::Deployment, &one.metadata),
         Inner::FirewallPolicy(policy) => (Kind::FirewallPolicy, &policy.metadata),
         Inner::LoadBalancer(balancer) => (Kind::LoadBalancer, &balancer.metadata),
         Inner::Network(network) => (Kind::Network, &network.metadata),
@@ -186,6 +187,7 @@ fn key(resource: &Resource) -> (i32, String) {
 /// What an operator writes of a resource.
 fn written(resource: &Resource) -> (BTreeMap<String, String>, String) {
     let (metadata, spec) = match resource.resource.as_ref().unwrap() {
+        Inner::Deployment(one) => (&one.metadata, format!("{:?}", one.spec)),
         Inner::FirewallPolicy(policy) => (&policy.metadata, format!("{:?}", policy.spec)),
         Inner::LoadBalancer(balancer) => (&balancer.metadata, format!("{:?}", balancer.spec)),
         Inner::Network(network) => (&network.metadata, format!("{:?}", network.spec)),

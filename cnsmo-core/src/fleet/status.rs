@@ -234,7 +234,7 @@ impl Fleet {
     fn needs(&self, deployment: &StoredDeployment) -> Judgement {
         let missing = deployment.model.needs.iter().find_map(|need| {
             let ready = self.observed.ready(need.service.as_str());
-            (ready < need.ready).then(|| (need, ready))
+            (ready < need.ready).then_some((need, ready))
         });
         let Some((need, ready)) = missing else {
             let n = deployment.model.needs.len();

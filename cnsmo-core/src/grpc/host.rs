@@ -6,10 +6,11 @@ use cnsmo_proto::pb::{
     agent::{command::Command, command_result::Result as Outcome},
     service::{
         GetFeaturesRequest, GetStatusRequest, KillRequest, ListServicesRequest,
-        ListServicesResponse, RestartRequest, ServiceId, ServiceStatus, StartRequest, StopRequest,
+        ListServicesResponse, ReadLogsRequest, RestartRequest, ServiceId, ServiceStatus,
+        StartRequest, StopRequest,
     },
 };
-use cnsmo_service::host::front::{Local, Steer, time};
+use cnsmo_service::host::front::{Local, LogStream, Steer, time};
 use futures::{StreamExt as _, stream};
 use tonic::{Code, Status};
 
@@ -39,7 +40,7 @@ impl Hosts {
             let command = Command::List(ListServicesRequest { node: node.clone() });
             match self.links.ask(&node, command, PATIENCE).await {
                 Ok(Outcome::Services(all)) => all.services,
-                Ok(Outcome::Status(_) | Outcome::Features(_)) => Vec::new(),
+                Ok(Outcome::Status(_) | Outcome::Features(_) | Outcome::Logs(_)) => Vec::new(),
                 Err(status) => {
                     tracing::debug!(node, %status, "services are not listed");
                     Vec::new()
@@ -84,6 +85,29 @@ impl Steer for Hosts {
             answer => answer,
         }
     }
+
+    fn logs(&self, request: ReadLogsRequest) -> Result<LogStream, Status> {
+        let node = request.id.as_ref().map_or("", |id| &id.node).to_owned();
+        if node.is_empty() || node == own::NODE {
+            return self.own.logs(request);
+        }
+        check_follow(&request)?;
+        let links = self.links.clone();
+        Ok(Box::pin(stream::once(async move {
+            match links.ask(&node, Command::Logs(request), PATIENCE).await? {
+                Outcome::Logs(logs) => Ok(logs),
+                Outcome::Status(_) | Outcome::Features(_) | Outcome::Services(_) => {
+                    Err(Status::internal("the agent answers something else than it was asked"))
+                }
+            }
+        })))
+    }
+}
+
+/// What is asked of an agent is one answer; who follows has to ask on the VM.
+fn check_follow(request: &ReadLogsRequest) -> Result<(), Status> {
+    let text = "follow: is possible on the VM itself, at its agent's socket";
+    if request.follow { Err(Status::unimplemented(text)) } else { Ok(()) }
 }
 
 fn node_of(command: &Command) -> &str {
@@ -94,7 +118,8 @@ fn node_of(command: &Command) -> &str {
         | Command::Restart(RestartRequest { id, .. })
         | Command::Kill(KillRequest { id })
         | Command::Status(GetStatusRequest { id })
-        | Command::Features(GetFeaturesRequest { id }) => id,
+        | Command::Features(GetFeaturesRequest { id })
+        | Command::Logs(ReadLogsRequest { id, .. }) => id,
     };
     id.as_ref().map_or("", |ServiceId { node, .. }| node)
 }

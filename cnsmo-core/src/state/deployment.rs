@@ -125,7 +125,7 @@ impl State {
             Step::Remove { deployment, name } => {
                 let key = (deployment, name);
                 let is_there = self.placements.contains_key(&key);
-                is_there.then(|| Write::Unplace(key.0, key.1))
+                is_there.then_some(Write::Unplace(key.0, key.1))
             }
         });
         Plan { writes: writes.collect(), ..Plan::default() }

@@ -34,6 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         // Much larger than the other messages of their unions.
         .boxed(".cnsmo.agent.v1.ConnectRequest.message.result")
         .boxed(".cnsmo.agent.v1.ConnectRequest.message.status")
+        .boxed(".cnsmo.agent.v1.Resource.spec.instance")
         .boxed(".cnsmo.deployment.v1.Systemd.unit.process")
         .boxed(".cnsmo.bus.v1.SubscribeResponse.message.delivery")
         .build_transport(false)

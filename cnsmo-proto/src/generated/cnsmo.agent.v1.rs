@@ -211,7 +211,7 @@ pub mod resource {
         Backend(super::super::super::balancer::v1::Backend),
         /// One that this VM is to run.
         #[prost(message, tag = "8")]
-        Instance(super::super::super::deployment::v1::Instance),
+        Instance(::prost::alloc::boxed::Box<super::super::super::deployment::v1::Instance>),
     }
 }
 /// Sent after the kernel enforces the set, never on receipt. A rejected (name, version) is not sent again.
@@ -295,7 +295,7 @@ pub struct InstanceReport {
 pub struct Command {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9")]
     pub command: ::core::option::Option<command::Command>,
 }
 /// Nested message and enum types in `Command`.
@@ -316,6 +316,9 @@ pub mod command {
         Features(super::super::super::service::v1::GetFeaturesRequest),
         #[prost(message, tag = "8")]
         List(super::super::super::service::v1::ListServicesRequest),
+        /// `follow` is ignored.
+        #[prost(message, tag = "9")]
+        Logs(super::super::super::service::v1::ReadLogsRequest),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -327,7 +330,7 @@ pub struct CommandResult {
     pub code: u32,
     #[prost(string, tag = "4")]
     pub message: ::prost::alloc::string::String,
-    #[prost(oneof = "command_result::Result", tags = "5, 6, 7")]
+    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8")]
     pub result: ::core::option::Option<command_result::Result>,
 }
 /// Nested message and enum types in `CommandResult`.
@@ -340,6 +343,9 @@ pub mod command_result {
         Features(super::super::super::service::v1::GetFeaturesResponse),
         #[prost(message, tag = "7")]
         Services(super::super::super::service::v1::ListServicesResponse),
+        /// The end of it, at most 256 KiB.
+        #[prost(message, tag = "8")]
+        Logs(super::super::super::service::v1::ReadLogsResponse),
     }
 }
 /// Generated client implementations.

@@ -419,7 +419,8 @@ mod tests {
             Deployment::try_from(spec).unwrap_err().to_string()
         };
         let port = |name: &str, port| pb::Port { name: name.into(), protocol: 0, port };
-        let cases: [(&dyn Fn(&mut pb::DeploymentSpec), &str); 9] = [
+        type Case<'a> = (&'a dyn Fn(&mut pb::DeploymentSpec), &'a str);
+        let cases: [Case<'_>; 9] = [
             (&|s| s.replicas = 1_001, "replicas: 1001 instances"),
             (&|s| s.driver = None, "missing: say what runs"),
             (&|s| s.ports.push(port("http", 1)), "ports[1].name: http twice"),

@@ -1,18 +1,18 @@
 //! Orders to services as they come over the wire: by `HostService`, and by the core's commands to an agent.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{collections::VecDeque, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use cnsmo_proto::pb::{
     agent::{CommandResult, command::Command, command_result::Result as Outcome},
     catalog,
     service::{
         GetFeaturesRequest, GetFeaturesResponse, GetStatusRequest, GetStatusResponse, KillRequest,
-        KillResponse, ListServicesRequest, ListServicesResponse, ReadLogsRequest, ReadLogsResponse,
-        RestartRequest, RestartResponse, ServiceId, ServiceStatus, StartRequest, StartResponse,
-        StopRequest, StopResponse, host_service_server::HostService,
+        KillResponse, ListServicesRequest, ListServicesResponse, LogLine, ReadLogsRequest,
+        ReadLogsResponse, RestartRequest, RestartResponse, ServiceId, ServiceStatus, StartRequest,
+        StartResponse, StopRequest, StopResponse, host_service_server::HostService,
     },
 };
-use tokio_stream::Empty;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status};
 
 use super::{About, Host, OrderError};
@@ -24,10 +24,22 @@ use crate::{
 /// Longest time that a service may be given to finish what it has.
 pub const DEADLINE_MAX: Duration = Duration::from_secs(3_600);
 
+/// What is told of a service's output in one message.
+const LOG_BYTES_MAX: usize = 256 << 10;
+
+/// Lines of output as they come.
+pub type LogStream = Pin<Box<dyn Stream<Item = Result<ReadLogsResponse, Status>> + Send>>;
+
 /// Who carries out what is asked of services.
 pub trait Steer: Send + Sync + 'static {
     /// Carries out a command, or has it carried out.
     fn steer(&self, command: Command) -> impl Future<Output = Result<Outcome, Status>> + Send;
+
+    /// What a service writes.
+    ///
+    /// # Errors
+    /// There is none of that name, or it has no output of its own.
+    fn logs(&self, request: ReadLogsRequest) -> Result<LogStream, Status>;
 }
 
 /// The services of this program.
@@ -106,6 +118,10 @@ impl Steer for Local {
                 return Ok(Outcome::Features(GetFeaturesResponse { features }));
             }
             Command::Status(request) => host.status(&self.service(request.id)?)?,
+            Command::Logs(request) => {
+                let logs = self.logs(ReadLogsRequest { follow: false, ..request })?;
+                return Ok(Outcome::Logs(ReadLogsResponse { lines: end_of(logs).await?.into() }));
+            }
             Command::Start(request) => {
                 let service = self.service(request.id)?;
                 tracing::info!(service, "asked to start");
@@ -129,6 +145,37 @@ impl Steer for Local {
         };
         Ok(Outcome::Status(self.status(status)))
     }
+
+    fn logs(&self, request: ReadLogsRequest) -> Result<LogStream, Status> {
+        let ReadLogsRequest { id, tail, follow } = request;
+        let logs = self.host.logs(&self.service(id)?, tail as usize, follow)?;
+        logs.ok_or_else(|| {
+            let text = "it has no output of its own: see the log of the program that it is part of";
+            Status::unimplemented(text)
+        })
+    }
+}
+
+/// Of one in a message, about.
+fn size(line: &LogLine) -> usize {
+    line.text.len() + 32
+}
+
+/// As many of the last lines as fit into one message.
+async fn end_of(mut logs: LogStream) -> Result<VecDeque<LogLine>, Status> {
+    let (mut lines, mut bytes) = (VecDeque::new(), 0);
+    while let Some(some) = logs.next().await {
+        for line in some?.lines {
+            bytes += size(&line);
+            lines.push_back(line);
+        }
+        while bytes > LOG_BYTES_MAX
+            && let Some(oldest) = lines.pop_front()
+        {
+            bytes -= size(&oldest);
+        }
+    }
+    Ok(lines)
 }
 
 /// How long a service may take to stop. None: as its host says.
@@ -181,7 +228,7 @@ impl<S: Steer> Front<S> {
     async fn status(&self, command: Command) -> Result<Option<ServiceStatus>, Status> {
         match self.0.steer(command).await? {
             Outcome::Status(status) => Ok(Some(status)),
-            Outcome::Features(_) | Outcome::Services(_) => Err(other_answer()),
+            Outcome::Features(_) | Outcome::Services(_) | Outcome::Logs(_) => Err(other_answer()),
         }
     }
 }
@@ -198,7 +245,7 @@ impl<S: Steer> HostService for Front<S> {
     ) -> Result<Response<ListServicesResponse>, Status> {
         match self.0.steer(Command::List(request.into_inner())).await? {
             Outcome::Services(services) => Ok(Response::new(services)),
-            Outcome::Status(_) | Outcome::Features(_) => Err(other_answer()),
+            Outcome::Status(_) | Outcome::Features(_) | Outcome::Logs(_) => Err(other_answer()),
         }
     }
 
@@ -216,7 +263,7 @@ impl<S: Steer> HostService for Front<S> {
     ) -> Result<Response<GetFeaturesResponse>, Status> {
         match self.0.steer(Command::Features(request.into_inner())).await? {
             Outcome::Features(features) => Ok(Response::new(features)),
-            Outcome::Status(_) | Outcome::Services(_) => Err(other_answer()),
+            Outcome::Status(_) | Outcome::Services(_) | Outcome::Logs(_) => Err(other_answer()),
         }
     }
 
@@ -246,15 +293,13 @@ impl<S: Steer> HostService for Front<S> {
         Ok(Response::new(KillResponse { status }))
     }
 
-    type ReadLogsStream = Empty<Result<ReadLogsResponse, Status>>;
+    type ReadLogsStream = LogStream;
 
     async fn read_logs(
         &self,
-        _: Request<ReadLogsRequest>,
+        request: Request<ReadLogsRequest>,
     ) -> Result<Response<Self::ReadLogsStream>, Status> {
-        Err(Status::unimplemented(
-            "services that are built in have no output of their own: see the log of their program",
-        ))
+        self.0.logs(request.into_inner()).map(Response::new)
     }
 }
 
