@@ -71,6 +71,11 @@ impl Core {
         (self.process, self.address) = serve(command, self.folder.path());
     }
 
+    /// As [`Self::start_again`], by another command.
+    pub(super) fn start_again_by(&mut self, command: impl FnOnce(PathBuf) -> Command) {
+        (self.process, self.address) = serve(command(program("cnsmo-core")), self.folder.path());
+    }
+
     pub(super) fn process_id(&self) -> u32 {
         self.process.id()
     }

@@ -51,6 +51,7 @@ pub(crate) fn run(wanted: &[u8]) -> anyhow::Result<()> {
         "--package=cnsmo-agent",
         "--package=cnsmo-cli",
     ]))?;
+    shell::run(cargo().args(["build", "--locked", "--package=cnsmo-service", "--examples"]))?;
     let built = cargo::build(cargo().args(["test", "--no-run", "--package=cnsmo-tests"]))?;
     let binary = built.executable("main")?;
     let list = shell::read(Command::new(&binary).args(["--list", "--format=terse"]))?;

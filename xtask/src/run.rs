@@ -151,6 +151,8 @@ fn prove(fleet: &mut Fleet, report: &mut Report, take_apart: bool) -> anyhow::Re
     progress::heading("What services keep in the core");
     scenarios::state::kept(fleet, report)?;
     scenarios::state::announced(fleet, report)?;
+    progress::heading("A service of one's own: cnsmo apply, scale, drain, rollback, delete");
+    scenarios::instances::deployed(fleet, report)?;
     progress::heading("cnsmo backup, cnsmo-core restore");
     scenarios::state::restored(fleet, report)?;
     progress::heading("SIGKILL to the core and all agents under traffic");

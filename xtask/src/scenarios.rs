@@ -3,6 +3,7 @@
 pub(crate) mod balancer;
 pub(crate) mod deploy;
 pub(crate) mod identity;
+pub(crate) mod instances;
 pub(crate) mod outage;
 pub(crate) mod overlay;
 pub(crate) mod policy;

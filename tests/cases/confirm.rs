@@ -29,10 +29,10 @@ spec:
 }
 
 #[tokio::test]
-async fn s07_a_change_is_undone_when_the_core_is_not_there_any_more() {
+async fn a_change_is_undone_when_the_core_is_not_there_any_more() {
     sweep();
-    let lab = Lab::new("s07");
-    let core = Core::start_by("s07", |path: PathBuf| {
+    let lab = Lab::new("confirm");
+    let core = Core::start_by("confirm", |path: PathBuf| {
         let mut command = lab.peer.command(path).unwrap();
         command.args(["--listen", &SocketAddr::new(PEER4, 0).to_string()]);
         command.args(["--heartbeat", "3s", "--lease", "4s", "--confirm-window", "6s"]);
