@@ -417,9 +417,10 @@ impl Staged {
         &self.set
     }
 
-    /// Whether the update changes anything.
+    /// Whether the update changes anything that packets go by.
     pub fn alters(&self, before: &DesiredSet) -> bool {
-        !self.changed.is_empty() || self.set.running.len() != before.running.len()
+        let count = |set: &DesiredSet| set.running.keys().filter(|key| !key.is_instance()).count();
+        self.changed.iter().any(|key| !key.is_instance()) || count(&self.set) != count(before)
     }
 
     /// The set, now in force.

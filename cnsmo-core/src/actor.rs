@@ -662,6 +662,9 @@ impl Actor {
     }
 
     async fn orchestrate(&mut self, observed: Observed) -> Result<(), Error> {
+        if self.state.deployments().is_empty() && self.state.placements().is_empty() {
+            return Ok(());
+        }
         self.fleet.observe(observed, &self.state);
         let now = SystemTime::now();
         let world = self.fleet.world(&self.state, to_ms(now));

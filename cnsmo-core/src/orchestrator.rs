@@ -12,6 +12,7 @@ use std::{
 };
 
 use cnsmo_proto::pb::catalog::{Instance, Phase};
+use futures::FutureExt as _;
 
 pub use self::plan::{Host, Steps, World, plan, shortage};
 use crate::{
@@ -79,6 +80,8 @@ pub async fn run(core: Core, catalog: Catalog) {
             }
         }
         tokio::time::sleep(PAUSE).await;
+        // One look is for all that has happened.
+        while let Some(Some(_)) = changes.next().now_or_never() {}
         tokio::select! {
             _ = changes.next() => {}
             () = core.deployments_changed() => {}

@@ -27,6 +27,11 @@ pub enum Key {
 }
 
 impl Key {
+    /// Whether it is of a service's instance, which packets do not go by.
+    pub fn is_instance(&self) -> bool {
+        matches!(self, Self::Instance(..))
+    }
+
     /// Whether it is `whole` or a record derived for it, which may be what is wrong with `whole`.
     pub fn is_part_of(&self, whole: &Self) -> bool {
         match (self, whole) {

@@ -5,7 +5,7 @@ use cnsmo_proto::{
     model::{Action, Direction, Protocol},
     pb::{
         agent::{Resource, resource::Spec, update::Kind},
-        balancer as balancer_pb, network as network_pb,
+        balancer as balancer_pb, deployment as deployment_pb, network as network_pb,
         policy::FirewallPolicySpec,
     },
 };
@@ -393,6 +393,49 @@ fn a_change_that_the_core_does_not_survive_is_undone_then_tried_once_more() {
     assert_eq!(ports(&fake.last()), [1, 2]);
     assert_eq!(enforcer.update(7, worse(4)).error, "");
     assert_eq!(ports(&fake.last()), [1, 2, 4]);
+}
+
+#[test]
+fn instances_are_never_on_trial() {
+    let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
+    let (seat, handle) = fake.seat(dir.path());
+    let (mut enforcer, watch) = (seat.start().unwrap().0, handle.in_force());
+    let instances = || handle.instances().borrow().as_ref().map_or(0, |all| all.len());
+    confirm_within(&mut enforcer, Duration::from_secs(10));
+    enforcer.update(7, snapshot_of_a());
+    enforcer.confirm(1);
+    let instance = |revision| Resource {
+        name: "instance/shop/shop-1".into(),
+        version: revision,
+        spec: Some(Spec::Instance(Box::new(deployment_pb::Instance {
+            name: "shop-1".into(),
+            deployment: "shop".into(),
+            node: "vm1".into(),
+            goal: deployment_pb::instance::Goal::Run.into(),
+            driver: Some(deployment_pb::instance::Driver::Process(deployment_pb::Process {
+                command: vec!["/bin/true".into()],
+                ..Default::default()
+            })),
+            ..Default::default()
+        }))),
+    };
+    let mut both = Digest::default();
+    both.add(&full("a"), 1);
+    both.add("instance/shop/shop-1", 2);
+    let update = |base, revision, upserts, digest: &Digest| Update {
+        revision,
+        digest: digest.to_vec(),
+        ..update(Kind::Delta, base, upserts, &[])
+    };
+    assert_eq!(enforcer.update(7, update(1, 2, vec![instance(2)], &both)).error, "");
+    assert_eq!((watch.borrow().confirm_by, instances()), (None, 1));
+
+    // What is undone leaves them alone.
+    both.add(&full("b"), 3);
+    assert_eq!(enforcer.update(7, update(2, 3, vec![resource("b", 3)], &both)).error, "");
+    let due = watch.borrow().confirm_by.unwrap();
+    enforcer.undo(due);
+    assert_eq!((ports(&fake.last()), instances()), (vec![1], 1));
 }
 
 #[test]

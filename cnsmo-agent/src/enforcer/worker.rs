@@ -301,6 +301,8 @@ impl Enforcer {
             before.revision()
         );
         tracing::warn!("{why}");
+        // Instances cut nobody off, and go on.
+        let before = before.with_those_of(set, Key::is_instance);
         self.set = Some(before);
         self.go_back();
         self.trouble = Some(("Undone", why));
