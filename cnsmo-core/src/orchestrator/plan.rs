@@ -277,18 +277,18 @@ impl<'a, 's> Planner<'a, 's> {
         };
         self.active.sort_by_key(order);
         while self.active.len() > self.desired() {
-            let victim = self.active[0];
+            // Those that come in place of moving ones are no surplus: then a moving one goes, once it is not missed.
+            let is_surplus = self.active.len() > self.desired() + self.surge();
+            let moving = self.active.iter().position(|one| one.fate == Fate::Moves);
+            let place = if is_surplus { 0 } else { moving.unwrap_or(0) };
+            let victim = self.active[place];
             if victim.is_ready && self.ready() <= self.desired() {
                 return;
             }
+            self.active.remove(place);
             let reason = if victim.fate == Fate::Moves { "NodeDraining" } else { "ScaledDown" };
-            self.drain_first(reason);
+            self.steps.push(drain(victim.placed, reason));
         }
-    }
-
-    fn drain_first(&mut self, reason: &'static str) {
-        let victim = self.active.remove(0);
-        self.steps.push(drain(victim.placed, reason));
     }
 
     /// Outdated ones end, as many as may be missing at a time; those that are not ready are missing already.
@@ -324,11 +324,15 @@ impl<'a, 's> Planner<'a, 's> {
         self.active = kept;
     }
 
+    /// More than there shall be, while some move to other VMs.
+    fn surge(&self) -> usize {
+        let moving = self.active.iter().filter(|one| one.fate == Fate::Moves).count();
+        moving.min(self.max_unavailable())
+    }
+
     /// What is missing, and for each that moves another one first.
     fn missing(&self) -> usize {
-        let moving = self.active.iter().filter(|one| one.fate == Fate::Moves).count();
-        let surge = moving.min(self.max_unavailable());
-        (self.desired() + surge).saturating_sub(self.active.len())
+        (self.desired() + self.surge()).saturating_sub(self.active.len())
     }
 
     fn fill(&mut self, taken: &mut Taken<'a>, name: &mut impl FnMut(&str) -> String) {

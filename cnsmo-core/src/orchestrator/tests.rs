@@ -237,6 +237,10 @@ fn a_vm_that_is_emptied_is_replaced_first_and_a_lost_one_is_replaced() {
     fleet.look();
     assert_eq!(fleet.nodes("web"), ["vm0", "vm1"]);
     assert!(fleet.placed("web").iter().all(|one| one.is_wanted()), "until the other one is ready");
+    // However long that takes.
+    let other = fleet.placed("web").into_iter().find(|one| one.node() == "vm1").unwrap().clone();
+    fleet.set(&other, Phase::Starting);
+    assert_eq!(fleet.look(), 0);
     fleet.settle();
     assert_eq!((fleet.nodes("web"), fleet.ready("web")), (vec!["vm1"], 1));
 
@@ -371,6 +375,10 @@ proptest! {
             prop_assert!(wanted(&fleet) <= limit, "{} of {limit}", wanted(&fleet));
             let least = ready_before.min(desired.saturating_sub(most));
             prop_assert!(ready(&fleet) >= least, "{} ready of {least}", ready(&fleet));
+            // Where nothing happens, nothing more is done.
+            fleet.look();
+            fleet.look();
+            prop_assert_eq!(fleet.look(), 0, "it does not come to rest");
             // The same world gives the same steps.
             let twice = [(); 2].map(|()| fleet.with_world(|world| plan(world, |d| format!("{d}-x"))));
             prop_assert_eq!(&twice[0], &twice[1]);
