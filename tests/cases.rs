@@ -10,6 +10,7 @@ mod kernel;
 mod lab;
 mod overlay;
 mod programs;
+mod s01_apply;
 mod s04_actors;
 mod s05_protocols;
 mod s06_spawn;

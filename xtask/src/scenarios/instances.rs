@@ -9,10 +9,18 @@ use super::{REPORT_LIMIT, get, manifest, number};
 use crate::{checks::Report, fleet::Fleet, interrupt};
 
 /// They need nothing but the base system, and end by themselves if they are left behind.
+const STOCK: &str = "kind: Deployment
+metadata: {name: stock}
+spec:
+  placement: {selector: {role: db}}
+  process: {command: [/bin/sleep, '1800'], user: nobody, stopTimeout: 1s}
+  drainTimeout: 0s
+";
 const DEPLOYMENT: &str = "kind: Deployment
 metadata: {name: cart}
 spec:
   replicas: 3
+  needs: [stock]
   placement: {selector: {role: web}, spread: site}
   process: {command: [/bin/sleep, '1800'], user: nobody, stopTimeout: 1s}
   drainTimeout: 1s
@@ -21,9 +29,18 @@ spec:
 /// Started, scaled, run on without their agent, moved away from a VM that is drained, brought back, ended.
 pub(crate) fn deployed(fleet: &mut Fleet, report: &mut Report) -> anyhow::Result<()> {
     let file = manifest(fleet, "cart.yaml", DEPLOYMENT)?;
-    fleet.cli_ok(&["apply", "-f", &file, "--wait"])?;
+    fleet.cli_ok(&["apply", "-f", &file])?;
+    let waits = interrupt::wait_until(REPORT_LIMIT, || {
+        Ok(fleet.cli_ok(&["get", "deployments", "cart"])?.contains("WaitingForNeeds"))
+    })?;
+    let seen = if waits && nodes(fleet)?.is_empty() { "waits" } else { "does not wait" };
+    report.add("a service whose need is not there", "waits", seen);
+    let stock = manifest(fleet, "stock.yaml", STOCK)?;
+    fleet.cli_ok(&["apply", "-f", &stock, "--wait"])?;
     come(fleet, report, "3 instances on the VMs with role=web", "web1 web2 web3", 3)?;
-    let revision = number(&get(fleet, &["deployments", "cart"])?["metadata"]["revision"]);
+    let history = fleet.cli_ok(&["history", "-o", "json"])?;
+    let history: Value = serde_json::from_str(&history).context("cnsmo history is not JSON")?;
+    let revision = number(&history[0]["revision"]);
 
     scale(fleet, 5)?;
     come(fleet, report, "scaled to 5: even over the sites", "a:3 b:2 or a:2 b:3", 5)?;
@@ -50,10 +67,12 @@ pub(crate) fn deployed(fleet: &mut Fleet, report: &mut Report) -> anyhow::Result
     fleet.cli_ok(&["rollback", &revision.to_string()])?;
     come(fleet, report, "rolled back to 3", "", 3)?;
     fleet.cli_ok(&["delete", "deployment", "cart"])?;
+    fleet.cli_ok(&["delete", "deployment", "stock"])?;
     let gone = interrupt::wait_until(REPORT_LIMIT, || {
-        let left = fleet.cli_ok(&["services", "--service", "cart", "-o", "json"])?;
+        let left = fleet.cli_ok(&["services", "-o", "json"])?;
         let left: Value = serde_json::from_str(&left).context("cnsmo services is not JSON")?;
-        Ok(left.as_array().is_some_and(Vec::is_empty))
+        let left = left.as_array().context("cnsmo services is no list")?;
+        Ok(left.iter().all(|one| one["service"] != "cart" && one["service"] != "stock"))
     })?;
     report.add("deleted", "none left", if gone { "none left" } else { "some left" });
     Ok(())

@@ -1,0 +1,124 @@
+//! One file makes a private network, a firewall, a balancer and a service; the same file again does nothing.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::Command,
+};
+
+use cnsmo_tests::{Netns, PinDir, Process, sweep};
+
+use super::{
+    lab::{Lab, PATIENCE as PACKETS, PEER4, SILENCE, VM4},
+    programs::{Core, PATIENCE, program, run, until},
+};
+
+const FILE: &str = "
+kind: Network
+metadata: {name: shop}
+spec:
+  ipv4: 10.90.0.0/24
+  addresses: {vm1: {ipv4: 10.90.0.11}, vm2: {ipv4: 10.90.0.12}}
+---
+kind: LoadBalancer
+metadata: {name: front}
+spec:
+  network: shop
+  addresses: [10.90.0.80]
+  ports: [{protocol: tcp, port: 80, targetPort: 8080}]
+  backends: {role: web}
+---
+kind: FirewallPolicy
+metadata: {name: web}
+spec:
+  target: {role: web}
+  defaults: {ingress: deny, egress: allow}
+  rules:
+    - {name: http, action: allow, direction: ingress, from: [10.90.0.0/24], protocol: tcp, ports: [8080]}
+---
+kind: Deployment
+metadata: {name: page}
+spec:
+  placement: {selector: {role: web}}
+  process: {command: [/bin/sleep, '605'], user: nobody}
+";
+const OWN: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 90, 0, 11));
+const VIRTUAL: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 90, 0, 80));
+
+#[tokio::test]
+async fn s01_one_file_deploys_everything_and_again_changes_nothing() {
+    sweep();
+    let lab = Lab::new("s01");
+    let core = Core::start_by("s01", |path: PathBuf| {
+        let mut command = lab.peer.command(path).unwrap();
+        command.args(["--listen", &SocketAddr::new(PEER4, 0).to_string()]);
+        command
+    });
+    let pins = PinDir::new("s01-peer");
+    let agent = |netns: &Netns, name: &str, pins: &PinDir, label: &str| {
+        let mut command = netns.command(program("cnsmo-agent")).unwrap();
+        command.arg("--core").arg(core.address().to_string());
+        command.arg("--token-file").arg(core.token("agent", name));
+        command.arg("--state-dir").arg(core.folder().join(name));
+        command.arg("--bpffs").arg(pins.path()).env_remove("CNSMO_LOG");
+        command.args(["--node", name, "--label", label]);
+        command.args(["--interface", "eth0", "--flows", "4096"]);
+        let log = core.folder().join(format!("{name}.log"));
+        let mut agent = Process::spawn(name, &mut command, &log).unwrap();
+        agent.wait_for("connected to the core", PATIENCE).unwrap();
+        agent
+    };
+    let agents = [
+        agent(&lab.vm, "vm1", &lab.pins, "role=web"),
+        agent(&lab.peer, "vm2", &pins, "role=client"),
+    ];
+    let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+    let server = lab.listen(&lab.vm, any, 8080);
+    let other = lab.listen(&lab.vm, any, 8081);
+    let port = |listener: &std::net::TcpListener| listener.local_addr().unwrap().port();
+    let opens = |to: IpAddr, port: u16, limit| {
+        lab.connect(&lab.peer, SocketAddr::new(to, port), limit).is_ok()
+    };
+    // Without it: everything is open, and there is neither network nor balancer.
+    assert!(opens(VM4, port(&server), PACKETS) && opens(VM4, port(&other), PACKETS));
+    assert!(!opens(VIRTUAL, 80, SILENCE) && !opens(OWN, port(&server), SILENCE));
+
+    let file = core.folder().join("all.yaml");
+    fs::write(&file, FILE).unwrap();
+    let apply = ["apply", "-f", file.to_str().unwrap(), "--wait"];
+    let before = core.cnsmo_json(&["status"])["revision"].as_u64().unwrap();
+    let applied = core.cnsmo(&apply);
+    assert_eq!(applied.matches("created").count(), 4, "{applied}");
+    let history = core.cnsmo_json(&["history"]);
+    let newest = history[0]["revision"].as_u64().unwrap();
+    assert!(newest > before && history[1].is_null(), "one revision: {history}");
+    until("the tunnel", async || opens(OWN, port(&server), SILENCE).then_some(())).await;
+    until("the balancer", async || opens(VIRTUAL, 80, SILENCE).then_some(())).await;
+    assert!(!opens(OWN, port(&other), SILENCE), "the policy");
+    assert!(!opens(VM4, port(&server), SILENCE), "beside the network");
+    let ready = async || {
+        let page = core.cnsmo_json(&["get", "deployments", "page"]);
+        (page["status"]["ready"] == 1).then_some(())
+    };
+    until("the service", ready).await;
+
+    // Nothing is committed by it, and nothing is sent to the VMs.
+    core.cnsmo(&["wait"]);
+    let applied_on = |core: &Core| core.cnsmo_json(&["get", "node", "vm1"])["metadata"].clone();
+    let (settled, node) = (core.cnsmo_json(&["history"]), applied_on(&core));
+    let said = core.cnsmo(&apply);
+    assert_eq!(said.matches("unchanged").count(), 4, "{said}");
+    assert_eq!((core.cnsmo_json(&["history"]), applied_on(&core)), (settled, node));
+    let mut diff = Command::new(program("cnsmo"));
+    diff.env("CNSMO_SOCKET", core.socket()).args(["diff", "-f"]).arg(&file);
+    let diff = run(&mut diff);
+    assert!(diff.lines().all(|line| line.ends_with("unchanged")), "{diff}");
+    core.cnsmo(&["delete", "deployment", "page"]);
+    let gone = async || {
+        let left = core.cnsmo_json(&["services", "--service", "page"]);
+        left.as_array().unwrap().is_empty().then_some(())
+    };
+    until("the end of the service", gone).await;
+    drop(agents);
+}
