@@ -12,7 +12,7 @@ use tonic::{Code, Status, transport::Channel};
 
 use crate::{
     backoff::Backoff,
-    lifecycle::{Lifecycle, Phase, State},
+    lifecycle::{Lifecycle, State},
     supervise::{Chain, Stop},
 };
 
@@ -68,27 +68,25 @@ pub async fn announce(
         client: CatalogServiceClient::new(channel),
         incarnation: incarnation(),
         announcement,
-        acknowledged: None,
+        told: 0,
     };
     let interval = announcer.announcement.ttl / PER_TTL;
     let mut backoff = Backoff::new(FIRST_RETRY.min(interval), interval);
     let mut states = life.watch();
     loop {
-        let state = states.borrow_and_update().clone();
-        let wait = tokio::select! {
-            told = timeout(interval, announcer.tell(&state)) => match told {
-                Ok(Ok(())) => {
-                    backoff.reset();
-                    interval
-                }
-                Ok(Err(status)) if is_final(&status) => return Err(announcer.refused(status)),
-                Ok(Err(status)) => {
-                    tracing::debug!(error = %Chain(&status), "not announced, trying again");
-                    backoff.after_failure()
-                }
-                Err(_) => backoff.after_failure(),
-            },
-            () = stop.asked() => break,
+        states.mark_unchanged();
+        // Not cut short by a stop: whether the core has heard of a phase must be known before the next one is told.
+        let wait = match timeout(interval, announcer.tell(life)).await {
+            Ok(Ok(())) => {
+                backoff.reset();
+                interval
+            }
+            Ok(Err(status)) if is_final(&status) => return Err(announcer.refused(status)),
+            Ok(Err(status)) => {
+                tracing::debug!(error = %Chain(&status), "not announced, trying again");
+                backoff.after_failure()
+            }
+            Err(_) => backoff.after_failure(),
         };
         tokio::select! {
             () = sleep(wait) => {}
@@ -97,8 +95,7 @@ pub async fn announce(
             () = stop.asked() => break,
         }
     }
-    let last = states.borrow_and_update().clone();
-    announcer.end(&last).await;
+    announcer.end(life).await;
     Ok(())
 }
 
@@ -107,25 +104,25 @@ struct Announcer {
     announcement: Announcement,
     /// Tells this run from the last.
     incarnation: String,
-    /// The phase that the core has from this run.
-    acknowledged: Option<Phase>,
+    /// Phases entered up to the last one that the core has from this run.
+    told: u64,
 }
 
 impl Announcer {
-    /// Tells the state; first the phases on the way to it, if some were too short to be told.
-    async fn tell(&mut self, state: &State) -> Result<(), Status> {
-        let steps = match self.acknowledged {
-            Some(from) if from != state.phase => from.way_to(state.phase),
-            _ => vec![state.phase],
-        };
-        for phase in steps {
-            let request = self.request(state, phase);
-            match self.client.announce(request).await {
-                Ok(_) => self.acknowledged = Some(phase),
+    /// Tells each state that is new, in order; or the last one, to show that the instance lives.
+    async fn tell(&mut self, life: &Lifecycle) -> Result<(), Status> {
+        let (mut states, entered) = life.entered_after(self.told);
+        if states.is_empty() {
+            states.push(life.watch().borrow().clone());
+        }
+        let first = entered.saturating_sub(states.len() as u64);
+        for (state, nth) in states.iter().zip(first + 1..) {
+            match self.client.announce(self.request(state)).await {
+                Ok(_) => self.told = nth,
                 // The core knows of another phase than this: an answer was lost. The same life cannot be told on.
                 Err(status) if status.code() == Code::FailedPrecondition => {
                     self.incarnation = incarnation();
-                    self.acknowledged = None;
+                    self.told = entered.saturating_sub(1);
                     return Err(status);
                 }
                 Err(status) => return Err(status),
@@ -134,14 +131,14 @@ impl Announcer {
         Ok(())
     }
 
-    fn request(&self, state: &State, phase: Phase) -> AnnounceRequest {
+    fn request(&self, state: &State) -> AnnounceRequest {
         let Announcement { service, name, node, endpoints, attributes, ttl, grace } =
             self.announcement.clone();
         let instance = Instance {
             name,
             service,
             node,
-            phase: catalog::Phase::from(phase).into(),
+            phase: catalog::Phase::from(state.phase).into(),
             reason: state.reason.to_owned(),
             message: state.message.clone(),
             endpoints,
@@ -153,13 +150,13 @@ impl Announcer {
         AnnounceRequest { instance: Some(instance), ttl: time(ttl), grace: time(grace) }
     }
 
-    /// Tells the last state, if it was not told yet, and withdraws.
-    async fn end(&mut self, last: &State) {
-        let Some(told) = self.acknowledged else { return };
-        if told != last.phase
-            && !matches!(timeout(WITHDRAW_TIMEOUT, self.tell(last)).await, Ok(Ok(())))
-        {
-            tracing::debug!(phase = %last.phase, "the last phase is not announced");
+    /// Tells what was not told yet, and withdraws.
+    async fn end(&mut self, life: &Lifecycle) {
+        if self.told == 0 {
+            return;
+        }
+        if !matches!(timeout(WITHDRAW_TIMEOUT, self.tell(life)).await, Ok(Ok(()))) {
+            tracing::debug!(phase = %life.phase(), "the last phase is not announced");
         }
         let Announcement { service, name, .. } = self.announcement.clone();
         let withdrawn = self.client.withdraw(WithdrawRequest { service, name });

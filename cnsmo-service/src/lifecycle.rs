@@ -57,25 +57,6 @@ impl Phase {
     pub fn may_become(self, to: Self) -> bool {
         STEPS.contains(&(self, to))
     }
-
-    /// The fewest legal steps to `to`, which is the last of them. Empty: it is there, or there is no way.
-    pub fn way_to(self, to: Self) -> Vec<Self> {
-        let mut ways = std::collections::VecDeque::from([vec![self]]);
-        let mut seen = vec![self];
-        while let Some(way) = ways.pop_front() {
-            let Some(at) = way.last().copied() else { break };
-            if at == to {
-                return way[1..].to_vec();
-            }
-            for (_, next) in STEPS.iter().filter(|(from, _)| *from == at) {
-                if !seen.contains(next) {
-                    seen.push(*next);
-                    ways.push_back([&way[..], &[*next]].concat());
-                }
-            }
-        }
-        Vec::new()
-    }
 }
 
 impl fmt::Display for Phase {
@@ -250,23 +231,6 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn a_way_has_legal_steps_only_and_there_is_one_to_all_but_the_first() {
-        for from in ALL {
-            for to in ALL {
-                let way = from.way_to(to);
-                let mut at = from;
-                for step in &way {
-                    assert!(at.may_become(*step), "{at} to {step}");
-                    at = *step;
-                }
-                let is_there = at == to;
-                assert_eq!(is_there, from == to || to != Phase::Installing, "{from} to {to}");
-            }
-        }
-        assert_eq!(Phase::Ready.way_to(Phase::Starting), [Phase::Failed, Phase::Starting]);
     }
 
     #[test]

@@ -177,7 +177,7 @@ async fn all_phases_are_told_in_legal_steps_and_the_end_is_a_withdrawal() {
     }
     told.wait_for(last(Phase::Draining)).await.unwrap();
     let phases: Vec<_> = told.borrow().iter().map(|(_, phase)| *phase).collect();
-    assert_eq!(phases, [Phase::Installing, Phase::Starting, Phase::Draining], "the shortest way");
+    assert_eq!(phases, [Phase::Installing, Phase::Starting, Phase::Ready, Phase::Draining]);
     stopper.stop();
     announced.await.unwrap().unwrap();
     assert!(catalogue.instances.lock().unwrap().is_empty());
