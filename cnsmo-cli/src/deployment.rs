@@ -199,7 +199,7 @@ pub(crate) fn describe(deployment: &Deployment) -> Result<()> {
     describe_metadata(deployment.metadata.as_ref())?;
     let counts = [status.ready, status.desired, status.updated, status.placed];
     let [ready, desired, updated, placed] = counts;
-    field("Instances", &format!("{ready} of {desired} ready, {updated} updated, {placed} placed"))?;
+    field("Ready", &format!("{ready} of {desired}, {updated} updated, {placed} placed"))?;
     field("Driver", driver(&spec))?;
     field("Runs", &runs(&spec))?;
     match placement.node.as_str() {

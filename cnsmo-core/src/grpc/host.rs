@@ -107,7 +107,7 @@ impl Steer for Hosts {
 /// What is asked of an agent is one answer; who follows has to ask on the VM.
 fn check_follow(request: &ReadLogsRequest) -> Result<(), Status> {
     let text = "follow: is possible on the VM itself, at its agent's socket";
-    if request.follow { Err(Status::unimplemented(text)) } else { Ok(()) }
+    if request.follow { Err(Status::failed_precondition(text)) } else { Ok(()) }
 }
 
 fn node_of(command: &Command) -> &str {

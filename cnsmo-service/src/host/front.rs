@@ -151,7 +151,7 @@ impl Steer for Local {
         let logs = self.host.logs(&self.service(id)?, tail as usize, follow)?;
         logs.ok_or_else(|| {
             let text = "it has no output of its own: see the log of the program that it is part of";
-            Status::unimplemented(text)
+            Status::failed_precondition(text)
         })
     }
 }
