@@ -269,14 +269,22 @@ impl<'a, 's> Planner<'a, 's> {
         self.steps.extend(lost);
     }
 
-    /// More than shall be: first those that are not ready, then what is to be replaced anyway, then the youngest. One that is
+    /// More than shall be: first those that are not ready, then what is to be replaced anyway, then where the most are, then the
+    /// youngest. One that is
     /// ready only where enough others are.
     fn thin_out(&mut self) {
-        let order = |one: &Active<'_>| {
-            (one.is_ready, one.fate == Fate::Stays, Reverse(one.placed.create_ms))
-        };
-        self.active.sort_by_key(order);
         while self.active.len() > self.desired() {
+            let groups: Vec<_> = self.active.iter().map(|one| self.group(one)).collect();
+            let crowd = |one: &Active<'_>| {
+                let own = self.group(one);
+                groups.iter().filter(|group| **group == own).count()
+            };
+            let mut active = self.active.clone();
+            active.sort_by_cached_key(|one| {
+                let stays = one.fate == Fate::Stays;
+                (one.is_ready, stays, Reverse(crowd(one)), Reverse(one.placed.create_ms))
+            });
+            self.active = active;
             // Those that come in place of moving ones are no surplus: then a moving one goes, once it is not missed.
             let is_surplus = self.active.len() > self.desired() + self.surge();
             let moving = self.active.iter().position(|one| one.fate == Fate::Moves);
@@ -322,6 +330,12 @@ impl<'a, 's> Planner<'a, 's> {
             }
         }
         self.active = kept;
+    }
+
+    /// Value of the label over which instances are spread.
+    fn group(&self, one: &Active<'_>) -> Option<&'a String> {
+        let labels = self.world.hosts.get(one.placed.node())?.labels.as_map();
+        labels.get(&self.stored.model.placement.spread)
     }
 
     /// More than there shall be, while some move to other VMs.
