@@ -190,7 +190,10 @@ async fn undo_in_time(enforcer: EnforcerHandle, mut stop: Stop) -> anyhow::Resul
         };
         tokio::select! {
             () = stop.asked() => return Ok(()),
-            changed = in_force.changed() => changed.context("the enforcer is gone")?,
+            // Why the enforcer is gone, its own task tells.
+            changed = in_force.changed() => if changed.is_err() {
+                return Ok(());
+            },
             () = undo => if enforcer.undo().await.is_err() {
                 // It crashed, and is being started again.
                 tokio::time::sleep(UNDO_RETRY).await;
