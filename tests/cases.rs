@@ -19,6 +19,7 @@ mod s09_recovery;
 mod s10_stateless;
 mod s12_python;
 mod s14_announce;
+mod s15_balanced;
 mod s15_deployments;
 mod s16_agents;
 mod s17_services;

@@ -3,10 +3,10 @@
 //! Pure, and the same on every VM: a flow that moves from one gateway to another meets the same backend.
 
 use cnsmo_common::balance::{RING_SLOTS, SEED, mix};
-use cnsmo_proto::model::{Algorithm, Name};
+use cnsmo_proto::model::Algorithm;
 
 /// The ring of a balancer; `backends` with the numbers that stand for them, in any order. Empty without backends.
-pub fn ring(algorithm: Algorithm, mut backends: Vec<(&Name, u16)>) -> Vec<u16> {
+pub fn ring(algorithm: Algorithm, mut backends: Vec<(&str, u16)>) -> Vec<u16> {
     backends.sort_unstable();
     match algorithm {
         Algorithm::Maglev | Algorithm::Source => maglev(&backends),
@@ -17,7 +17,7 @@ pub fn ring(algorithm: Algorithm, mut backends: Vec<(&Name, u16)>) -> Vec<u16> {
 
 /// Maglev hashing (Eisenbud et al., NSDI 2016, section 3.4): every backend takes in turn the next free slot of its own
 /// permutation. All get the same number of slots but for one, and few slots change hands with a change of backends.
-fn maglev(backends: &[(&Name, u16)]) -> Vec<u16> {
+fn maglev(backends: &[(&str, u16)]) -> Vec<u16> {
     if backends.is_empty() {
         return Vec::new();
     }
@@ -46,8 +46,8 @@ struct Walk {
 }
 
 impl Walk {
-    fn new(name: &Name) -> Self {
-        let hash = |seed| name.as_str().bytes().fold(seed, |hash, byte| mix(hash, byte.into()));
+    fn new(name: &str) -> Self {
+        let hash = |seed| name.bytes().fold(seed, |hash, byte| mix(hash, byte.into()));
         let (offset, step) = (mix(hash(SEED), 0), mix(hash(!SEED), 1));
         let below = |hash: u64, bound: usize| (hash % bound as u64) as usize;
         Self { at: below(offset, RING_SLOTS), step: below(step, RING_SLOTS - 1) + 1 }

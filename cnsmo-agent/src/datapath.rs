@@ -2,7 +2,7 @@
 
 pub mod kernel;
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::SocketAddr};
 
 use cnsmo_proto::model::{Direction, Name};
 
@@ -54,8 +54,8 @@ pub struct Status {
     pub counters: BTreeMap<Name, BTreeMap<Name, Count>>,
     /// Packets and bytes dropped, per direction and reason (a stable word).
     pub drops: Vec<(Direction, &'static str, Count)>,
-    /// Live flows from virtual addresses to each backend, as of the last sweep.
-    pub backend_flows: BTreeMap<IpAddr, u64>,
+    /// Live flows from virtual addresses to each backend's ports, as of the last sweep.
+    pub backend_flows: BTreeMap<SocketAddr, u64>,
     /// Kernel ids of the loaded programs, ascending.
     pub program_ids: Vec<u32>,
 }

@@ -486,9 +486,13 @@ fn convert(resource: Resource) -> Result<(Key, Spec), Invalid> {
             .and_then(|member| named(&member.network, network, "network").map(|()| member))
             .and_then(|member| named(&member.node, node, "node").map(|()| member))
             .map(Spec::Member),
-        (Key::Backend(balancer, node), Wire::Backend(spec)) => Backend::try_from(spec)
+        (Key::Backend(balancer, node, instance), Wire::Backend(spec)) => Backend::try_from(spec)
             .and_then(|b| named(&b.load_balancer, balancer, "loadBalancer").map(|()| b))
             .and_then(|backend| named(&backend.node, node, "node").map(|()| backend))
+            .and_then(|backend| match backend.instance == *instance {
+                true => Ok(backend),
+                false => Err(Invalid::new("is not the one in the name").at("instance")),
+            })
             .map(Spec::Backend),
         (Key::Instance(deployment, name), Wire::Instance(spec)) => Instance::try_from(*spec)
             .and_then(|one| named(&one.deployment, deployment, "deployment").map(|()| one))

@@ -35,7 +35,7 @@ pub struct TunnelDevice {
     pub mtu: u16,
 }
 
-/// Virtual addresses, and the VMs that new flows to them go to.
+/// Virtual addresses, and the backends that new flows to them go to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Balancer {
     /// Name of the resource.
@@ -52,13 +52,24 @@ pub struct Balancer {
     pub backends: Vec<BackendTarget>,
 }
 
-/// A VM behind a balancer.
+/// A VM behind a balancer, or an instance of a service on one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendTarget {
     /// Name of the VM.
     pub node: Name,
+    /// Name of the instance, of which a VM may have several; `None`: the VM itself.
+    pub instance: Option<Name>,
     /// In the network.
     pub addresses: Addresses,
+    /// Where the instance listens, for ports of the balancer that have no target of their own. 0: nowhere else.
+    pub port: u16,
+}
+
+impl BackendTarget {
+    /// The name that its place in the ring comes from: the same on all VMs, and no other backend's.
+    pub fn ring_name(&self) -> &str {
+        self.instance.as_ref().unwrap_or(&self.node).as_str()
+    }
 }
 
 /// A rule and the policy it comes from.

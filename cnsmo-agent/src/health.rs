@@ -30,6 +30,8 @@ pub struct Subject {
     pub balancer: Name,
     /// Name of the VM behind it.
     pub node: Name,
+    /// Name of the instance there; `None`: the VM itself.
+    pub instance: Option<Name>,
 }
 
 /// How a backend is checked.

@@ -8,8 +8,8 @@ use std::{
 };
 
 use cnsmo_proto::model::{
-    Action, Addresses, Backend, Direction, LoadBalancer, Member, Name, Network, PortRange,
-    Protocol, Rule, protocol,
+    Action, Addresses, Backend, Direction, HealthCheck, LoadBalancer, Member, Name, Network,
+    PortRange, Protocol, Rule, protocol,
 };
 use ipnet::IpNet;
 
@@ -52,7 +52,7 @@ pub struct BackendState {
 /// Why a backend gets no new flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Idle {
-    /// The operator said so.
+    /// The core said so: its VM or its instance shall get none, or is not ready.
     Draining,
     /// Its health checks fail, or did not succeed yet where those of others did.
     Unhealthy,
@@ -209,9 +209,14 @@ impl Balanced<'_> {
                 (false, false) => Some(Idle::Unhealthy),
                 (false, true) => None,
             };
-            let target = BackendTarget { node: backend.node.clone(), addresses: backend.addresses };
+            let target = BackendTarget {
+                node: backend.node.clone(),
+                instance: backend.instance.clone(),
+                addresses: backend.addresses,
+                port: backend.port,
+            };
             // A draining backend is not checked any more.
-            let message = if backend.draining { "" } else { message };
+            let message = if backend.draining { &backend.message } else { message };
             BackendState { target, idle, message: message.to_owned() }
         };
         self.backends.iter().map(state).collect()
@@ -220,16 +225,24 @@ impl Balanced<'_> {
     fn checks(&self) -> Vec<(Subject, Check)> {
         let Some(how) = self.spec.health else { return Vec::new() };
         let check = |backend: &&Backend| {
+            let port = check_port(how, backend);
             let addresses = served(&self.spec.addresses, backend.addresses);
-            let addresses = addresses.map(|address| SocketAddr::new(address, how.port)).collect();
+            let addresses = addresses.map(|address| SocketAddr::new(address, port)).collect();
             (self.subject(backend), Check { addresses, how })
         };
         self.backends.iter().filter(|backend| !backend.draining).map(check).collect()
     }
 
     fn subject(&self, backend: &Backend) -> Subject {
-        Subject { balancer: self.name.clone(), node: backend.node.clone() }
+        let Backend { node, instance, .. } = backend;
+        let (node, instance) = (node.clone(), instance.clone());
+        Subject { balancer: self.name.clone(), node, instance }
     }
+}
+
+/// Where a backend is checked.
+fn check_port(how: HealthCheck, backend: &Backend) -> u16 {
+    if how.port == 0 { backend.port } else { how.port }
 }
 
 /// Addresses of a backend in the families of the virtual addresses: where flows may go.
@@ -259,9 +272,11 @@ fn health_rules(balancers: &[Balanced<'_>]) -> impl Iterator<Item = Rule> {
     let mut ports: BTreeMap<u16, Vec<IpNet>> = BTreeMap::new();
     for balanced in balancers {
         let Some(how) = balanced.spec.health else { continue };
-        let addresses =
-            balanced.backends.iter().flat_map(|b| served(&balanced.spec.addresses, b.addresses));
-        ports.entry(how.port).or_default().extend(addresses.map(IpNet::from));
+        for backend in &balanced.backends {
+            let addresses = served(&balanced.spec.addresses, backend.addresses);
+            let port = check_port(how, backend);
+            ports.entry(port).or_default().extend(addresses.map(IpNet::from));
+        }
     }
     ports.into_iter().filter_map(|(number, mut to)| {
         to.sort_unstable();

@@ -1,6 +1,9 @@
 //! What the agent tells about its VM.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+};
 
 use cnsmo_proto::{
     model::{ENDPOINTS_MAX, Name, PublicKey},
@@ -25,6 +28,7 @@ use tonic::Code;
 
 use crate::{
     datapath::{Attachment, Count},
+    effective::BackendTarget,
     enforcer::VmStatus,
     node,
     plan::BackendState,
@@ -150,14 +154,22 @@ fn peer((node, status): (Name, tunnel::PeerStatus)) -> PeerStatus {
 
 fn balancer_report(
     (name, backends): (Name, Vec<BackendState>),
-    flows: &BTreeMap<IpAddr, u64>,
+    flows: &BTreeMap<SocketAddr, u64>,
 ) -> BalancerReport {
+    let flows_to = |BackendTarget { addresses, port, .. }: &BackendTarget| {
+        let ports = if *port == 0 { 0..=u16::MAX } else { *port..=*port };
+        let places = addresses.iter().map(|address| {
+            SocketAddr::new(address, *ports.start())..=SocketAddr::new(address, *ports.end())
+        });
+        places.flat_map(|place| flows.range(place)).map(|(_, n)| n).sum()
+    };
     let backend = |state: BackendState| BackendStatus {
         node: state.target.node.to_string(),
         active: state.idle.is_none(),
         reason: state.idle.map(|idle| idle.as_str().to_owned()).unwrap_or_default(),
         message: state.message,
-        flows: state.target.addresses.iter().filter_map(|address| flows.get(&address)).sum(),
+        flows: flows_to(&state.target),
+        instance: state.target.instance.map(|name| name.to_string()).unwrap_or_default(),
     };
     let backends = backends.into_iter().map(backend).collect();
     BalancerReport { load_balancer: name.to_string(), backends }
@@ -194,7 +206,7 @@ mod tests {
     use cnsmo_proto::model::{Addresses, Direction};
 
     use super::*;
-    use crate::{datapath::Status, effective::BackendTarget, plan::Idle, tunnel::Device};
+    use crate::{datapath::Status, plan::Idle, tunnel::Device};
 
     fn name(text: &str) -> Name {
         Name::new(text).unwrap()
@@ -258,31 +270,50 @@ mod tests {
 
     #[test]
     fn flows_of_a_backend_are_those_of_all_its_addresses() {
-        let backend = |last: u8, idle: Option<Idle>| BackendState {
+        let backend = |last: u8, port: Option<u16>, idle: Option<Idle>| BackendState {
             target: BackendTarget {
                 node: name(&format!("web-{last}")),
+                instance: port.map(|port| name(&format!("one-{port}"))),
                 addresses: Addresses {
                     v4: Some([10, 70, 0, last].into()),
                     v6: Some([0xfd70, 0, 0, 0, 0, 0, 0, last.into()].into()),
                 },
+                port: port.unwrap_or_default(),
             },
             idle,
             message: idle.map_or("", |_| "refused").to_owned(),
         };
-        let flows = [("10.70.0.1", 4), ("fd70::1", 2), ("10.70.0.9", 1)]
-            .map(|(address, flows)| (address.parse().unwrap(), flows))
-            .into();
-        let backends = vec![backend(1, None), backend(2, Some(Idle::Unhealthy))];
+        let flows = [
+            ("10.70.0.1:80", 3),
+            ("10.70.0.1:65535", 1),
+            ("[fd70::1]:80", 2),
+            ("10.70.0.3:81", 16),
+            ("10.70.0.3:82", 32),
+            ("[fd70::3]:82", 64),
+            ("10.70.0.9:80", 1),
+        ];
+        let flows = flows.map(|(place, flows)| (place.parse().unwrap(), flows)).into();
+        let backends = vec![
+            backend(1, None, None),
+            backend(2, None, Some(Idle::Unhealthy)),
+            backend(3, Some(81), None),
+            backend(3, Some(82), None),
+        ];
         let report = balancer_report((name("front"), backends), &flows);
         assert_eq!(report.load_balancer, "front");
         let shown: Vec<_> = report
             .backends
             .iter()
-            .map(|b| (&*b.node, b.active, &*b.reason, &*b.message, b.flows))
+            .map(|b| (&*b.node, &*b.instance, b.active, &*b.reason, &*b.message, b.flows))
             .collect();
         assert_eq!(
             shown,
-            [("web-1", true, "", "", 6), ("web-2", false, "Unhealthy", "refused", 0)]
+            [
+                ("web-1", "", true, "", "", 6),
+                ("web-2", "", false, "Unhealthy", "refused", 0),
+                ("web-3", "one-81", true, "", "", 16),
+                ("web-3", "one-82", true, "", "", 96),
+            ]
         );
     }
 

@@ -2,6 +2,8 @@
 
 use cnsmo_proto::pb::balancer::{Backend, BackendStatus, LoadBalancerStatus};
 
+use crate::output::addresses;
+
 /// One backend and what is said of it.
 pub(crate) struct Seen<'a> {
     pub(crate) backend: &'a Backend,
@@ -39,22 +41,42 @@ impl Seen<'_> {
         let bad = self.by.iter().find(|(_, status)| !status.active);
         match bad {
             Some((_, status)) => (&status.reason, &status.message),
-            None if self.backend.draining => ("Draining", ""),
+            None if self.backend.draining => ("Draining", &self.backend.message),
             None => ("", ""),
         }
+    }
+
+    /// Name of the VM, and of the instance there if it is one.
+    pub(crate) fn name(&self) -> String {
+        match self.backend.instance.as_str() {
+            "" => self.backend.node.clone(),
+            instance => format!("{}/{instance}", self.backend.node),
+        }
+    }
+
+    /// Of the overlay; with the port of an instance.
+    pub(crate) fn addresses(&self) -> String {
+        let Backend { ipv4, ipv6, port, .. } = self.backend;
+        let at = |address: &str| match (address, port) {
+            ("", _) | (_, 0) => address.to_owned(),
+            (address, port) if address.contains(':') => format!("[{address}]:{port}"),
+            (address, port) => format!("{address}:{port}"),
+        };
+        addresses(&at(ipv4), &at(ipv6))
     }
 }
 
 /// Each backend with what is said of it, by name.
 pub(crate) fn of(status: &LoadBalancerStatus) -> Vec<Seen<'_>> {
-    let seen = |backend| Seen { backend, by: views(status, &backend.node) };
+    let seen = |backend| Seen { backend, by: views(status, backend) };
     status.backends.iter().map(seen).collect()
 }
 
 /// What the VMs that balance say of one backend; it is none of their own.
-fn views<'a>(status: &'a LoadBalancerStatus, of: &str) -> Vec<(&'a str, &'a BackendStatus)> {
+fn views<'a>(status: &'a LoadBalancerStatus, of: &Backend) -> Vec<(&'a str, &'a BackendStatus)> {
+    let is_it = |said: &&BackendStatus| (&said.node, &said.instance) == (&of.node, &of.instance);
     let said = |node: &'a cnsmo_proto::pb::balancer::NodeBalancerStatus| {
-        let backend = node.backends.iter().find(|backend| backend.node == of)?;
+        let backend = node.backends.iter().find(is_it)?;
         Some((node.node.as_str(), backend))
     };
     status.nodes.iter().filter_map(said).collect()

@@ -91,8 +91,9 @@ fn left(balancer: &Resource, node: &str) -> Vec<Left> {
     };
     let is_backend = status.backends.iter().any(|backend| backend.node == node);
     let on = |on: &NodeBalancerStatus| {
-        let backend = on.backends.iter().find(|backend| backend.node == node);
-        let state = backend.map(|backend| (backend.active, backend.flows));
+        let here = on.backends.iter().filter(|backend| backend.node == node);
+        let state = here.map(|backend| (backend.active, backend.flows));
+        let state = state.reduce(|a, b| (a.0 || b.0, a.1 + b.1));
         let reason = match state {
             // Silent, it may hold flows that it has not told of.
             None if is_backend && on.node != node && !on.applied => "not applied",

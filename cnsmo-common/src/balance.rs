@@ -40,7 +40,7 @@ const _: () = assert!(size_of::<ServiceKey>() == 20);
 pub struct Service {
     /// Place of the balancer.
     pub balancer: u16,
-    /// Port of the backends, network order.
+    /// Port of the backends, network order. Zero: each has its own.
     pub target: [u8; 2],
     /// One of [`algorithm`].
     pub algorithm: u8,
@@ -61,7 +61,7 @@ pub mod algorithm {
     pub const SOURCE: u8 = 2;
 }
 
-/// Addresses of a backend; all zeros: none.
+/// Where a backend is; all zeros: there is none.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Backend {
@@ -69,8 +69,12 @@ pub struct Backend {
     pub v4: [u8; 4],
     /// IPv6.
     pub v6: [u8; 16],
+    /// For services that name no port of their own, network order.
+    pub port: [u8; 2],
+    /// Zero.
+    pub pad: [u8; 2],
 }
-const _: () = assert!(size_of::<Backend>() == 20);
+const _: () = assert!(size_of::<Backend>() == 24);
 
 /// The ring in force of one balancer, in one word: the first slot in the high half, the number of slots in the low half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

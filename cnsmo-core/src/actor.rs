@@ -539,6 +539,7 @@ impl Actor {
             if ticked {
                 let now = Instant::now();
                 self.fleet.tick(now, now.saturating_duration_since(self.last_tick));
+                self.fleet.let_go(&self.state, now);
                 self.last_tick = now;
             }
             self.fleet.flush(&self.state);
@@ -662,10 +663,10 @@ impl Actor {
     }
 
     async fn orchestrate(&mut self, observed: Observed) -> Result<(), Error> {
+        self.fleet.observe(observed, &self.state);
         if self.state.deployments().is_empty() && self.state.placements().is_empty() {
             return Ok(());
         }
-        self.fleet.observe(observed, &self.state);
         let now = SystemTime::now();
         let world = self.fleet.world(&self.state, to_ms(now));
         let mut steps = orchestrator::plan(&world, instance_name);
@@ -768,7 +769,10 @@ impl Actor {
         for (identity, enrolled) in identities {
             self.registry.set(&identity, enrolled.as_ref());
         }
-        if events.iter().any(|event| matches!(event.kind, Kind::Deployment | Kind::Node)) {
+        let is_for_look = |event: &Event| {
+            matches!(event.kind, Kind::Deployment | Kind::Node | Kind::LoadBalancer)
+        };
+        if events.iter().any(is_for_look) {
             self.deployments.notify_one();
         }
         for event in events {

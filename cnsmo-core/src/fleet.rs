@@ -5,6 +5,7 @@
 //! sent is one set, of which each of them holds a cheap copy.
 
 mod agent;
+mod behind;
 mod derive;
 mod set;
 mod status;
@@ -21,7 +22,7 @@ use std::{
 
 use cnsmo_proto::{
     digest::Digest,
-    model::Labels,
+    model::{Backends, Labels},
     pb::{
         agent::{
             Announcement, Command, Confirm, ConnectResponse, GoAway, Hello, Resource, Update,
@@ -49,7 +50,7 @@ use self::{
 use crate::{
     error::Error,
     orchestrator::{Host, Observed, World},
-    state::{Event, Node, State},
+    state::{Event, Node, State, StoredBalancer},
     store::Revision,
 };
 
@@ -289,8 +290,12 @@ pub struct Fleet {
     served: BTreeMap<String, derive::Served>,
     /// VM of each instance of each deployment, by deployment and the instance's key.
     placed: BTreeMap<String, BTreeMap<String, String>>,
-    /// What the catalogue knows of deployments.
+    /// Deployments with instances that shall end once no balancer gives them new flows, and since when.
+    leaving: BTreeMap<String, Instant>,
+    /// What the catalogue knows of services.
     observed: Observed,
+    /// Nothing was observed yet: backends by service are not known, and are not to be taken for gone.
+    is_blind: bool,
     /// What all members of each network are sent.
     shared: BTreeMap<String, Set>,
     /// Networks whose members have not been told yet.
@@ -315,7 +320,9 @@ impl Fleet {
             selected: BTreeMap::new(),
             served: BTreeMap::new(),
             placed: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             observed: Observed::default(),
+            is_blind: true,
             shared: BTreeMap::new(),
             stale: BTreeSet::new(),
             by_label: HashMap::new(),
@@ -345,7 +352,7 @@ impl Fleet {
                 Kind::FirewallPolicy => self.policy_changed(name, state, before),
                 Kind::Network => self.network_changed(name, state),
                 Kind::LoadBalancer => self.balancer_changed(name, state),
-                Kind::Deployment => self.deployment_changed(name, state, before),
+                Kind::Deployment => self.deployment_changed(name, state, before, now),
                 Kind::Node if deleted.is_none() => self.node_changed(name, state, before, now),
                 Kind::Node => self.node_deleted(name),
                 Kind::Unspecified => {}
@@ -570,8 +577,14 @@ impl Fleet {
         }
     }
 
-    /// Sends what has become due.
+    /// Sends what has become due. What depends on services waits for the first look at them: VMs that go on with what they
+    /// have are better off.
     pub fn flush(&mut self, state: &State) {
+        let by_service =
+            |balancer: &StoredBalancer| matches!(balancer.model.backends, Backends::Service(_));
+        if self.is_blind && state.balancers().values().any(by_service) {
+            return;
+        }
         for name in std::mem::take(&mut self.outbox) {
             if let Some(agent) = self.agents.get_mut(&name)
                 && agent.push(&self.catalog, state.revision())
@@ -619,15 +632,21 @@ impl Fleet {
         }
     }
 
-    /// Takes over what the catalogue knows of the services that deployments are and need.
+    /// Takes over what the catalogue knows of the services that deployments are and need, and that balancers spread flows
+    /// over.
     pub fn observe(&mut self, observed: Observed, state: &State) {
         let differ = observed.differences(&self.observed);
+        let differ: BTreeSet<String> = differ.into_iter().map(ToOwned::to_owned).collect();
+        (self.observed, self.is_blind) = (observed, false);
         let concerned = state.deployments().iter().filter(|(name, one)| {
             let needs = one.model.needs.iter().any(|need| differ.contains(need.service.as_str()));
-            needs || differ.contains(name.as_str())
+            needs || differ.contains(*name)
         });
         self.changed.extend(concerned.map(|(name, _)| (Kind::Deployment, name.clone())));
-        self.observed = observed;
+        for service in &differ {
+            self.service_changed(service, state);
+        }
+        self.tell_members(state, state.revision());
     }
 
     fn touched(&mut self, name: &str) {

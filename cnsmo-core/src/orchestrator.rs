@@ -28,7 +28,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// While another core has the resources.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What the catalogue knows of the services that deployments are and need.
+/// What the catalogue knows of the services that deployments are and need, and that balancers spread flows over.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed(BTreeMap<String, BTreeMap<String, Arc<Instance>>>);
 
@@ -46,6 +46,11 @@ impl Observed {
     /// One instance.
     pub fn instance(&self, service: &str, name: &str) -> Option<&Arc<Instance>> {
         self.0.get(service)?.get(name)
+    }
+
+    /// All of a service.
+    pub fn instances(&self, service: &str) -> impl Iterator<Item = &Arc<Instance>> {
+        self.0.get(service).into_iter().flat_map(BTreeMap::values)
     }
 
     /// Its phase; unspecified: nobody has told of it.

@@ -147,7 +147,7 @@ fn aim<A: Family, T: Tables>(
     to.src = src;
     to.dst = dst;
     to.sport = if outward { d.sport } else { nat_port };
-    to.dport = case.service.target;
+    to.dport = if case.service.target == [0; 2] { case.backend.port } else { case.service.target };
     to.ifindex = if outward { 0 } else { case.ifindex };
     let twin = &mut case.twin.translation;
     twin.src = d.src;

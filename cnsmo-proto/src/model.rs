@@ -11,7 +11,8 @@ mod process;
 use std::{collections::BTreeMap, fmt};
 
 pub use balancer::{
-    ADDRESSES_MAX, Algorithm, Backend, HealthCheck, LoadBalancer, Mode, PORTS_MAX, ServicePort,
+    ADDRESSES_MAX, Algorithm, Backend, Backends, HealthCheck, LoadBalancer, Mode, PORTS_MAX,
+    ServicePort,
 };
 pub use deployment::{
     ATTRIBUTES_MAX, DEPLOYMENT_PORTS_MAX, Deployment, Instance, NEEDS_MAX, Need, Placement, Port,

@@ -182,6 +182,8 @@ fn balancer(backends: &[usize]) -> Balancer {
         backends: backends
             .iter()
             .map(|n| BackendTarget {
+                instance: None,
+                port: 0,
                 node: name(&format!("b{n}")),
                 addresses: Addresses {
                     v4: Some(format!("10.99.0.{n}").parse().unwrap()),
@@ -294,6 +296,7 @@ fn carries_connections(label: &str, xdp: XdpChoice) {
         } else {
             format!("10.99.0.{old}").parse().unwrap()
         };
+        let backend = SocketAddr::new(backend, TARGET);
         assert!(kernel.status().backend_flows.get(&backend).is_some_and(|n| *n >= 1));
         // The balancer is deleted.
         let mut without = policy(&[]);
@@ -321,6 +324,58 @@ fn a_gateway_with_xdp_carries_connections() {
 #[test]
 fn a_gateway_without_xdp_carries_connections() {
     carries_connections("lb-tc", XdpChoice::Off);
+}
+
+/// Three on two VMs, each at a port of its own.
+#[test]
+fn instances_are_reached_at_their_own_ports() {
+    const FIRST: u16 = 20_000;
+    let net = Net::new("lb-inst");
+    let places = [(1, 1_u8), (1, 2), (2, 3)];
+    for (vm, instance) in places {
+        for address in [format!("10.99.0.{vm}"), format!("fd99::{vm}")] {
+            let to = (address.parse::<IpAddr>().unwrap(), FIRST + u16::from(instance));
+            let listener = net.backends[vm - 1].run(|| TcpListener::bind(to)).unwrap().unwrap();
+            echo(listener, instance);
+        }
+    }
+    let of = |wanted: &[u8]| {
+        let mut one = balancer(&[]);
+        one.ports.iter_mut().for_each(|port| port.target_port = 0);
+        let places = places.into_iter().filter(|(_, instance)| wanted.contains(instance));
+        one.backends = places
+            .map(|(vm, instance)| BackendTarget {
+                instance: Some(name(&format!("web-{instance}"))),
+                port: FIRST + u16::from(instance),
+                ..balancer(&[vm]).backends.remove(0)
+            })
+            .collect();
+        one
+    };
+    let mut kernel = net.open(XdpChoice::Auto);
+    let mut wanted = policy(&[]);
+    wanted.balancers = vec![of(&[1, 2, 3])];
+    net.apply(&mut kernel, &wanted);
+    for address in VIRTUAL {
+        let streams: Vec<_> = (0..9).map(|_| call(&net, address)).collect();
+        let mut seen: Vec<_> = streams.iter().map(number).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen, [1, 2, 3]);
+        net.gateway.run(|| kernel.sweep()).unwrap();
+        let flows = kernel.status().backend_flows;
+        for (vm, instance) in places {
+            let host =
+                if address.contains(':') { format!("fd99::{vm}") } else { format!("10.99.0.{vm}") };
+            let place = SocketAddr::new(host.parse().unwrap(), FIRST + u16::from(instance));
+            assert!(flows.get(&place).is_some_and(|n| *n > 0), "{place} has none: {flows:?}");
+        }
+        // One of two on a VM goes; what it has stays.
+        net.gateway.run(|| kernel.steer(&[of(&[1, 3])])).unwrap().unwrap();
+        assert!((0..6).all(|_| number(&call(&net, address)) != 2));
+        streams.iter().for_each(exchange);
+        net.gateway.run(|| kernel.steer(&[of(&[1, 2, 3])])).unwrap().unwrap();
+    }
 }
 
 #[test]

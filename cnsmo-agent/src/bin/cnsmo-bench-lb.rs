@@ -84,7 +84,7 @@ fn effective(mut arguments: impl Iterator<Item = String>) -> anyhow::Result<Effe
     let backend = |address: String| -> anyhow::Result<_> {
         let v4 = Some(address.parse()?);
         let node = Name::new(format!("backend-{}", address.replace('.', "-")))?;
-        Ok(BackendTarget { node, addresses: Addresses { v4, v6: None } })
+        Ok(BackendTarget { node, instance: None, addresses: Addresses { v4, v6: None }, port: 0 })
     };
     let balancer = Balancer {
         name: Name::new("bench")?,

@@ -13,7 +13,7 @@ mod sys;
 use std::{
     collections::BTreeMap,
     fs, io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -693,9 +693,7 @@ impl Datapath for Kernel {
         let tunnel = self.tunnel.iter().map(|(attachment, _)| attachment);
         let interfaces = self.attachments.iter().chain(tunnel);
         let mut backend_flows = BTreeMap::new();
-        let v4 = self.flows_v4.backends.iter().map(|(address, n)| (IpAddr::from(*address), *n));
-        let v6 = self.flows_v6.backends.iter().map(|(address, n)| (IpAddr::from(*address), *n));
-        backend_flows.extend(v4.chain(v6));
+        backend_flows.extend(self.flows_v4.backends().chain(self.flows_v6.backends()));
         Status {
             interfaces: interfaces.cloned().collect(),
             flows: self.flows_v4.live + self.flows_v6.live,
@@ -766,6 +764,9 @@ fn sum(counts: &PerCpuArray<MapData, stat::Count>, at: u32) -> Count {
     total
 }
 
+/// Flows by address and port, network order.
+type ByBackend<A> = BTreeMap<(A, [u8; 2]), u64>;
+
 /// The established flows of one family.
 struct Flows<A> {
     fd: OwnedFd,
@@ -773,13 +774,13 @@ struct Flows<A> {
     batches: Batches<FlowKey<A>, Flow<A>>,
     /// As of the last whole round. A translated flow is one, though it has two entries.
     live: u64,
-    /// Translated flows to each backend, as of the last whole round.
-    backends: BTreeMap<A, u64>,
+    /// Translated flows to each address and port of backends, as of the last whole round.
+    backends: ByBackend<A>,
     /// Translated flows of clients at the network cards, as of the last whole round.
     for_clients: u64,
     /// Whole rounds so far.
     rounds: u64,
-    seen: (u64, BTreeMap<A, u64>, u64),
+    seen: (u64, ByBackend<A>, u64),
 }
 
 impl<A: Copy + Ord + 'static> Flows<A>
@@ -791,6 +792,15 @@ where
         let (batches, backends) = (Batches::new(BATCH), BTreeMap::new());
         let seen = (0, BTreeMap::new(), 0);
         Self { fd, map, batches, live: 0, backends, for_clients: 0, rounds: 0, seen }
+    }
+
+    fn backends(&self) -> impl Iterator<Item = (SocketAddr, u64)>
+    where
+        IpAddr: From<A>,
+    {
+        self.backends.iter().map(|((address, port), n)| {
+            (SocketAddr::new((*address).into(), u16::from_be_bytes(*port)), *n)
+        })
     }
 
     /// The programs take an expired flow for none; this only makes room.
@@ -808,7 +818,8 @@ where
                     continue;
                 }
                 if conn.flags & flag::OUTER != 0 {
-                    *self.seen.1.entry(flow.translation.dst).or_default() += 1;
+                    let to = (flow.translation.dst, flow.translation.dport);
+                    *self.seen.1.entry(to).or_default() += 1;
                     self.seen.2 += u64::from(conn.flags & flag::EGRESS == 0);
                 }
                 if conn.flags & (flag::TRANSLATED | flag::OUTER) != flag::TRANSLATED {

@@ -20,8 +20,8 @@ pub enum Key {
     Member(Name, Name),
     /// `load-balancer/NAME`
     LoadBalancer(Name),
-    /// `backend/BALANCER/NODE`
-    Backend(Name, Name),
+    /// `backend/BALANCER/NODE` or, of an instance there, `backend/BALANCER/NODE/INSTANCE`
+    Backend(Name, Name, Option<Name>),
     /// `instance/DEPLOYMENT/NAME`
     Instance(Name, Name),
 }
@@ -36,7 +36,7 @@ impl Key {
     pub fn is_part_of(&self, whole: &Self) -> bool {
         match (self, whole) {
             (Self::Member(network, _), Self::Network(name)) => network == name,
-            (Self::Backend(balancer, _), Self::LoadBalancer(name)) => balancer == name,
+            (Self::Backend(balancer, ..), Self::LoadBalancer(name)) => balancer == name,
             _ => self == whole,
         }
     }
@@ -57,7 +57,14 @@ impl std::str::FromStr for Key {
             LOAD_BALANCER => Name::new(rest).map(Self::LoadBalancer),
             MEMBER => pair().map(|(network, node)| Self::Member(network, node)),
             INSTANCE => pair().map(|(deployment, name)| Self::Instance(deployment, name)),
-            BACKEND => pair().map(|(balancer, node)| Self::Backend(balancer, node)),
+            BACKEND => {
+                let (balancer, backend) = rest.split_once('/').unwrap_or((rest, ""));
+                let (node, instance) = match backend.split_once('/') {
+                    Some((node, instance)) => (node, Some(Name::new(instance)?)),
+                    None => (backend, None),
+                };
+                Ok(Self::Backend(Name::new(balancer)?, Name::new(node)?, instance))
+            }
             _ => Err(Invalid::new("begins with no kind of resource that this agent knows")),
         }
     }
@@ -71,7 +78,10 @@ impl fmt::Display for Key {
             Self::Member(network, node) => write!(f, "{MEMBER}/{network}/{node}"),
             Self::LoadBalancer(name) => write!(f, "{LOAD_BALANCER}/{name}"),
             Self::Instance(deployment, name) => write!(f, "{INSTANCE}/{deployment}/{name}"),
-            Self::Backend(balancer, node) => write!(f, "{BACKEND}/{balancer}/{node}"),
+            Self::Backend(balancer, node, None) => write!(f, "{BACKEND}/{balancer}/{node}"),
+            Self::Backend(balancer, node, Some(instance)) => {
+                write!(f, "{BACKEND}/{balancer}/{node}/{instance}")
+            }
         }
     }
 }
@@ -88,13 +98,24 @@ mod tests {
             "member/n/vm-1",
             "load-balancer/b",
             "backend/b/vm-1",
+            "backend/b/vm-1/web-1",
             "instance/web/web-1",
         ] {
             assert_eq!(text.parse::<Key>().unwrap().to_string(), text);
         }
-        for text in
-            ["", "a", "policy/a", "network", "network/", "network/a/b", "member/n", "backend/b/x/y"]
-        {
+        for text in [
+            "",
+            "a",
+            "policy/a",
+            "network",
+            "network/",
+            "network/a/b",
+            "member/n",
+            "member/n/x/y",
+            "backend/b",
+            "backend/b/x/",
+            "backend/b/x/y/z",
+        ] {
             assert!(text.parse::<Key>().is_err(), "{text:?}");
         }
     }
@@ -108,6 +129,7 @@ mod tests {
             ("member/m/a", "network/n", false),
             ("backend/n/a", "network/n", false),
             ("backend/b/a", "load-balancer/b", true),
+            ("backend/b/a/web-1", "load-balancer/b", true),
             ("load-balancer/b", "backend/b/a", false),
         ] {
             assert_eq!(key(part).is_part_of(&key(whole)), is, "{part} of {whole}");

@@ -18,7 +18,8 @@ fn how(fall: u8, rise: u8) -> HealthCheck {
 }
 
 fn subject(node: &str) -> Subject {
-    Subject { balancer: Name::new("front").unwrap(), node: Name::new(node).unwrap() }
+    let name = |text| Name::new(text).unwrap();
+    Subject { balancer: name("front"), node: name(node), instance: None }
 }
 
 #[test]

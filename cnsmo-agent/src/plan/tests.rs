@@ -75,8 +75,18 @@ fn backend(balancer: &str, node: &str, last: u8, draining: bool) -> Resource {
         ipv4: format!("10.70.0.{last}"),
         ipv6: format!("fd70::{last}"),
         draining,
+        ..Default::default()
     };
     resource(format!("backend/{balancer}/{node}"), Spec::Backend(spec))
+}
+
+/// On `web-1`.
+fn instance(name: &str, port: u32, draining: bool) -> Resource {
+    let of_vm = backend("front", "web-1", 11, draining);
+    let Some(Spec::Backend(spec)) = of_vm.spec else { panic!() };
+    let message = "the instance is degraded".into();
+    let spec = balancer_pb::Backend { instance: name.into(), port, message, ..spec };
+    resource(format!("backend/front/web-1/{name}"), Spec::Backend(spec))
 }
 
 fn plan_of(set: &DesiredSet, node: &str, health: &View) -> Plan {
@@ -199,7 +209,7 @@ fn new_flows_go_to_the_healthy_else_to_the_unknown_and_never_to_the_failing() {
         ([no, no], &[]),
     ] {
         let verdict = |(node, healthy): (&str, Option<bool>)| {
-            let subject = Subject { balancer: name("front"), node: name(node) };
+            let subject = Subject { balancer: name("front"), node: name(node), instance: None };
             let message = "refused".to_owned();
             Some((subject, Verdict { healthy: healthy?, message }))
         };
@@ -237,6 +247,40 @@ fn checks_go_to_the_families_of_the_virtual_addresses() {
         let found: Vec<_> = check.addresses.iter().map(ToString::to_string).collect();
         assert_eq!(found, addresses);
     }
+}
+
+#[test]
+fn instances_on_one_vm_are_backends_each_at_its_own_port() {
+    let of_service = |spec: &mut balancer_pb::LoadBalancerSpec| {
+        checked(spec);
+        (spec.service, spec.ports[0].target_port) = ("web".into(), 0);
+    };
+    let mut resources = shop();
+    resources.retain(|one| !one.name.starts_with("backend/"));
+    resources.push(balancer("front", of_service));
+    resources.extend([instance("a", 20_001, false), instance("b", 20_002, false)]);
+    resources.push(instance("c", 20_003, true));
+    let set = set(resources);
+    let health = |healthy: bool, instance: &str| {
+        let (node, instance) = (name("web-1"), Some(name(instance)));
+        let verdict = Verdict { healthy, message: "refused".into() };
+        (Subject { balancer: name("front"), node, instance }, verdict)
+    };
+    let health = View::from([health(true, "a"), health(false, "b")]);
+    let plan = plan_of(&set, "gw-1", &health);
+    let active = &plan.effective.balancers[0].backends;
+    let shown: Vec<_> = active.iter().map(|one| (one.ring_name(), one.port)).collect();
+    assert_eq!(shown, [("a", 20_001)]);
+    let checks: Vec<_> = plan.checks.values().map(|check| check.addresses[0].port()).collect();
+    assert_eq!(checks, [20_001, 20_002]);
+    let health_rules = rules(&plan).into_iter().filter(|rule| rule.starts_with("health"));
+    let expected = [1, 2, 3].map(|n| format!("health egress 6 >10.70.0.11 {}", 20_000 + n));
+    assert!(health_rules.eq(expected));
+    let states = &backends(&set, Some(&name("gw-1")), &health)[&name("front")];
+    let shown: Vec<_> = states.iter().map(|state| (state.idle, &*state.message)).collect();
+    let out = (Some(Idle::Draining), "the instance is degraded");
+    assert_eq!(shown, [(None, "refused"), (Some(Idle::Unhealthy), "refused"), out]);
+    assert!(plan_of(&set, "web-1", &health).effective.balancers[0].backends.is_empty());
 }
 
 #[test]

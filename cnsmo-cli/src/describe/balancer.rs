@@ -9,7 +9,7 @@ use cnsmo_proto::{
 use super::{describe_conditions, describe_metadata, field, section, yes};
 use crate::{
     backends::{self, Seen},
-    output::{NONE, addresses, labels, or_none},
+    output::{NONE, labels, or_none},
 };
 
 pub(super) fn describe(balancer: &LoadBalancer) -> Result<()> {
@@ -19,7 +19,10 @@ pub(super) fn describe(balancer: &LoadBalancer) -> Result<()> {
     field("Network", &or_none(&spec.network))?;
     field("Addresses", &or_none(spec.addresses.join(", ")))?;
     field("Ports", &or_none(manifest::ports(&spec.ports)))?;
-    field("Selector", &labels(&spec.backends))?;
+    match spec.service.as_str() {
+        "" => field("Selector", &labels(&spec.backends))?,
+        service => field("Service", service)?,
+    }
     let gateways = match &spec.gateways {
         None => "none".to_owned(),
         Some(all) if all.labels.is_empty() => "every member".to_owned(),
@@ -31,7 +34,7 @@ pub(super) fn describe(balancer: &LoadBalancer) -> Result<()> {
     let seen = backends::of(&status);
     section(
         "Backends",
-        &["NODE", "ADDRESSES", "STATE", "REASON", "FLOWS", "MESSAGE"],
+        &["BACKEND", "ADDRESSES", "STATE", "REASON", "FLOWS", "MESSAGE"],
         seen.iter().map(backend_row).collect(),
     )?;
     if seen.iter().any(Seen::differs) {
@@ -56,14 +59,18 @@ fn check(check: &HealthCheck) -> String {
     };
     let (interval, timeout) = (time(check.interval), time(check.timeout));
     let HealthCheck { port, fall, rise, .. } = check;
+    let port = match port {
+        0 => "of each".to_owned(),
+        port => port.to_string(),
+    };
     format!("tcp {port} every {interval}, timeout {timeout}, fall {fall}, rise {rise}")
 }
 
 fn backend_row(seen: &Seen<'_>) -> Vec<String> {
     let (reason, message) = seen.why_not();
     vec![
-        seen.backend.node.clone(),
-        addresses(&seen.backend.ipv4, &seen.backend.ipv6),
+        seen.name(),
+        seen.addresses(),
         seen.state(),
         or_none(reason),
         seen.flows().to_string(),
@@ -74,7 +81,7 @@ fn backend_row(seen: &Seen<'_>) -> Vec<String> {
 fn view_rows(seen: &Seen<'_>) -> Vec<Vec<String>> {
     let row = |(from, status): &(&str, &cnsmo_proto::pb::balancer::BackendStatus)| {
         vec![
-            seen.backend.node.clone(),
+            seen.name(),
             (*from).to_owned(),
             yes(status.active),
             or_none(&status.reason),

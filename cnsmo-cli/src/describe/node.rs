@@ -86,7 +86,11 @@ fn balancer_rows(balancer: &Resource, node: &str) -> Vec<Vec<String>> {
     let backs = seen.iter().filter(|seen| seen.backend.node == node).map(|seen| {
         let (reason, message) = seen.why_not();
         let why = [reason, message].iter().filter(|t| !t.is_empty()).copied().collect::<Vec<_>>();
-        row("backend", seen.state(), seen.flows(), &why.join(": "))
+        let role = match seen.backend.instance.as_str() {
+            "" => "backend".to_owned(),
+            instance => format!("backend {instance}"),
+        };
+        row(&role, seen.state(), seen.flows(), &why.join(": "))
     });
     balances.chain(backs).collect()
 }

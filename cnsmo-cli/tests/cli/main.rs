@@ -311,8 +311,8 @@ fn seen(web1_active: bool, flows: u64) -> LoadBalancerStatus {
         node: node.to_owned(),
         active,
         reason: if active { "" } else { "Draining" }.to_owned(),
-        message: String::new(),
         flows,
+        ..BackendStatus::default()
     };
     let on = |node: &str, backends| NodeBalancerStatus {
         node: node.to_owned(),
@@ -385,6 +385,49 @@ fn network_status() -> NetworkStatus {
         ],
         refused: vec![Refused { node: "db2".to_owned(), message: "is in network `a`".to_owned() }],
         conditions: vec![],
+    }
+}
+
+#[test]
+fn a_balancer_of_a_service_is_described_by_its_instances() {
+    let core = Fake::start();
+    let text = std::fs::read_to_string(example("three-tier.yaml")).unwrap();
+    let by_service = text.replace("  backends: {role: web}", "  service: web");
+    assert_ne!(text, by_service);
+    let file = core.write("by-service.yaml", &by_service);
+    core.ok(&["apply", "-f", &file]);
+    let of = |instance: &str, port| Backend {
+        node: "web1".to_owned(),
+        instance: instance.to_owned(),
+        ipv4: "10.70.0.11".to_owned(),
+        port,
+        ..Backend::default()
+    };
+    let says = |instance: &str, active, flows| BackendStatus {
+        node: "web1".to_owned(),
+        instance: instance.to_owned(),
+        active,
+        flows,
+        ..BackendStatus::default()
+    };
+    let on = NodeBalancerStatus {
+        node: "gw1".to_owned(),
+        applied: true,
+        backends: vec![says("web-a", true, 3), says("web-b", false, 4)],
+        ..NodeBalancerStatus::default()
+    };
+    let backends = vec![of("web-a", 20_001), of("web-b", 20_002)];
+    core.set_balancer_status(
+        "front",
+        LoadBalancerStatus { backends, nodes: vec![on], conditions: vec![] },
+    );
+    let shown = words(&core.ok(&["describe", "lb", "front"])).join(" ");
+    for part in [
+        "Service: web",
+        "web1/web-a 10.70.0.11:20001 Active - 3 -",
+        "web1/web-b 10.70.0.11:20002 Inactive - 4 -",
+    ] {
+        assert!(shown.contains(part), "{part}\n{shown}");
     }
 }
 

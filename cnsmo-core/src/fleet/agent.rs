@@ -515,6 +515,7 @@ fn cut_status(mut node: NodeStatus) -> NodeStatus {
 fn cut_backend(backend: BackendStatus) -> BackendStatus {
     BackendStatus {
         node: cut(backend.node),
+        instance: cut(backend.instance),
         reason: cut(backend.reason),
         message: cut(backend.message),
         ..backend

@@ -5,25 +5,33 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use cnsmo_proto::{
-    model::{Addresses, ENDPOINTS_MAX},
+    model::{Addresses, Backends, ENDPOINTS_MAX},
     pb::{
-        balancer::Backend,
+        catalog::Instance,
+        deployment::instance::Goal,
         network::{Member, NetworkSpec},
         resource::Kind,
     },
 };
 
-use super::{BACKEND, BALANCER, Fleet, INSTANCE, Key, MEMBER, NETWORK, Revision, Set, Spec};
+use super::{
+    BACKEND, BALANCER, Fleet, INSTANCE, Key, MEMBER, NETWORK, Revision, Set, Spec, Topic,
+    behind::node_behind,
+};
 use crate::state::{Node, State, StoredBalancer};
+
+/// An instance that shall end waits so long at most for the VMs that balance its service.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
 
 /// What a balancer has in the set of its network.
 #[derive(Debug)]
 pub(super) struct Served {
     pub(super) network: String,
-    /// Names of nodes.
+    /// Keys of its backends.
     pub(super) backends: BTreeSet<String>,
 }
 
@@ -56,16 +64,11 @@ impl Fleet {
     pub(super) fn balancer_changed(&mut self, name: &str, state: &State) {
         let balancer = state.balancers().get(name);
         let network = balancer.map(|balancer| balancer.model.network.as_str());
-        let backends: BTreeSet<String> = balancer
-            .map(|balancer| self.matching(state, &balancer.model.backends))
-            .into_iter()
-            .flatten()
-            .filter(|node| state.member(node).is_some_and(|(_, own, _)| Some(own) == network))
-            .collect();
+        let backends = balancer.map(|balancer| self.behind(balancer, state)).unwrap_or_default();
         if let Some(old) = self.served.remove(name) {
             let stays = network == Some(old.network.as_str());
-            for node in old.backends.iter().filter(|node| !stays || !backends.contains(*node)) {
-                self.withdraw(&old.network, &backend_key(name, node));
+            for key in old.backends.iter().filter(|key| !stays || !backends.contains_key(*key)) {
+                self.withdraw(&old.network, key);
             }
             if !stays {
                 self.withdraw(&old.network, &format!("{BALANCER}{name}"));
@@ -75,14 +78,69 @@ impl Fleet {
         let spec = Spec::Balancer(balancer.spec.clone());
         let network = balancer.model.network.to_string();
         self.publish(&network, &format!("{BALANCER}{name}"), balancer.metadata.revision, spec);
-        for node in &backends {
-            self.publish_backend(balancer, node, state);
+        let keys = backends.keys().cloned().collect();
+        for (key, backend) in backends {
+            self.publish_derived(&network, &key, Spec::Backend(Arc::new(backend)));
         }
-        self.served.insert(name.to_owned(), Served { network, backends });
+        self.changed.insert((Kind::LoadBalancer, name.to_owned()));
+        self.served.insert(name.to_owned(), Served { network, backends: keys });
+    }
+
+    /// The balancers of a service have other backends now.
+    pub(super) fn service_changed(&mut self, service: &str, state: &State) {
+        for name in balancers_of(service, state) {
+            self.balancer_changed(name, state);
+        }
+    }
+
+    /// Ends the instances that no balancer gives new flows any more, and those that have waited for it long enough.
+    pub fn let_go(&mut self, state: &State, now: Instant) {
+        let is_due = |(name, since): &(&String, &Instant)| {
+            now.saturating_duration_since(**since) > LEAVE_MAX || self.is_out(name, state)
+        };
+        let due: Vec<_> =
+            self.leaving.iter().filter(is_due).map(|(name, _)| name.clone()).collect();
+        for name in due {
+            self.leaving.remove(&name);
+            self.instances_changed(&name, state, state.revision(), false);
+        }
+    }
+
+    /// All VMs that are here balance the service as they shall.
+    fn is_out(&self, service: &str, state: &State) -> bool {
+        balancers_of(service, state).all(|balancer| {
+            let topic = Topic::balancer(balancer);
+            let network = self.served.get(balancer).map_or("", |served| &served.network);
+            let members = state.roster(network).into_iter().flat_map(|roster| &roster.members);
+            let mut agents = members.filter_map(|node| self.agents.get(node));
+            agents.all(|agent| !agent.is_connected() || agent.late || agent.applies(&topic))
+        })
     }
 
     /// Takes over which instances of a deployment are on which VM.
-    pub(super) fn deployment_changed(&mut self, name: &str, state: &State, before: Revision) {
+    pub(super) fn deployment_changed(
+        &mut self,
+        name: &str,
+        state: &State,
+        before: Revision,
+        now: Instant,
+    ) {
+        self.service_changed(name, state);
+        let may_wait = balancers_of(name, state).next().is_some();
+        if self.instances_changed(name, state, before, may_wait) {
+            self.leaving.entry(name.to_owned()).or_insert(now);
+        }
+    }
+
+    /// Returns whether some instance goes on for now that shall end: with `may_wait` those do that run until now.
+    fn instances_changed(
+        &mut self,
+        name: &str,
+        state: &State,
+        before: Revision,
+        may_wait: bool,
+    ) -> bool {
+        let mut any_waits = false;
         let mut old = self.placed.remove(name).unwrap_or_default();
         let mut placed = BTreeMap::new();
         let from = (name.to_owned(), String::new());
@@ -91,7 +149,11 @@ impl Fleet {
             let key = format!("{INSTANCE}{name}/{}", one.instance.name);
             old.remove(&key);
             let spec = Spec::Instance(one.instance.clone());
-            if self.catalog.get(&*key).map(|entry| &entry.spec) != Some(&spec) {
+            let known = self.catalog.get(&*key).map(|entry| &entry.spec);
+            let runs = matches!(known, Some(Spec::Instance(known)) if known.goal() == Goal::Run);
+            if may_wait && runs && !one.is_wanted() {
+                any_waits = true;
+            } else if known != Some(&spec) {
                 let version = version_of(&spec.encode_to_vec());
                 self.catalog.insert(Key::from(&*key), spec.into());
                 self.want(one.node(), &key, Some(version), before);
@@ -105,6 +167,7 @@ impl Fleet {
         if !placed.is_empty() {
             self.placed.insert(name.to_owned(), placed);
         }
+        any_waits
     }
 
     fn want(&mut self, node: &str, key: &str, version: Option<Revision>, before: Revision) {
@@ -140,13 +203,27 @@ impl Fleet {
             if balancer.model.network.as_str() != network {
                 continue;
             }
-            let selects = balancer.model.backends.selects(&node.labels);
+            let labels = match &balancer.model.backends {
+                Backends::Nodes(labels) => labels,
+                Backends::Service(service) => {
+                    let is_here = |instance: &Arc<Instance>| instance.node == name;
+                    if self.observed.instances(service.as_str()).any(is_here) {
+                        self.balancer_changed(balancer_name, state);
+                    }
+                    continue;
+                }
+            };
             let Some(served) = self.served.get_mut(balancer_name) else { continue };
-            if selects {
-                served.backends.insert(name.to_owned());
-                self.publish_backend(balancer, name, state);
-            } else if served.backends.remove(name) {
-                self.withdraw(network, &backend_key(balancer_name, name));
+            let behind = node_behind(balancer, name, state);
+            if let Some((key, backend)) = behind.filter(|_| labels.selects(&node.labels)) {
+                served.backends.insert(key.clone());
+                self.changed.insert((Kind::LoadBalancer, balancer_name.clone()));
+                self.publish_derived(network, &key, Spec::Backend(Arc::new(backend)));
+            } else {
+                let key = backend_key(balancer_name, name, "");
+                if served.backends.remove(&key) {
+                    self.withdraw(network, &key);
+                }
             }
         }
     }
@@ -155,12 +232,16 @@ impl Fleet {
     pub(super) fn withdraw_node(&mut self, name: &str) {
         let agent = self.agents.get_mut(name);
         let Some(network) = agent.and_then(|agent| agent.network.take()) else { return };
-        let of = self.served.iter_mut().filter(|(_, served)| served.network == network);
-        let left: Vec<String> = of
-            .filter_map(|(balancer, served)| served.backends.remove(name).then(|| balancer.clone()))
-            .collect();
-        for balancer in left {
-            self.withdraw(&network, &backend_key(&balancer, name));
+        let mut left = Vec::new();
+        for (balancer, served) in &mut self.served {
+            let own = backend_key(balancer, name, "");
+            let is_its = |key: &String| {
+                key.strip_prefix(&own).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            };
+            left.extend(served.backends.extract_if(.., |key| is_its(key)));
+        }
+        for key in left {
+            self.withdraw(&network, &key);
         }
         self.withdraw(&network, &format!("{MEMBER}{network}/{name}"));
     }
@@ -196,21 +277,6 @@ impl Fleet {
         };
         let key = format!("{MEMBER}{network}/{name}");
         self.publish_derived(network, &key, Spec::Member(Arc::new(member)));
-    }
-
-    fn publish_backend(&mut self, balancer: &StoredBalancer, name: &str, state: &State) {
-        let Some((node, network, Addresses { v4, v6 })) = state.member(name) else { return };
-        let load_balancer = balancer.metadata.name.clone();
-        let key = backend_key(&load_balancer, name);
-        let backend = Backend {
-            load_balancer: load_balancer.clone(),
-            node: name.to_owned(),
-            ipv4: v4.map(|address| address.to_string()).unwrap_or_default(),
-            ipv6: v6.map(|address| address.to_string()).unwrap_or_default(),
-            draining: node.draining,
-        };
-        self.changed.insert((Kind::LoadBalancer, load_balancer));
-        self.publish_derived(network, &key, Spec::Backend(Arc::new(backend)));
     }
 
     fn publish_derived(&mut self, network: &str, key: &str, spec: Spec) {
@@ -255,8 +321,18 @@ fn endpoints(node: &Node, network: &str, state: &State) -> Vec<String> {
     addresses.take(ENDPOINTS_MAX).map(endpoint).collect()
 }
 
-pub(super) fn backend_key(balancer: &str, node: &str) -> String {
-    format!("{BACKEND}{balancer}/{node}")
+/// `instance`: none is the VM itself.
+pub(super) fn backend_key(balancer: &str, node: &str, instance: &str) -> String {
+    match instance {
+        "" => format!("{BACKEND}{balancer}/{node}"),
+        instance => format!("{BACKEND}{balancer}/{node}/{instance}"),
+    }
+}
+
+fn balancers_of<'a>(service: &'a str, state: &'a State) -> impl Iterator<Item = &'a str> {
+    let is_of = move |balancer: &StoredBalancer| matches!(&balancer.model.backends, Backends::Service(of) if of.as_str() == service);
+    let balancers = state.balancers().iter().filter(move |(_, balancer)| is_of(balancer));
+    balancers.map(|(name, _)| name.as_str())
 }
 
 /// The first 63 bits of the SHA-256, but not 0.

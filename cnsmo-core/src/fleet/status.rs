@@ -16,9 +16,7 @@ use cnsmo_proto::{
     },
 };
 
-use super::{
-    Agent, Fleet, Instance, MEMBER, Revision, Spec, State, Topic, derive::backend_key, wall_clock,
-};
+use super::{Agent, Fleet, Instance, MEMBER, Revision, Spec, State, Topic, wall_clock};
 use crate::{
     orchestrator::shortage,
     state::{
@@ -161,7 +159,7 @@ impl Fleet {
                 backends: within(&mut room, agent.backends.get(name)),
             })
             .collect();
-        let record = |node: &String| match self.spec(&backend_key(name, node)) {
+        let record = |key: &String| match self.spec(key) {
             Some(Spec::Backend(backend)) => Some((**backend).clone()),
             _ => None,
         };

@@ -3,7 +3,9 @@ use std::collections::VecDeque;
 use cnsmo_proto::pb::{
     self,
     agent::{Ack, Heartbeat, ResourceError, TypeState},
-    balancer::{LoadBalancer, Selector, ServicePort},
+    balancer::{HealthCheck, LoadBalancer, Selector, ServicePort},
+    catalog::{Endpoint, Instance as CatalogInstance, Phase as InstancePhase},
+    deployment::{Deployment, DeploymentSpec, Process, deployment_spec, instance::Goal},
     meta::Metadata,
     network::StaticAddresses,
     node::{NodeSpec, node_status::Phase},
@@ -15,7 +17,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     identity::Issued,
-    state::{Enrolment, Plan, TokenGrant, TokenRecord, parse_apply},
+    orchestrator::plan,
+    state::{self, Enrolment, Plan, TokenGrant, TokenRecord, parse_apply},
 };
 
 /// State, fleet and a clock, without tasks and sockets.
@@ -140,9 +143,8 @@ impl World {
         names.extend(members.iter().map(|member| format!("{MEMBER}{network}/{member}")));
         for (name, balancer) in self.state.balancers() {
             if balancer.model.network.as_str() == network {
-                let selects = |node: &&String| {
-                    balancer.model.backends.selects(&self.state.nodes()[*node].labels)
-                };
+                let Backends::Nodes(wanted) = &balancer.model.backends else { panic!("a service") };
+                let selects = |node: &&String| wanted.selects(&self.state.nodes()[*node].labels);
                 names.insert(format!("{BALANCER}{name}"));
                 let backends = members.iter().filter(selects);
                 names.extend(backends.map(|member| format!("{BACKEND}{name}/{member}")));
@@ -374,6 +376,165 @@ fn one_vm_that_joins_a_network_costs_each_other_member_one_record() {
     let gone = ["backend/lb/c".to_owned(), "member/m/c".to_owned()];
     let [a, b, _] = received(&mut world);
     assert_eq!((a.1, b.1), (gone.to_vec(), gone.to_vec()));
+}
+
+fn of_service(change: impl FnOnce(&mut LoadBalancerSpec)) -> api::resource::Resource {
+    let mut one = balancer("lb", "m", "");
+    let api::resource::Resource::LoadBalancer(inner) = &mut one else { panic!() };
+    let spec = inner.spec.as_mut().unwrap();
+    (spec.service, spec.backends) = ("web".into(), Default::default());
+    change(spec);
+    one
+}
+
+fn instance(name: &str, node: &str, phase: InstancePhase) -> Arc<CatalogInstance> {
+    let endpoint = |protocol: &str, port| Endpoint {
+        protocol: protocol.into(),
+        address: "192.0.2.1".into(),
+        port,
+    };
+    Arc::new(CatalogInstance {
+        name: name.into(),
+        service: "web".into(),
+        node: node.into(),
+        phase: phase.into(),
+        endpoints: vec![endpoint("bus", 0), endpoint("udp", 53), endpoint("http", 20_001)],
+        ..Default::default()
+    })
+}
+
+fn behind(world: &World) -> Vec<String> {
+    let specs = world.fleet.catalog.iter().filter_map(|(key, entry)| match &entry.spec {
+        Spec::Backend(backend) => Some((key.to_string(), backend.clone())),
+        _ => None,
+    });
+    let text = |(key, backend): (String, Arc<Backend>)| {
+        let draining = if backend.draining { " out" } else { "" };
+        format!("{}:{}{draining}", key.strip_prefix(BACKEND).unwrap(), backend.port)
+    };
+    let mut all: Vec<_> = specs.map(text).collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn backends_by_service_follow_what_the_catalogue_says() {
+    use InstancePhase::{Degraded, Draining, Failed, Lost, Ready, Starting, Unreachable};
+    let mut world = World::new();
+    for node in ["a", "b"] {
+        world.label(node, "in=m");
+    }
+    world.apply_all([network("m", "10.1.0.0/24", "in=m", 0)]);
+    let mut agent = TestAgent::new("a");
+    agent.connect(&mut world);
+    while agent.answer(&mut world) {}
+    world.apply_all([of_service(|_| ())]);
+    assert!(!agent.answer(&mut world), "what is behind the balancer is not known yet");
+    let observe = |world: &mut World, all: &[(&str, &str, InstancePhase)]| {
+        let all = all.iter().map(|(name, node, phase)| instance(name, node, *phase));
+        world.fleet.observe(Observed::new(all), &world.state);
+        world.fleet.flush(&world.state);
+        behind(world)
+    };
+    assert_eq!(observe(&mut world, &[]), [""; 0]);
+    agent.receive();
+    let names: Vec<_> = agent.unanswered[0].upserts.iter().map(|r| r.name.clone()).collect();
+    assert_eq!(names, ["load-balancer/lb"]);
+    agent.answer(&mut world);
+
+    let all = [("w1", "a", Ready), ("w2", "a", Starting), ("w3", "b", Ready), ("w4", "c", Ready)];
+    assert_eq!(observe(&mut world, &all), ["lb/a/w1:20001", "lb/b/w3:20001"], "c is no member");
+    agent.answer(&mut world);
+    assert!(agent.set.contains_key("backend/lb/b/w3"));
+    let all = [("w1", "a", Degraded), ("w2", "a", Unreachable), ("w3", "b", Ready)];
+    let expected = ["lb/a/w1:20001 out", "lb/a/w2:20001 out", "lb/b/w3:20001"];
+    assert_eq!(observe(&mut world, &all), expected);
+    let all = [("w1", "a", Degraded), ("w2", "a", Unreachable), ("w3", "b", Draining)];
+    let expected = ["lb/a/w1:20001", "lb/a/w2:20001", "lb/b/w3:20001 out"];
+    assert_eq!(observe(&mut world, &all), expected, "better one that may not answer than none");
+    world.drain("a", true);
+    let expected = ["lb/a/w1:20001 out", "lb/a/w2:20001 out", "lb/b/w3:20001 out"];
+    assert_eq!(behind(&world), expected);
+    world.drain("a", false);
+    let health = Some(HealthCheck::default());
+    world.apply_all([of_service(|spec| spec.health = health)]);
+    let all = [("w1", "a", Degraded), ("w2", "a", Unreachable), ("w3", "b", Failed)];
+    let expected = ["lb/a/w1:20001 out", "lb/a/w2:20001"];
+    assert_eq!(observe(&mut world, &all), expected, "the health check knows better");
+    assert_eq!(observe(&mut world, &[("w1", "a", Lost), ("w2", "b", Ready)]), ["lb/b/w2:20001"]);
+    world.apply_all([of_service(|spec| spec.ports[0].protocol = 17)]);
+    assert_eq!(behind(&world), ["lb/b/w2:53"]);
+    world.apply_all([of_service(|spec| spec.ports[0].target_port = 8080)]);
+    assert_eq!(behind(&world), ["lb/b/w2:0"]);
+    world.label("b", "");
+    assert_eq!(behind(&world), [""; 0]);
+    world.label("b", "in=m");
+    assert_eq!(behind(&world), ["lb/b/w2:0"]);
+    world.delete(Kind::Node, "b");
+    assert_eq!(behind(&world), [""; 0]);
+}
+
+#[test]
+fn an_instance_ends_when_no_vm_gives_it_new_flows_any_more() {
+    let mut world = World::new();
+    for node in ["a", "b"] {
+        world.label(node, "in=m");
+    }
+    world.apply_all([network("m", "10.1.0.0/24", "in=m", 0), of_service(|_| ())]);
+    let driver = deployment_spec::Driver::Process(Process {
+        command: vec!["/bin/app".into()],
+        ..Process::default()
+    });
+    let spec = DeploymentSpec { replicas: 2, driver: Some(driver), ..Default::default() };
+    let metadata = Some(Metadata { name: "web".into(), ..Metadata::default() });
+    let deployment = Deployment { metadata, spec: Some(spec), status: None };
+    world.apply_all([api::resource::Resource::Deployment(deployment)]);
+    world.fleet.observe(Observed::default(), &world.state);
+    let mut agents = ["a", "b"].map(TestAgent::new);
+    for agent in &mut agents {
+        agent.connect(&mut world);
+        while agent.answer(&mut world) {}
+    }
+    let mut n = 0;
+    let steps = plan(&world.fleet.world(&world.state, 1), |_| {
+        n += 1;
+        format!("web-{n}")
+    });
+    let placed = world.state.plan_steps(steps, wall_clock());
+    world.commit(placed);
+    let seen = ["web-1", "web-2"].map(|name| {
+        let node = world.state.placements()[&("web".to_owned(), name.to_owned())].node();
+        instance(name, node, InstancePhase::Ready)
+    });
+    world.fleet.observe(Observed::new(seen), &world.state);
+    world.fleet.flush(&world.state);
+    while agents.iter_mut().any(|agent| agent.answer(&mut world)) {}
+    let goal = |world: &World, name: &str| match world.fleet.spec(&format!("instance/web/{name}")) {
+        Some(Spec::Instance(instance)) => instance.goal(),
+        _ => panic!("{name} is not placed"),
+    };
+    let end = |world: &mut World, name: &str| {
+        let (deployment, name) = ("web".to_owned(), name.to_owned());
+        let step = state::Step::Drain { deployment, name, reason: "ScaledDown" };
+        let plan = world.state.plan_steps(vec![step], wall_clock());
+        world.commit(plan);
+        world.fleet.let_go(&world.state, world.now);
+    };
+    end(&mut world, "web-1");
+    let out = behind(&world).into_iter().filter(|backend| backend.ends_with(" out"));
+    assert!(out.eq(behind(&world).into_iter().filter(|backend| backend.contains("/web-1:"))));
+    assert_eq!(goal(&world, "web-1"), Goal::Run);
+    for (agent, after) in agents.iter_mut().zip([Goal::Run, Goal::Drain]) {
+        while agent.answer(&mut world) {}
+        world.fleet.let_go(&world.state, world.now);
+        assert_eq!(goal(&world, "web-1"), after, "after {}", agent.name);
+    }
+    // One that says nothing delays the end, and no more.
+    end(&mut world, "web-2");
+    assert_eq!(goal(&world, "web-2"), Goal::Run);
+    world.now += Duration::from_secs(6);
+    world.fleet.let_go(&world.state, world.now);
+    assert_eq!(goal(&world, "web-2"), Goal::Drain);
 }
 
 #[test]

@@ -2,9 +2,12 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
-use cnsmo_proto::pb::{
-    deployment::{DeploymentSpec, Instance, instance::Goal},
-    resource::{Change, Kind, change::Outcome},
+use cnsmo_proto::{
+    model::Backends,
+    pb::{
+        deployment::{DeploymentSpec, Instance, instance::Goal},
+        resource::{Change, Kind, change::Outcome},
+    },
 };
 use prost::Message as _;
 use ring::digest::{SHA256, digest};
@@ -88,12 +91,17 @@ pub enum Step {
 }
 
 impl State {
-    /// Services of which the instances have to be known: deployments, also such that are being deleted, and what they need.
+    /// Services of which the instances have to be known: deployments, also such that are being deleted, what they need, and
+    /// what balancers spread flows over.
     pub fn observed_services(&self) -> BTreeSet<String> {
         let needs = self.deployments.values().flat_map(|one| &one.model.needs);
         let needs = needs.map(|need| need.service.to_string());
         let placed = self.placements.keys().map(|(deployment, _)| deployment.clone());
-        self.deployments.keys().cloned().chain(placed).chain(needs).collect()
+        let balanced = self.balancers.values().filter_map(|one| match &one.model.backends {
+            Backends::Nodes(_) => None,
+            Backends::Service(service) => Some(service.to_string()),
+        });
+        self.deployments.keys().cloned().chain(placed).chain(needs).chain(balanced).collect()
     }
 
     /// Carries out steps. One whose instance or deployment is not there any more changes nothing.

@@ -57,7 +57,8 @@ impl Vm {
 
     /// The numbers of backends are their hosts.
     fn steer(&self, backends: &[u8]) {
-        let all = (0..=255).map(|host| Backend { v4: v4(host), v6: v6(host) });
+        let all =
+            (0..=255).map(|host| Backend { v4: v4(host), v6: v6(host), ..Backend::default() });
         *self.tables.backends.borrow_mut() = all.collect();
         let slots: Vec<u16> = backends.iter().map(|host| u16::from(*host)).collect();
         *self.tables.rings.borrow_mut() = vec![Ring::new(0, slots.len() as u32)];

@@ -20,7 +20,7 @@ pub struct LoadBalancerSpec {
     /// 1 to 16, no protocol and port twice.
     #[prost(message, repeated, tag = "3")]
     pub ports: ::prost::alloc::vec::Vec<ServicePort>,
-    /// VMs behind the addresses: members of the network with these labels, all of them.
+    /// VMs behind the addresses: members of the network with these labels, all of them. Empty with `service`.
     #[prost(btree_map = "string, string", tag = "4")]
     pub backends: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
@@ -39,6 +39,11 @@ pub struct LoadBalancerSpec {
     /// Absent: every backend counts as healthy.
     #[prost(message, optional, tag = "8")]
     pub health: ::core::option::Option<HealthCheck>,
+    /// In place of `backends`: the instances of this service on members of the network, as the catalogue knows them. New
+    /// flows go to those that are ready; if none is, to those that are degraded or unreachable. An unreachable one counts
+    /// as ready where there is a health check.
+    #[prost(string, tag = "9")]
+    pub service: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Selector {
@@ -56,14 +61,15 @@ pub struct ServicePort {
     pub protocol: u32,
     #[prost(uint32, tag = "2")]
     pub port: u32,
-    /// On the backends. 0: as `port`.
+    /// On the backends. 0: as `port`; of the only port of a balancer of a service: where each instance announces its first
+    /// endpoint that has a port and is of the protocol (udp; any other is TCP).
     #[prost(uint32, tag = "3")]
     pub target_port: u32,
 }
 /// Opens a TCP connection to each backend, over the network, from each VM that balances.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct HealthCheck {
-    /// 0: the target port of the first TCP port.
+    /// 0: the target port of the first TCP port, where instances may have one each.
     #[prost(uint32, tag = "1")]
     pub port: u32,
     /// 100 ms to 60 s; 0: 500 ms.
@@ -79,7 +85,7 @@ pub struct HealthCheck {
     #[prost(uint32, tag = "5")]
     pub rise: u32,
 }
-/// A VM behind a balancer, as the VMs that balance need to know it.
+/// A VM, or an instance on one, behind a balancer, as the VMs that balance need to know it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Backend {
     #[prost(string, tag = "1")]
@@ -93,6 +99,15 @@ pub struct Backend {
     /// Keeps its flows, gets no new ones.
     #[prost(bool, tag = "5")]
     pub draining: bool,
+    /// Empty: the VM itself.
+    #[prost(string, tag = "6")]
+    pub instance: ::prost::alloc::string::String,
+    /// Where the instance listens. 0: the target port of the balancer's port.
+    #[prost(uint32, tag = "7")]
+    pub port: u32,
+    /// For people: why it drains, if nobody has asked for it.
+    #[prost(string, tag = "8")]
+    pub message: ::prost::alloc::string::String,
 }
 /// Written by the system.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -135,6 +150,9 @@ pub struct BackendStatus {
     /// Live flows through this VM to it, as of the last sweep.
     #[prost(uint64, tag = "5")]
     pub flows: u64,
+    /// Empty: the VM itself.
+    #[prost(string, tag = "6")]
+    pub instance: ::prost::alloc::string::String,
 }
 /// How a new flow finds its backend. Known flows stay where they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]

@@ -27,8 +27,17 @@ pub(super) const PROTOCOLS: [(&str, u32); 2] =
 const TIMES_MAX: u32 = 10;
 
 pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<LoadBalancerSpec> {
-    const FIELDS: [&str; 8] =
-        ["network", "addresses", "ports", "backends", "gateways", "algorithm", "mode", "health"];
+    const FIELDS: [&str; 9] = [
+        "network",
+        "addresses",
+        "ports",
+        "backends",
+        "service",
+        "gateways",
+        "algorithm",
+        "mode",
+        "health",
+    ];
     let before = d.problems();
     let fields = d.fields(node, &FIELDS)?;
     let network = d.required(node, &fields, "network", Decoder::text);
@@ -38,8 +47,12 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<LoadBalancerSpec> {
     let ports = d.required(node, &fields, "ports", |d, node| {
         d.list(node, "a list of ports, each with `protocol` and `port`", service_port)
     });
-    // Required: left out, it would send the clients of a service to every VM.
-    let backends = d.required(node, &fields, "backends", document::labels);
+    // One of them is required: without, the clients of a service would be sent to every VM.
+    let service = d.optional(&fields, "service", Decoder::text);
+    let backends = match service {
+        Some(_) => d.optional(&fields, "backends", document::labels),
+        None => d.required(node, &fields, "backends", document::labels),
+    };
     let gateways = d.optional(&fields, "gateways", document::labels);
     let algorithm = d.optional(&fields, "algorithm", |d, node| d.word(node, &ALGORITHMS));
     let mode = d.optional(&fields, "mode", mode);
@@ -51,11 +64,12 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<LoadBalancerSpec> {
         network: network?,
         addresses: addresses?,
         ports: ports?,
-        backends: backends?,
+        backends: backends.unwrap_or_default(),
         gateways: gateways.map(|labels| Selector { labels }),
         algorithm: algorithm.unwrap_or(Algorithm::Unspecified).into(),
         mode: mode.unwrap_or(Mode::Unspecified).into(),
         health,
+        service: service.unwrap_or_default(),
     };
     match model::LoadBalancer::try_from(spec) {
         Ok(balancer) => Some((&balancer).into()),
@@ -143,7 +157,10 @@ pub(super) struct Document {
     network: String,
     addresses: Vec<String>,
     ports: Vec<PortDocument>,
-    backends: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backends: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    service: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     gateways: Option<BTreeMap<String, String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -184,7 +201,8 @@ impl Document {
             network: spec.network.clone(),
             addresses: spec.addresses.clone(),
             ports: spec.ports.iter().map(PortDocument::new).collect(),
-            backends: spec.backends.clone(),
+            backends: spec.service.is_empty().then(|| spec.backends.clone()),
+            service: spec.service.clone(),
             gateways: spec.gateways.as_ref().map(|selector| selector.labels.clone()),
             algorithm: word(&ALGORITHMS, spec.algorithm()),
             mode: word(&MODES, spec.mode()),

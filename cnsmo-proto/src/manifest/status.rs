@@ -283,10 +283,16 @@ pub(super) struct BalancerStatusDocument {
 struct BackendDocument {
     node: String,
     #[serde(skip_serializing_if = "String::is_empty")]
+    instance: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
     ipv4: String,
     #[serde(skip_serializing_if = "String::is_empty")]
     ipv6: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port: Option<u32>,
     draining: bool,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    message: String,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -301,6 +307,8 @@ struct BalancerOnNode {
 #[derive(Clone, Debug, Serialize)]
 struct BackendStatusDocument {
     node: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    instance: String,
     active: bool,
     #[serde(skip_serializing_if = "String::is_empty")]
     reason: String,
@@ -313,6 +321,7 @@ impl BalancerOnNode {
     fn new(status: &NodeBalancerStatus) -> Self {
         let backend = |backend: &BackendStatus| BackendStatusDocument {
             node: backend.node.clone(),
+            instance: backend.instance.clone(),
             active: backend.active,
             reason: backend.reason.clone(),
             message: backend.message.clone(),
@@ -386,6 +395,9 @@ impl StatusDocument {
             ipv4: backend.ipv4.clone(),
             ipv6: backend.ipv6.clone(),
             draining: backend.draining,
+            instance: backend.instance.clone(),
+            port: Some(backend.port).filter(|port| *port > 0),
+            message: backend.message.clone(),
         };
         Self::LoadBalancer(BalancerStatusDocument {
             backends: status.backends.iter().map(backend).collect(),

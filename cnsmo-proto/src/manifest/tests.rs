@@ -297,8 +297,14 @@ fn every_field_of_a_balancer_arrives() {
             fall: 3,
             rise: 4,
         }),
+        service: String::new(),
     };
     assert_eq!(balancer(BALANCER), expected);
+    let text = BALANCER.replace("backends: {role: web}", "service: web");
+    let text = text.replace("port: 53", "port: 53, targetPort: 53");
+    let of_service =
+        LoadBalancerSpec { service: "web".into(), backends: BTreeMap::new(), ..expected };
+    assert_eq!(balancer(&text), of_service);
 }
 
 #[test]
@@ -319,6 +325,8 @@ fn a_bad_field_of_a_balancer_is_refused_with_its_path() {
         ("  network: shop\n", "", "spec.network"),
         ("network: shop", "network: Shop", "spec.network"),
         ("  backends: {role: web}\n", "", "spec.backends"),
+        ("  backends: {role: web}\n", "  service: web\n", "spec.ports[1].targetPort"),
+        ("  backends: {role: web}\n", "  backends: {role: web}\n  service: web\n", "spec.service"),
         ("\"fd70::80\"", "10.70.0.80", "spec.addresses[1]"),
         ("\"fd70::80\"", "10.70.0.0/24", "spec.addresses[1]"),
         ("\"fd70::80\"", "127.0.0.1", "spec.addresses[1]"),
@@ -457,7 +465,7 @@ fn every_example_is_read() {
     let mut names = BTreeSet::new();
     for entry in fs::read_dir(&folder).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() {
+        if path.extension().is_none_or(|extension| extension != "yaml") {
             continue;
         }
         let text = fs::read_to_string(&path).unwrap();
@@ -739,6 +747,7 @@ prop_compose! {
         v6 in prop::collection::btree_set(0x2000_u128 << 112..0x4000_u128 << 112, 0..4),
         ports in prop::collection::btree_map((prop::bool::ANY, 1_u32..=65_535), 1_u32..=65_535, 1..6),
         backends in label(),
+        by_service in prop::bool::ANY,
         gateways in prop::option::of(label()),
         algorithm in 1..=3,
         health in prop::option::of((1_u32..=65_535, 100_i64..=60_000, 50_i64..=10_000, 1_u32..=10, 1_u32..=10)),
@@ -758,7 +767,8 @@ prop_compose! {
                 .into_iter()
                 .map(|((udp, port), target_port)| ServicePort { protocol: if udp { 17 } else { 6 }, port, target_port })
                 .collect(),
-            backends,
+            service: if by_service { "web" } else { "" }.into(),
+            backends: if by_service { BTreeMap::new() } else { backends },
             gateways: gateways.map(|labels| Selector { labels }),
             algorithm,
             mode: Mode::Nat.into(),

@@ -1,4 +1,8 @@
-use std::{collections::BTreeSet, net::IpAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    time::Duration,
+};
 
 use super::{
     Addresses, Invalid, Labels, Name,
@@ -22,8 +26,8 @@ pub struct LoadBalancer {
     pub addresses: Vec<IpAddr>,
     /// At least one; no protocol and port twice.
     pub ports: Vec<ServicePort>,
-    /// VMs behind it.
-    pub backends: Labels,
+    /// What is behind it.
+    pub backends: Backends,
     /// VMs that serve clients outside of the network.
     pub gateways: Option<Labels>,
     /// How a new flow finds its backend.
@@ -34,6 +38,15 @@ pub struct LoadBalancer {
     pub health: Option<HealthCheck>,
 }
 
+/// What is behind a balancer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backends {
+    /// Members of the network with these labels.
+    Nodes(Labels),
+    /// Instances of this service on members of the network.
+    Service(Name),
+}
+
 /// A port of the virtual addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ServicePort {
@@ -41,7 +54,7 @@ pub struct ServicePort {
     pub protocol: u8,
     /// Of the virtual addresses.
     pub port: u16,
-    /// Of the backends.
+    /// Of the backends. 0: each has its own.
     pub target_port: u16,
 }
 
@@ -68,7 +81,7 @@ pub enum Mode {
 /// A TCP connection to each backend, again and again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HealthCheck {
-    /// On the backends.
+    /// On the backends. 0: each has its own.
     pub port: u16,
     /// From one check to the next.
     pub interval: Duration,
@@ -80,7 +93,7 @@ pub struct HealthCheck {
     pub rise: u8,
 }
 
-/// A VM behind a balancer.
+/// A VM behind a balancer, or an instance of a service on one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backend {
     /// Name of the balancer.
@@ -91,19 +104,27 @@ pub struct Backend {
     pub addresses: Addresses,
     /// Gets no new flows.
     pub draining: bool,
+    /// Name of the instance; `None`: the VM itself.
+    pub instance: Option<Name>,
+    /// Where the instance listens. 0: at the target ports of the balancer alone.
+    pub port: u16,
+    /// Why it drains, for people.
+    pub message: String,
 }
 
 impl TryFrom<pb::LoadBalancerSpec> for LoadBalancer {
     type Error = Invalid;
 
     fn try_from(spec: pb::LoadBalancerSpec) -> Result<Self, Invalid> {
-        let ports = ports(&spec.ports).map_err(|e| e.at("ports"))?;
+        let backends = backends(spec.backends, spec.service)?;
+        let is_service = matches!(backends, Backends::Service(_));
+        let ports = ports(&spec.ports, is_service).map_err(|e| e.at("ports"))?;
         let gateways = spec.gateways.map(|selector| Labels::new(selector.labels)).transpose();
         let health = spec.health.map(|check| health(check, &ports)).transpose();
         Ok(Self {
             network: Name::new(spec.network).map_err(|e| e.at("network"))?,
             addresses: addresses(&spec.addresses).map_err(|e| e.at("addresses"))?,
-            backends: Labels::new(spec.backends).map_err(|e| e.at("backends"))?,
+            backends,
             gateways: gateways.map_err(|e| e.at("gateways"))?,
             algorithm: match pb::Algorithm::try_from(spec.algorithm) {
                 Ok(pb::Algorithm::Unspecified | pb::Algorithm::Maglev) => Algorithm::Maglev,
@@ -119,6 +140,17 @@ impl TryFrom<pb::LoadBalancerSpec> for LoadBalancer {
             ports,
         })
     }
+}
+
+fn backends(labels: BTreeMap<String, String>, service: String) -> Result<Backends, Invalid> {
+    if service.is_empty() {
+        return Labels::new(labels).map(Backends::Nodes).map_err(|e| e.at("backends"));
+    }
+    if !labels.is_empty() {
+        let why = "a balancer has backends by labels or by service, not both";
+        return Err(Invalid::new(why).at("service"));
+    }
+    Name::new(service).map(Backends::Service).map_err(|e| e.at("service"))
 }
 
 fn addresses(wire: &[String]) -> Result<Vec<IpAddr>, Invalid> {
@@ -142,14 +174,23 @@ fn addresses(wire: &[String]) -> Result<Vec<IpAddr>, Invalid> {
     wire.iter().enumerate().map(one).collect()
 }
 
-fn ports(wire: &[pb::ServicePort]) -> Result<Vec<ServicePort>, Invalid> {
+fn ports(wire: &[pb::ServicePort], of_service: bool) -> Result<Vec<ServicePort>, Invalid> {
     let n = wire.len();
     if !(1..=PORTS_MAX).contains(&n) {
         return Err(Invalid::new(format!("{n} ports; 1 to {PORTS_MAX} are needed")));
     }
     let mut seen = BTreeSet::new();
+    let is_only = wire.len() == 1;
     let one = |(n, wire): (usize, &pb::ServicePort)| {
-        let port = service_port(wire).map_err(|e| e.at_index(n))?;
+        let mut port = service_port(wire).map_err(|e| e.at_index(n))?;
+        if of_service && wire.target_port == 0 {
+            if is_only {
+                port.target_port = 0;
+            } else {
+                let why = "missing: an instance announces one port, the balancer has several";
+                return Err(Invalid::new(why).at("targetPort").at_index(n));
+            }
+        }
         if !seen.insert((port.protocol, port.port)) {
             let why = format!("port {} of the same protocol twice", port.port);
             return Err(Invalid::new(why).at("port").at_index(n));
@@ -226,7 +267,10 @@ impl From<&LoadBalancer> for pb::LoadBalancerSpec {
             network: balancer.network.to_string(),
             addresses: balancer.addresses.iter().map(ToString::to_string).collect(),
             ports: balancer.ports.iter().map(port).collect(),
-            backends: balancer.backends.as_map().clone(),
+            backends: match &balancer.backends {
+                Backends::Nodes(labels) => labels.as_map().clone(),
+                Backends::Service(_) => BTreeMap::new(),
+            },
             gateways: balancer.gateways.as_ref().map(selector),
             algorithm: match balancer.algorithm {
                 Algorithm::Maglev => pb::Algorithm::Maglev,
@@ -245,6 +289,10 @@ impl From<&LoadBalancer> for pb::LoadBalancerSpec {
                 fall: check.fall.into(),
                 rise: check.rise.into(),
             }),
+            service: match &balancer.backends {
+                Backends::Nodes(_) => String::new(),
+                Backends::Service(name) => name.to_string(),
+            },
         }
     }
 }
@@ -265,6 +313,13 @@ impl TryFrom<pb::Backend> for Backend {
             node: Name::new(wire.node).map_err(|e| e.at("node"))?,
             addresses,
             draining: wire.draining,
+            instance: match wire.instance.as_str() {
+                "" => None,
+                name => Some(Name::new(name).map_err(|e| e.at("instance"))?),
+            },
+            port: u16::try_from(wire.port)
+                .map_err(|_| Invalid::new(format!("{} is not a port", wire.port)).at("port"))?,
+            message: wire.message,
         })
     }
 }
@@ -277,6 +332,9 @@ impl From<&Backend> for pb::Backend {
             ipv4: text(backend.addresses.v4),
             ipv6: text(backend.addresses.v6),
             draining: backend.draining,
+            instance: backend.instance.as_ref().map(Name::to_string).unwrap_or_default(),
+            port: backend.port.into(),
+            message: backend.message.clone(),
         }
     }
 }
@@ -320,7 +378,7 @@ mod tests {
     #[test]
     fn a_bad_field_is_refused_with_its_path() {
         type Damage = fn(&mut pb::LoadBalancerSpec);
-        let damages: [(Damage, &str); 19] = [
+        let damages: [(Damage, &str); 22] = [
             (|s| s.network.clear(), "network"),
             (|s| s.addresses.clear(), "addresses"),
             (|s| s.addresses = (1..10).map(|n| format!("10.0.0.{n}")).collect(), "addresses"),
@@ -334,6 +392,12 @@ mod tests {
             (|s| s.ports[1].port = 0, "ports[1].port"),
             (|s| s.ports[2].port = 80, "ports[2].port"),
             (|s| s.ports[0].target_port = 65_536, "ports[0].targetPort"),
+            (|s| s.service = "web".into(), "service"),
+            (|s| (s.service, s.backends) = ("Web!".into(), Default::default()), "service"),
+            (
+                |s| (s.service, s.backends) = ("web".into(), Default::default()),
+                "ports[2].targetPort",
+            ),
             (|s| s.algorithm = 9, "algorithm"),
             (|s| s.mode = 9, "mode"),
             (
@@ -372,6 +436,25 @@ mod tests {
     }
 
     #[test]
+    fn the_only_port_of_a_service_may_be_the_one_that_each_instance_announces() {
+        let mut wire = pb::LoadBalancerSpec {
+            backends: Default::default(),
+            service: "web".into(),
+            health: Some(pb::HealthCheck::default()),
+            ..spec()
+        };
+        wire.ports.drain(..2);
+        let balancer = LoadBalancer::try_from(wire.clone()).unwrap();
+        assert_eq!(balancer.backends, Backends::Service(Name::new("web").unwrap()));
+        assert_eq!((balancer.ports[0].target_port, balancer.health.unwrap().port), (0, 0));
+        let again = pb::LoadBalancerSpec::from(&balancer);
+        assert_eq!(LoadBalancer::try_from(again).unwrap(), balancer);
+        wire.ports[0].target_port = 8443;
+        let balancer = LoadBalancer::try_from(wire).unwrap();
+        assert_eq!((balancer.ports[0].target_port, balancer.health.unwrap().port), (8443, 8443));
+    }
+
+    #[test]
     fn a_time_is_of_whole_milliseconds() {
         let interval = of(250_900_000);
         let health = Some(pb::HealthCheck { interval, ..Default::default() });
@@ -387,6 +470,9 @@ mod tests {
             ipv4: "10.70.0.11".into(),
             ipv6: String::new(),
             draining: true,
+            instance: "web-7f".into(),
+            port: 20_001,
+            message: "is Degraded".into(),
         };
         let read = Backend::try_from(backend.clone()).unwrap();
         assert_eq!(pb::Backend::from(&read), backend);

@@ -162,6 +162,8 @@ fn balanced(mut policy: Effective) -> Effective {
     });
     let port = |protocol, port| ServicePort { protocol, port, target_port: port + 1_000 };
     let node = |host| BackendTarget {
+        instance: None,
+        port: 0,
         node: Name::new(format!("b{host}")).unwrap(),
         addresses: inside(host),
     };
@@ -307,9 +309,11 @@ fn fill_balancers(host: &mut HostTables, policy: &Effective) {
         let octets = |target: &BackendTarget| Backend {
             v4: target.addresses.v4.unwrap().octets(),
             v6: target.addresses.v6.unwrap().octets(),
+            port: target.port.to_be_bytes(),
+            ..Backend::default()
         };
         *host.backends.borrow_mut() = targets.iter().map(octets).collect();
-        let numbered = targets.iter().map(|target| &target.node).zip(0..).collect();
+        let numbered = targets.iter().map(BackendTarget::ring_name).zip(0..).collect();
         let slots = ring(balancer.algorithm, numbered);
         *host.rings.borrow_mut() = vec![Ring::new(0, slots.len() as u32)];
         *host.slots.borrow_mut() = slots;

@@ -154,7 +154,8 @@ fn not_virtual() -> anyhow::Result<String> {
 fn apply(kernel: &mut Kernel, balancers: u8) -> anyhow::Result<()> {
     let node = |n| -> anyhow::Result<_> {
         let addresses = Addresses { v4: Some(inner_v4(n)), v6: Some(inner_v6(n)) };
-        Ok(BackendTarget { node: Name::new(format!("backend-{n}"))?, addresses })
+        let node = Name::new(format!("backend-{n}"))?;
+        Ok(BackendTarget { node, instance: None, addresses, port: 0 })
     };
     let backends = (1..=BACKENDS).map(node).collect::<anyhow::Result<Vec<_>>>()?;
     let port = |protocol| ServicePort { protocol, port: OPEN_PORT, target_port: TARGET_PORT };

@@ -14,10 +14,13 @@ use cnsmo_common::{
     },
     flow::Address as _,
 };
-use cnsmo_proto::model::{Addresses, Algorithm, Name};
+use cnsmo_proto::model::{Algorithm, Name};
 
 use super::{GracePeriod, KernelError, Mapped};
-use crate::{balance::ring, effective::Balancer};
+use crate::{
+    balance::ring,
+    effective::{BackendTarget, Balancer},
+};
 
 /// Why a balancer is refused, by name.
 pub(super) type Refused = BTreeMap<Name, String>;
@@ -30,7 +33,7 @@ pub(super) struct Balancers {
     backends: Array<MapData, Backend>,
     /// In the kernel.
     known: BTreeMap<ServiceKey, Service>,
-    /// In the kernel, by addresses.
+    /// In the kernel, by where they are.
     numbers: Index<Backend, u16>,
     /// A ring was switched: programs may still read the half before.
     read: bool,
@@ -116,7 +119,7 @@ impl Balancers {
             }
         }
         let mut owners = BTreeMap::new();
-        let mut backends: BTreeSet<[u8; 20]> = BTreeSet::new();
+        let mut backends = HashSet::new();
         for (&place, balancer) in &plan.places {
             if let Err(why) = check(balancer, &mut backends) {
                 refused.insert(balancer.name.clone(), why);
@@ -159,7 +162,7 @@ impl Balancers {
         for (&place, balancer) in &plan.places {
             let mut numbered = Vec::new();
             for target in &balancer.backends {
-                numbered.push((&target.node, self.number(backend(target.addresses))?));
+                numbered.push((target.ring_name(), self.number(backend(target))?));
             }
             let slots = ring(balancer.algorithm, numbered);
             let place = usize::from(place);
@@ -215,7 +218,7 @@ impl Balancers {
     /// first is given away. Their addresses stay in the map until a new backend takes the number.
     fn make_room(&mut self, plan: &Plan, grace: &GracePeriod) {
         let targets = plan.places.values().flat_map(|balancer| &balancer.backends);
-        let wanted: HashSet<Backend> = targets.map(|target| backend(target.addresses)).collect();
+        let wanted: HashSet<Backend> = targets.map(backend).collect();
         let new = wanted.iter().filter(|backend| !self.numbers.contains_key(backend)).count();
         if self.numbers.len() + new <= BACKENDS_MAX {
             return;
@@ -239,28 +242,24 @@ impl Balancers {
     }
 }
 
-fn check(balancer: &Balancer, backends: &mut BTreeSet<[u8; 20]>) -> Result<(), String> {
+fn check(balancer: &Balancer, backends: &mut HashSet<Backend>) -> Result<(), String> {
     let n = balancer.backends.len();
     if n > BACKENDS_PER_BALANCER_MAX {
         return Err(format!("{n} backends; a balancer has {BACKENDS_PER_BALANCER_MAX} at most"));
     }
-    backends.extend(balancer.backends.iter().map(|target| {
-        let Backend { v4, v6 } = backend(target.addresses);
-        let mut bytes = [0; 20];
-        bytes[..4].copy_from_slice(&v4);
-        bytes[4..].copy_from_slice(&v6);
-        bytes
-    }));
+    backends.extend(balancer.backends.iter().map(backend));
     if backends.len() > BACKENDS_MAX {
         return Err(format!("more than {BACKENDS_MAX} backends on this VM"));
     }
     Ok(())
 }
 
-fn backend(addresses: Addresses) -> Backend {
+fn backend(target: &BackendTarget) -> Backend {
     Backend {
-        v4: addresses.v4.map_or([0; 4], |address| address.octets()),
-        v6: addresses.v6.map_or([0; 16], |address| address.octets()),
+        v4: target.addresses.v4.map_or([0; 4], |address| address.octets()),
+        v6: target.addresses.v6.map_or([0; 16], |address| address.octets()),
+        port: target.port.to_be_bytes(),
+        pad: [0; 2],
     }
 }
 
