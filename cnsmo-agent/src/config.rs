@@ -23,6 +23,8 @@ const POLICY_MEMORY_MIN: u32 = 64 << 10;
 const POLICY_MEMORY_MAX: u32 = 1 << 30;
 /// IFNAMSIZ without its zero.
 const INTERFACE_BYTES_MAX: usize = 15;
+/// Each is a rule of its own, before all others.
+const FAILSAFE_PORTS_MAX: usize = 16;
 /// A token has 110 bytes; more is another file.
 const TOKEN_FILE_BYTES_MAX: u64 = 4_096;
 
@@ -107,12 +109,38 @@ struct RunArgs {
     /// Where the services of this VM can be steered, by root [default: agent.sock in the state folder]
     #[arg(long, value_name = "PATH", env = "CNSMO_AGENT_SOCKET")]
     socket: Option<PathBuf>,
+    /// TCP port that no default closes, only a rule that names it, such as that of SSH; repeat it, or separate with commas;
+    /// `none`: no port
+    #[arg(
+        long = "failsafe-port",
+        value_name = "PORT",
+        value_delimiter = ',',
+        default_value = "22",
+        env = "CNSMO_FAILSAFE_PORTS"
+    )]
+    failsafe_ports: Vec<FailsafePort>,
     /// Run these services alone; what others left on this VM is taken down
     #[arg(long, value_name = "SERVICE", value_delimiter = ',', env = "CNSMO_ONLY")]
     only: Vec<Part>,
     /// How log lines look; the variable CNSMO_LOG sets what they tell, for example debug
     #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "CNSMO_LOG_FORMAT")]
     log_format: LogFormat,
+}
+
+/// A port, or the word `none`.
+#[derive(Clone, Copy, Debug)]
+struct FailsafePort(Option<u16>);
+
+impl std::str::FromStr for FailsafePort {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match (text, text.parse()) {
+            ("none", _) => Ok(Self(None)),
+            (_, Ok(port)) if port > 0 => Ok(Self(Some(port))),
+            _ => Err("neither a port, 1 to 65535, nor `none`"),
+        }
+    }
 }
 
 /// Where XDP is used at ingress.
@@ -162,6 +190,8 @@ pub struct Config {
     pub policy_memory: u32,
     /// Where the services of this VM can be steered.
     pub socket: PathBuf,
+    /// TCP ports that stay open unless a rule names them.
+    pub failsafe_ports: Vec<u16>,
     /// The services of this VM; not empty.
     pub parts: Vec<Part>,
     /// How log lines look.
@@ -243,6 +273,7 @@ impl Cli {
                 POLICY_MEMORY_MAX,
             )?,
             socket,
+            failsafe_ports: failsafe_ports(&args.failsafe_ports)?,
             parts,
             log_format: args.log_format,
         })
@@ -288,6 +319,21 @@ fn invalid(flag: &'static str, reason: impl fmt::Display) -> InvalidSetting {
 /// The directory of the process may change or vanish; these must not.
 fn absolute(flag: &'static str, path: &Path) -> Result<PathBuf, InvalidSetting> {
     std::path::absolute(path).map_err(|e| invalid(flag, e))
+}
+
+fn failsafe_ports(asked: &[FailsafePort]) -> Result<Vec<u16>, InvalidSetting> {
+    const FLAG: &str = "--failsafe-port";
+    let mut ports: Vec<_> = asked.iter().filter_map(|port| port.0).collect();
+    if ports.len() < asked.len() && !ports.is_empty() {
+        return Err(invalid(FLAG, "`none` stands alone"));
+    }
+    ports.sort_unstable();
+    ports.dedup();
+    if ports.len() > FAILSAFE_PORTS_MAX {
+        let n = ports.len();
+        return Err(invalid(FLAG, format!("{n} ports; at most {FAILSAFE_PORTS_MAX} are allowed")));
+    }
+    Ok(ports)
 }
 
 fn interfaces(mut asked: Vec<String>) -> Result<Vec<String>, InvalidSetting> {
@@ -340,6 +386,17 @@ mod tests {
         assert_eq!((config.token, config.node), (None, None));
         assert_eq!(config.socket, Path::new("/var/lib/cnsmo/agent/agent.sock"));
         assert_eq!(config.parts, Part::ALL);
+        assert_eq!(config.failsafe_ports, [22]);
+    }
+
+    #[test]
+    fn failsafe_ports_repeat_or_are_none() {
+        let ports = |args: &[&str]| config(args).map(|config| config.failsafe_ports);
+        let asked = ["--failsafe-port", "2222,22", "--failsafe-port", "22"];
+        assert_eq!(ports(&asked).unwrap(), [22, 2222]);
+        assert_eq!(ports(&["--failsafe-port", "none"]).unwrap(), [0_u16; 0]);
+        let error = ports(&["--failsafe-port", "none,22"]).unwrap_err().to_string();
+        assert!(error.starts_with("--failsafe-port: "), "{error}");
     }
 
     #[test]
@@ -379,6 +436,8 @@ mod tests {
             (["--core", "core"], "--core"),
             (["--node", "Web_1"], "--node"),
             (["--xdp", "fast"], "--xdp"),
+            (["--failsafe-port", "0"], "--failsafe-port"),
+            (["--failsafe-port", "ssh"], "--failsafe-port"),
         ] {
             let error = parse(&args).unwrap_err().to_string();
             assert!(error.contains(flag), "{error}");

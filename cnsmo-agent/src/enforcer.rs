@@ -242,6 +242,7 @@ pub struct Seat {
     mailbox: Arc<Mutex<mpsc::Receiver<Message>>>,
     outlets: Outlets,
     parts: Parts,
+    failsafe: Vec<u16>,
 }
 
 /// Where the enforcer tells what others follow.
@@ -254,13 +255,15 @@ struct Outlets {
 
 impl Seat {
     /// A seat for the one enforcer of `state_dir`, which the caller has locked, and the handle to it. `node`: the name
-    /// under which this VM has enrolled; `parts`: of the services that it runs.
+    /// under which this VM has enrolled; `parts`: of the services that it runs; `failsafe`: TCP ports that stay open unless a
+    /// rule names them.
     pub fn new(
         datapath: OpenDatapath,
         tunnel: OpenTunnel,
         state_dir: &Path,
         node: Option<Name>,
         parts: Parts,
+        failsafe: Vec<u16>,
     ) -> (Self, EnforcerHandle) {
         let (sender, mailbox) = mpsc::channel(MAILBOX_MAX);
         let (in_force, in_force_watch) = watch::channel(InForce::default());
@@ -274,6 +277,7 @@ impl Seat {
             mailbox: Arc::new(Mutex::new(mailbox)),
             outlets: Outlets { in_force, checks, instances },
             parts: parts.clone(),
+            failsafe,
         };
         let (in_force, checks) = (in_force_watch, checks_watch);
         (
@@ -289,8 +293,7 @@ impl Seat {
     pub fn start(&self) -> anyhow::Result<(Enforcer, Vec<SocketAddr>)> {
         let (ledger, loaded) = Ledger::open(&self.state_dir);
         let plane = plane::Plane::new((self.datapath)()?, self.tunnel.clone());
-        let (node, outlets) = (self.node.clone(), self.outlets.clone());
-        Enforcer::start(plane, ledger, loaded, node, outlets, self.parts.clone())
+        Enforcer::start(plane, ledger, loaded, self)
     }
 
     /// Serves the mailbox until `stop`; tunnel and data path stay as they are then.

@@ -24,6 +24,7 @@ use crate::{
 const CORE_RULE: &str = "core";
 const TUNNEL_RULE: &str = "tunnel";
 const HEALTH_RULE: &str = "health";
+const FAILSAFE_RULE: &str = "failsafe";
 
 /// What one VM shall do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +69,15 @@ impl Idle {
     }
 }
 
+/// What stays open whatever the defaults of policies are.
+#[derive(Clone, Debug, Default)]
+pub struct Always<'a> {
+    /// Where the core is: towards it, whatever the rules are.
+    pub core: &'a [SocketAddr],
+    /// TCP ports of this VM, each unless a rule names it.
+    pub ports: Vec<u16>,
+}
+
 /// A network and the place of this VM in it.
 struct Membership<'a> {
     name: &'a Name,
@@ -77,10 +87,11 @@ struct Membership<'a> {
 
 impl Plan {
     /// What the VM called `node` shall do. It has joined no network before it has a name.
-    pub fn new(set: &DesiredSet, node: Option<&Name>, core: &[SocketAddr], health: &View) -> Self {
+    pub fn new(set: &DesiredSet, node: Option<&Name>, always: &Always<'_>, health: &View) -> Self {
         let membership = Membership::find(set, node);
         let backends = membership.iter().flat_map(|m| m.balancers(set)).collect::<Vec<_>>();
-        let mut built_in: Vec<_> = core_rule(core).into_iter().collect();
+        let mut built_in: Vec<_> = core_rule(always.core).into_iter().collect();
+        built_in.extend(always.ports.iter().filter_map(|port| failsafe_rule(*port, set)));
         if let Some(membership) = &membership {
             built_in.extend(tunnel_rules(membership.network.listen_port));
             built_in.extend(health_rules(&backends));
@@ -255,6 +266,24 @@ fn core_rule(core: &[SocketAddr]) -> Option<Rule> {
     let port = port(core.first()?.port());
     let to = core.iter().map(|address| IpNet::from(address.ip())).collect();
     allow(CORE_RULE, Direction::Egress, to, tcp(port))
+}
+
+/// A port that a rule names is left to the rules: who writes of it means it. A rule for all ports names none.
+fn failsafe_rule(number: u16, set: &DesiredSet) -> Option<Rule> {
+    let names = |rule: &Rule| match &rule.protocol {
+        Protocol::Ports { number: protocol::TCP, destination, .. } => {
+            let has = |range: &PortRange| (range.first()..=range.last()).contains(&number);
+            let is_all = |range: &PortRange| range.first() <= 1 && range.last() == u16::MAX;
+            destination.iter().any(|range| has(range) && !is_all(range))
+        }
+        _ => false,
+    };
+    let inwards = |rule: &&Rule| rule.direction == Direction::Ingress;
+    let mut rules = set.policies().flat_map(|(_, policy)| &policy.rules).filter(inwards);
+    if rules.any(names) {
+        return None;
+    }
+    allow(FAILSAFE_RULE, Direction::Ingress, Vec::new(), tcp(port(number)))
 }
 
 /// Peers may be anywhere and move; what is sent from the tunnel's port is the tunnel's. The rules stay the same when

@@ -72,7 +72,9 @@ pub async fn run(
     let node = Identity::load(&config.state_dir).ok().flatten().map(|id| id.name().clone());
     // Before anything that depends on the network.
     let parts = Parts::new(&config.parts);
-    let (seat, enforcer) = Seat::new(datapath, tunnel, &config.state_dir, node.clone(), parts);
+    let failsafe = config.failsafe_ports.clone();
+    let (seat, enforcer) =
+        Seat::new(datapath, tunnel, &config.state_dir, node.clone(), parts, failsafe);
     let starting = seat.clone();
     let (first, last_core) = tokio::task::spawn_blocking(move || starting.start()).await??;
     tracing::info!("resources of the ledger are in force");

@@ -76,6 +76,7 @@ async fn s01_one_file_deploys_everything_and_again_changes_nothing() {
     let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
     let server = lab.listen(&lab.vm, any, 8080);
     let other = lab.listen(&lab.vm, any, 8081);
+    let ssh = lab.listen(&lab.vm, any, 22);
     let port = |listener: &std::net::TcpListener| listener.local_addr().unwrap().port();
     let opens = |to: IpAddr, port: u16, limit| {
         lab.connect(&lab.peer, SocketAddr::new(to, port), limit).is_ok()
@@ -97,6 +98,7 @@ async fn s01_one_file_deploys_everything_and_again_changes_nothing() {
     until("the balancer", async || opens(VIRTUAL, 80, SILENCE).then_some(())).await;
     assert!(!opens(OWN, port(&other), SILENCE), "the policy");
     assert!(!opens(VM4, port(&server), SILENCE), "beside the network");
+    assert!(opens(VM4, port(&ssh), PACKETS), "a default closes no failsafe port");
     let ready = async || {
         let page = core.cnsmo_json(&["get", "deployments", "page"]);
         (page["status"]["ready"] == 1).then_some(())
@@ -114,6 +116,11 @@ async fn s01_one_file_deploys_everything_and_again_changes_nothing() {
     diff.env("CNSMO_SOCKET", core.socket()).args(["diff", "-f"]).arg(&file);
     let diff = run(&mut diff);
     assert!(diff.lines().all(|line| line.ends_with("unchanged")), "{diff}");
+    // A rule that names the port does.
+    let rules = "  rules:\n    - {name: ssh, action: deny, direction: ingress, protocol: tcp, ports: [22]}\n";
+    fs::write(&file, FILE.replace("  rules:\n", rules)).unwrap();
+    core.cnsmo(&apply);
+    assert!(!opens(VM4, port(&ssh), SILENCE) && opens(OWN, port(&server), PACKETS));
     core.cnsmo(&["delete", "deployment", "page"]);
     let gone = async || {
         let left = core.cnsmo_json(&["services", "--service", "page"]);

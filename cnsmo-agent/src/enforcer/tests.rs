@@ -89,7 +89,14 @@ impl Fake {
     }
 
     fn seat(&self, dir: &Path) -> (Seat, EnforcerHandle) {
-        Seat::new(self.datapath(), self.tunnel(), dir, Name::new(NODE).ok(), Parts::default())
+        Seat::new(
+            self.datapath(),
+            self.tunnel(),
+            dir,
+            Name::new(NODE).ok(),
+            Parts::default(),
+            vec![],
+        )
     }
 }
 
@@ -944,7 +951,7 @@ fn a_vm_that_enrols_later_joins_then() {
     drop(start_shop(&fake, dir.path()));
     let fake = Fake::default();
     let (seat, handle) =
-        Seat::new(fake.datapath(), fake.tunnel(), dir.path(), None, Parts::default());
+        Seat::new(fake.datapath(), fake.tunnel(), dir.path(), None, Parts::default(), vec![]);
     let mut enforcer = seat.start().unwrap().0;
     assert_eq!(fake.calls(), ["apply - ", "complete -"]);
     assert_ne!(have(&handle.in_force()).digest, Digest::default().to_vec());
@@ -1078,7 +1085,7 @@ fn services_that_a_vm_does_not_run_have_no_part() {
     let (fake, dir) = (Fake::default(), tempfile::tempdir().unwrap());
     let parts = Parts::new(&[Part::Firewall]);
     let node = Name::new(NODE).ok();
-    let (seat, handle) = Seat::new(fake.datapath(), fake.tunnel(), dir.path(), node, parts);
+    let (seat, handle) = Seat::new(fake.datapath(), fake.tunnel(), dir.path(), node, parts, vec![]);
     let (mut enforcer, mut core) = (seat.start().unwrap().0, Core::new());
     let ack = enforcer.update(7, core.send(shop(), &[]));
     let why = "this VM has no service";

@@ -14,7 +14,7 @@ use cnsmo_proto::{
 use cnsmo_service::supervise::Chain;
 
 use super::{
-    Message, Outlets, TUNNEL_DOWN, VmStatus,
+    Message, Outlets, Seat, TUNNEL_DOWN, VmStatus,
     confirm::Confirmation,
     plane::{Plane, Shortfall},
 };
@@ -24,8 +24,9 @@ use crate::{
     effective::Effective,
     health::{Checks, View},
     ledger::{Ledger, Loaded},
+    node,
     parts::{Part, Parts},
-    plan::{self, Plan},
+    plan::{self, Always, Plan},
     tunnel::TunnelStatus,
 };
 
@@ -47,6 +48,8 @@ pub struct Enforcer {
     parts: Parts,
     node: Arc<OnceLock<Name>>,
     core: Vec<SocketAddr>,
+    /// TCP ports.
+    failsafe: Vec<u16>,
     health: View,
     shortfall: Shortfall,
     /// Something of what is wanted failed and has to be tried again.
@@ -66,10 +69,9 @@ impl Enforcer {
         plane: Plane,
         ledger: Ledger,
         loaded: Loaded,
-        node: Arc<OnceLock<Name>>,
-        outlets: Outlets,
-        parts: Parts,
+        seat: &Seat,
     ) -> anyhow::Result<(Self, Vec<SocketAddr>)> {
+        let Seat { outlets, parts, node, failsafe, .. } = seat.clone();
         let (record, trouble) = match loaded {
             Loaded::Nothing => (Some(Default::default()), None),
             Loaded::Current(record) => (Some(record), None),
@@ -98,6 +100,7 @@ impl Enforcer {
             parts,
             node,
             core,
+            failsafe,
             health: View::new(),
             shortfall: Shortfall::default(),
             retry: false,
@@ -425,12 +428,12 @@ impl Enforcer {
         let Some(set) = set else {
             self.enforced = None;
             let nothing = DesiredSet::default();
-            let open = Plan::new(&nothing, None, &self.core, &View::new()).effective;
+            let open = Plan::new(&nothing, None, &self.always(), &View::new()).effective;
             let (ingress, egress) = (Action::Deny, Action::Deny);
             return self.plane.close(Effective { open: false, ingress, egress, ..open });
         };
         let (set, left_out) = self.parts.restrict(set, self.enforced.as_ref());
-        let mut plan = Plan::new(&set, self.node.get(), &self.core, &self.health);
+        let mut plan = Plan::new(&set, self.node.get(), &self.always(), &self.health);
         let checks = std::mem::take(&mut plan.checks);
         let mut shortfall = self.plane.enforce(plan)?;
         self.enforced = Some(set);
@@ -443,6 +446,17 @@ impl Enforcer {
         self.shortfall = shortfall;
         self.publish_checks(checks);
         Ok(())
+    }
+
+    /// What no default closes. Where the core is on this VM, its port is among it.
+    fn always(&self) -> Always<'_> {
+        let own = node::addresses(None);
+        let is_here = |core: &&SocketAddr| core.ip().is_loopback() || own.contains(&core.ip());
+        let here = self.core.iter().find(is_here).map(SocketAddr::port);
+        let mut ports: Vec<_> = self.failsafe.iter().copied().chain(here).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        Always { core: &self.core, ports }
     }
 
     fn publish_checks(&self, mut checks: Checks) {

@@ -2,7 +2,7 @@ use cnsmo_proto::{
     digest::Digest,
     pb::{
         agent::{Resource, Update, resource::Spec, update::Kind},
-        balancer as balancer_pb, network as network_pb,
+        balancer as balancer_pb, network as network_pb, policy as policy_pb,
     },
 };
 
@@ -90,7 +90,7 @@ fn instance(name: &str, port: u32, draining: bool) -> Resource {
 }
 
 fn plan_of(set: &DesiredSet, node: &str, health: &View) -> Plan {
-    Plan::new(set, Some(&name(node)), &[], health)
+    Plan::new(set, Some(&name(node)), &Always::default(), health)
 }
 
 fn checked(spec: &mut balancer_pb::LoadBalancerSpec) {
@@ -128,7 +128,7 @@ fn rules(plan: &Plan) -> Vec<String> {
 fn a_vm_that_is_in_no_network_has_no_tunnel_and_says_what_it_cannot_follow() {
     let set = set([shop(), vec![balancer("front", |_| ())]].concat());
     for node in [None, Some(name("db-1"))] {
-        let plan = Plan::new(&set, node.as_ref(), &[], &View::new());
+        let plan = Plan::new(&set, node.as_ref(), &Always::default(), &View::new());
         assert_eq!((&plan.tunnel, plan.effective.balancers.len()), (&None, 0));
         assert_eq!(rules(&plan), [""; 0]);
         let blocked: Vec<_> = plan.blocked.keys().map(ToString::to_string).collect();
@@ -287,15 +287,48 @@ fn instances_on_one_vm_are_backends_each_at_its_own_port() {
 fn built_in_rules_let_core_tunnel_and_health_checks_through_and_nothing_else() {
     let set = set([shop(), vec![balancer("front", checked), balancer("plain", |_| ())]].concat());
     let core = ["192.0.2.9:7400".parse().unwrap()];
-    let plan = Plan::new(&set, Some(&name("gw-1")), &core, &View::new());
+    let always = Always { core: &core, ports: vec![22] };
+    let plan = Plan::new(&set, Some(&name("gw-1")), &always, &View::new());
     assert_eq!(
         rules(&plan),
         [
             "core egress 6 >192.0.2.9 7400",
+            "failsafe ingress 6 > 22",
             "tunnel ingress 17 > 4000",
             "tunnel egress 17 4000> ",
             "health egress 6 >10.70.0.11,10.70.0.12 8080",
         ]
     );
     assert!(plan.effective.open, "built-in rules select no VM");
+}
+
+#[test]
+fn a_failsafe_port_is_left_to_the_rules_that_name_it() {
+    use policy_pb::Direction::{Egress, Ingress};
+    let always = Always { core: &[], ports: vec![22] };
+    for (protocol, ports, direction, stays_open) in [
+        (6, Some((22, 22)), Ingress, false),
+        (6, Some((20, 30)), Ingress, false),
+        (6, Some((1, 65_535)), Ingress, true),
+        (6, Some((23, 24)), Ingress, true),
+        (6, None, Ingress, true),
+        (17, Some((22, 22)), Ingress, true),
+        (6, Some((22, 22)), Egress, true),
+    ] {
+        let ranges = ports.map(|(first, last)| policy_pb::PortRange { first, last });
+        let rule = policy_pb::FirewallRule {
+            name: "r".into(),
+            action: policy_pb::Action::Deny.into(),
+            direction: direction.into(),
+            protocol: Some(protocol),
+            ports: ranges.into_iter().collect(),
+            ..Default::default()
+        };
+        let spec = policy_pb::FirewallPolicySpec { rules: vec![rule], ..Default::default() };
+        let set = set(vec![resource("firewall-policy/p".into(), Spec::FirewallPolicy(spec))]);
+        let plan = Plan::new(&set, None, &always, &View::new());
+        let first = &plan.effective.rules[0].rule;
+        let is_open = first.name.as_str() == FAILSAFE_RULE && first.action == Action::Allow;
+        assert_eq!(is_open, stays_open, "{protocol} {ports:?} {direction:?}");
+    }
 }
