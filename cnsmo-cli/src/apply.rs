@@ -3,6 +3,7 @@
 use std::{
     io::{self, Write as _},
     process::ExitCode,
+    time::Duration,
 };
 
 use anyhow::{Result, bail};
@@ -14,12 +15,13 @@ use cnsmo_proto::{
     },
 };
 use serde::Serialize;
+use tokio::time::Instant;
 use tonic::Code;
 
 use crate::{
     args::{ApplyArgs, DeleteArgs, FileArgs, Format, OriginalArgs},
     client::{Client, Resources, refused},
-    diff, load,
+    deployment, diff, load,
     output::{kind_of, kind_word, name_of, print_json, print_yaml, yaml},
     wait,
 };
@@ -33,7 +35,32 @@ pub(crate) async fn apply(client: &Client, format: Format, args: ApplyArgs) -> R
     if !args.wait {
         return Ok(ExitCode::SUCCESS);
     }
-    wait::applied(&mut core, response.revision, Default::default(), args.timeout).await
+    in_effect(client, &response, args.timeout).await
+}
+
+/// Until each VM enforces the revision, and the deployments in it have their instances.
+pub(crate) async fn in_effect(
+    client: &Client,
+    response: &ApplyResponse,
+    timeout: Duration,
+) -> Result<ExitCode> {
+    let deadline = Instant::now() + timeout;
+    let mut core = client.resources().await?;
+    let applied = wait::applied(&mut core, response.revision, Default::default(), timeout).await?;
+    if applied != ExitCode::SUCCESS {
+        return Ok(applied);
+    }
+    let is_deployment = |change: &&Change| {
+        change.kind() == Kind::Deployment && change.outcome() != Outcome::Deleted
+    };
+    for change in response.changes.iter().filter(is_deployment) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let complete = deployment::complete(client, &change.name, left).await?;
+        if complete != ExitCode::SUCCESS {
+            return Ok(complete);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(crate) async fn diff(client: &Client, args: FileArgs) -> Result<()> {
@@ -66,7 +93,17 @@ fn completed(mut resource: Resource, before: Option<&Resource>) -> Resource {
     resource
 }
 
-pub(crate) async fn delete(client: &Client, args: DeleteArgs) -> Result<()> {
+pub(crate) async fn delete(client: &Client, args: DeleteArgs) -> Result<ExitCode> {
+    let (wait, timeout) = (args.wait, args.timeout);
+    let deployments = delete_all(client, args).await?;
+    if wait {
+        return deployment::ended(client, deployments, timeout).await;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Returns the names of those that are deployments.
+async fn delete_all(client: &Client, args: DeleteArgs) -> Result<Vec<String>> {
     let mut out = io::stdout();
     if let (Some(kind), Some(name)) = (args.kind, args.name) {
         let (kind, name) = (Kind::from(kind), name.to_string());
@@ -74,7 +111,7 @@ pub(crate) async fn delete(client: &Client, args: DeleteArgs) -> Result<()> {
         let mut core = client.resources().await?;
         let revision = core.delete(request).await.map_err(refused)?.into_inner().revision;
         writeln!(out, "{}/{name} deleted\nrevision {revision}", kind_word(kind))?;
-        return Ok(());
+        return Ok(Some(name).filter(|_| kind == Kind::Deployment).into_iter().collect());
     }
     let original = OriginalArgs { name: None, target: Default::default() };
     let mut resources = load::resources(&args.files, original)?;
@@ -95,7 +132,8 @@ pub(crate) async fn delete(client: &Client, args: DeleteArgs) -> Result<()> {
             Err(status) => return Err(refused(status).context(shown)),
         }
     }
-    Ok(())
+    let deployments = resources.iter().filter(|one| kind_of(one) == Kind::Deployment);
+    Ok(deployments.map(|one| name_of(one).to_owned()).collect())
 }
 
 /// A balancer needs its network. Policies go last: what they close stays closed while there is a way to it.

@@ -160,7 +160,7 @@ pub(crate) struct ApplyArgs {
     /// Validate and say what would change; commit nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Return when every VM enforces it; exit code 3 if one does not in time
+    /// Return when every VM enforces it and deployments are complete; exit code 3 if not in time
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) wait: bool,
     /// For --wait, at most 1h
@@ -193,7 +193,7 @@ pub(crate) struct RollbackArgs {
     /// Say what would change; commit nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Return when every VM enforces it; exit code 3 if one does not in time
+    /// Return when every VM enforces it and deployments are complete; exit code 3 if not in time
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) wait: bool,
     /// For --wait, at most 1h
@@ -226,6 +226,12 @@ pub(crate) struct DeleteArgs {
     /// Delete the resources that these files name, VMs excepted
     #[arg(short = 'f', long = "file", value_name = "FILE|DIR|-")]
     pub(crate) files: Vec<PathBuf>,
+    /// Wait until no instance of a deleted deployment is left
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// At most 1h
+    #[arg(long, default_value = "60s", requires = "wait", value_parser = wait_time)]
+    pub(crate) timeout: Duration,
 }
 
 #[derive(clap::Args)]

@@ -10,8 +10,8 @@ use std::{
 use anyhow::{Result, bail};
 use cnsmo_proto::{
     manifest,
-    model::Name,
     pb::{
+        catalog::ListInstancesRequest,
         deployment::{
             Deployment, DeploymentSpec, DeploymentStatus, InstanceStatus, Placement, Port, Process,
             deployment_spec::Driver, systemd,
@@ -51,7 +51,7 @@ pub(crate) async fn scale(client: &Client, args: ScaleArgs) -> Result<ExitCode> 
         writeln!(io::stdout(), "deployment/{name} {before} -> {replicas}\nrevision {revision}")?;
     }
     if args.wait {
-        return complete(client, &name, args.timeout).await;
+        return complete(client, name.as_str(), args.timeout).await;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -83,7 +83,7 @@ pub(crate) async fn spawn(client: &Client, args: SpawnArgs) -> Result<ExitCode> 
     let answer = client.resources().await?.apply(request).await.map_err(refused)?.into_inner();
     let (name, revision) = (&args.name, answer.revision);
     writeln!(io::stdout(), "deployment/{name} created\nrevision {revision}")?;
-    complete(client, name, args.timeout).await
+    complete(client, name.as_str(), args.timeout).await
 }
 
 /// Prints what one instance has written.
@@ -132,7 +132,7 @@ fn print_line(format: Format, line: &LogLine) -> Result<()> {
 }
 
 /// Until all instances are as they shall be.
-async fn complete(client: &Client, name: &Name, timeout: Duration) -> Result<ExitCode> {
+pub(crate) async fn complete(client: &Client, name: &str, timeout: Duration) -> Result<ExitCode> {
     let deadline = Instant::now() + timeout;
     let mut told = String::new();
     loop {
@@ -144,18 +144,48 @@ async fn complete(client: &Client, name: &Name, timeout: Duration) -> Result<Exi
         let progress = status.conditions.iter().find(|one| one.r#type == "Progressing");
         let text = progress.map(|one| one.message.clone()).unwrap_or_default();
         if text != told {
-            writeln!(io::stderr(), "{text}")?;
+            writeln!(io::stderr(), "deployment/{name}: {text}")?;
             told = text;
         }
         if progress.is_some_and(|one| one.status() == Truth::False) {
             return Ok(ExitCode::SUCCESS);
         }
         if Instant::now() >= deadline {
-            writeln!(io::stderr(), "not within {timeout:?}: cnsmo describe deployment {name}")?;
+            writeln!(io::stderr(), "timed out; why: cnsmo describe deployment {name}")?;
             return Ok(ExitCode::from(EXIT_TIMEOUT));
         }
         sleep_until((Instant::now() + POLL).min(deadline)).await;
     }
+}
+
+/// Until no instance of deleted deployments is left.
+pub(crate) async fn ended(
+    client: &Client,
+    names: Vec<String>,
+    timeout: Duration,
+) -> Result<ExitCode> {
+    let deadline = Instant::now() + timeout;
+    let mut catalog = client.catalog().await?;
+    for name in names {
+        let mut told = None;
+        loop {
+            let request = ListInstancesRequest { service: name.clone(), ..Default::default() };
+            let left = catalog.list_instances(request).await.map_err(refused)?.into_inner();
+            let left = left.instances.len();
+            if told.replace(left) != Some(left) {
+                writeln!(io::stderr(), "deployment/{name}: {left} instances left")?;
+            }
+            if left == 0 {
+                break;
+            }
+            if Instant::now() >= deadline {
+                writeln!(io::stderr(), "timed out; where: cnsmo services --service {name}")?;
+                return Ok(ExitCode::from(EXIT_TIMEOUT));
+            }
+            sleep_until((Instant::now() + POLL).min(deadline)).await;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// Of `cnsmo get`.

@@ -9,11 +9,10 @@ use cnsmo_proto::pb::resource::{
 use serde::Serialize;
 
 use crate::{
-    apply::{outcome_word, print_changes},
+    apply::{in_effect, outcome_word, print_changes},
     args::{Format, RollbackArgs},
     client::{Client, refused},
     output::{age, kind_word, print_json, print_table, print_yaml},
-    wait,
 };
 
 /// Resources that the table names of one change.
@@ -48,7 +47,7 @@ pub(crate) async fn rollback(
     if !wait {
         return Ok(ExitCode::SUCCESS);
     }
-    wait::applied(&mut core, response.revision, Default::default(), timeout).await
+    in_effect(client, &response, timeout).await
 }
 
 /// Stable names for programs.

@@ -74,7 +74,7 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Describe { kind, name } => {
             describe::describe(&client, format, kind.into(), name).await?;
         }
-        Command::Delete(delete) => apply::delete(&client, delete).await?,
+        Command::Delete(delete) => return apply::delete(&client, delete).await,
         Command::Watch { kind, name } => {
             watch::watch(
                 &client,

@@ -99,11 +99,8 @@ async fn s01_one_file_deploys_everything_and_again_changes_nothing() {
     assert!(!opens(OWN, port(&other), SILENCE), "the policy");
     assert!(!opens(VM4, port(&server), SILENCE), "beside the network");
     assert!(opens(VM4, port(&ssh), PACKETS), "a default closes no failsafe port");
-    let ready = async || {
-        let page = core.cnsmo_json(&["get", "deployments", "page"]);
-        (page["status"]["ready"] == 1).then_some(())
-    };
-    until("the service", ready).await;
+    let page = core.cnsmo_json(&["get", "deployments", "page"]);
+    assert_eq!(page["status"]["ready"], 1, "it was waited for");
 
     // Nothing is committed by it, and nothing is sent to the VMs.
     core.cnsmo(&["wait"]);
@@ -121,11 +118,20 @@ async fn s01_one_file_deploys_everything_and_again_changes_nothing() {
     fs::write(&file, FILE.replace("  rules:\n", rules)).unwrap();
     core.cnsmo(&apply);
     assert!(!opens(VM4, port(&ssh), SILENCE) && opens(OWN, port(&server), PACKETS));
-    core.cnsmo(&["delete", "deployment", "page"]);
-    let gone = async || {
-        let left = core.cnsmo_json(&["services", "--service", "page"]);
-        left.as_array().unwrap().is_empty().then_some(())
-    };
-    until("the end of the service", gone).await;
+    // What cannot become ready is waited for in vain.
+    fs::write(
+        &file,
+        FILE.replace("spec:\n  placement", "spec:\n  needs: [db]\n  replicas: 2\n  placement"),
+    )
+    .unwrap();
+    let mut waits = Command::new(program("cnsmo"));
+    waits.env("CNSMO_SOCKET", core.socket()).args(apply).args(["--timeout", "2s"]);
+    let waits = waits.output().unwrap();
+    let why = String::from_utf8(waits.stderr).unwrap();
+    assert!(waits.status.code() == Some(3) && why.contains("db: 0 of 1"), "{why}");
+
+    core.cnsmo(&["delete", "deployment", "page", "--wait"]);
+    let left = core.cnsmo_json(&["services", "--service", "page"]);
+    assert_eq!(left.as_array().unwrap().len(), 0);
     drop(agents);
 }
