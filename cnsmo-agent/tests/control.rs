@@ -105,7 +105,7 @@ impl Fake {
         let applied = self.0.lock().unwrap();
         let last = applied.last().unwrap();
         let name = |rule: &cnsmo_agent::effective::OwnedRule| {
-            rule.policy.as_ref().map_or("-".to_owned(), ToString::to_string)
+            rule.policy.as_ref().unwrap_or(&rule.rule.name).to_string()
         };
         last.rules.iter().map(name).collect()
     }
@@ -379,6 +379,8 @@ fn config(core: SocketAddr, dir: &Path, token: Option<&Token>) -> Config {
     let state = dir.join("state");
     let mut args = vec!["cnsmo-agent", "--core", &core, "--interface", "lo", "--node", "web-1"];
     args.extend(["--label", "role=web", "--state-dir", state.to_str().unwrap()]);
+    // The core's port is one all the same: the core is on this VM.
+    args.extend(["--failsafe-port", "none"]);
     let file = dir.join("token");
     if let Some(token) = token {
         std::fs::write(&file, format!("{token}\n")).unwrap();
@@ -470,7 +472,11 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     assert_eq!(hello.labels["role"], "web");
     assert_eq!(hello.boot_id.len(), 36);
     assert_eq!(hello.have[RESOURCE_TYPE], state(0, &[]));
-    assert_eq!(fake.in_force(), ["-"], "the way to the core is open before the first policy");
+    assert_eq!(
+        fake.in_force(),
+        ["core", "failsafe"],
+        "the way to the core is open before the first policy"
+    );
     assert!(fake.is_open());
     talk.welcome(7).await;
 
@@ -480,7 +486,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     let ack = talk.update(update(Kind::Snapshot, 0, upserts, now.clone())).await;
     assert_eq!((ack.error.as_str(), ack.applied.as_ref()), ("", Some(&now)));
     assert!(ack.apply_duration.is_some());
-    assert_eq!(fake.in_force(), ["-", "a", "b"]);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a", "b"]);
     assert_eq!(talk.heartbeat().await.applied[RESOURCE_TYPE], now);
     let node = talk.status().await.node.unwrap();
     assert_eq!(
@@ -500,7 +506,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
         ("firewall-policy/a", 5)
     );
     assert!(ack.resource_errors[0].message.contains("action"));
-    assert_eq!(fake.in_force(), ["-", "a", "b", "c"]);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a", "b", "c"]);
 
     // An update for another base is refused; the stream goes on.
     let ack = talk.update(update(Kind::Delta, 5, vec![], state(7, &[]))).await;
@@ -513,7 +519,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     // The core goes: policies stay. It comes back: a bookmark is enough.
     let applied = fake.0.lock().unwrap().len();
     let address = core.stop(talk).await;
-    assert_eq!(fake.in_force(), ["-", "a"]);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a"]);
     let mut core = Core::start(&authority, address).await;
     let (mut talk, hello) = core.accept().await;
     assert_eq!(hello.have[RESOURCE_TYPE], now);
@@ -523,7 +529,7 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     assert_eq!((ack.error.as_str(), ack.applied.as_ref()), ("", Some(&now)));
     assert_eq!(fake.0.lock().unwrap().len(), applied, "nothing was applied anew");
     agent.stop().await;
-    assert_eq!(fake.in_force(), ["-", "a"], "stopping takes nothing out");
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a"], "stopping takes nothing out");
 
     // Boot without core and without token: the ledger rules before anything else.
     core.stop(talk).await;
@@ -532,8 +538,8 @@ async fn an_agent_enrols_follows_its_core_and_survives_it() {
     let mut core = Core::start(&authority, address).await;
     let (talk, hello) = core.accept().await;
     assert_eq!(hello.have[RESOURCE_TYPE], now);
-    assert_eq!(fake.0.lock().unwrap().first().unwrap().rules.len(), 2);
-    assert_eq!(fake.in_force(), ["-", "a"]);
+    assert_eq!(fake.0.lock().unwrap().first().unwrap().rules.len(), 3);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a"]);
     drop(talk);
     agent.stop().await;
 }
@@ -689,7 +695,7 @@ async fn a_restored_store_starts_over_with_a_snapshot() {
     let now = state(2, &[("b", 2)]);
     let ack = talk.update(update(Kind::Snapshot, 0, vec![good("b", 2)], now.clone())).await;
     assert_eq!((ack.error.as_str(), ack.applied), ("", Some(now)));
-    assert_eq!(fake.in_force(), ["-", "b"]);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "b"]);
     agent.stop().await;
 }
 
@@ -709,7 +715,7 @@ async fn a_data_path_that_crashes_is_opened_anew_and_the_stream_goes_on() {
     assert!(ack.error.ends_with("the data path crashed"), "{}", ack.error);
     let ack = talk.update(delta).await;
     assert_eq!((ack.error.as_str(), ack.applied), ("", Some(now)));
-    assert_eq!(fake.in_force(), ["-", "a", "b"]);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a", "b"]);
     agent.stop().await;
 }
 
@@ -817,7 +823,7 @@ async fn services_are_steered_by_the_core_and_on_the_vm_while_the_others_go_on()
     assert!(first.complete);
     let set = state(1, &[("a", 1)]);
     assert_eq!(talk.update(update(Kind::Snapshot, 0, vec![good("a", 1)], set)).await.error, "");
-    assert_eq!(fake.in_force(), ["-", "a"]);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a"]);
 
     // Stopped by the core: what it holds stays, what comes is told not to be in force.
     let stop = Command::Stop(StopRequest { id: firewall(), deadline: None });
@@ -834,7 +840,7 @@ async fn services_are_steered_by_the_core_and_on_the_vm_while_the_others_go_on()
         (&*full("b"), why)
     );
     assert_eq!(ack.applied, Some(state(2, &[("a", 1)])));
-    assert_eq!(fake.in_force(), ["-", "a"]);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a"]);
     let is_degraded = |report: &StatusReport| !report.node.as_ref().unwrap().reason.is_empty();
     let degraded = talk.status_when(is_degraded).await;
     assert_eq!(degraded.node.unwrap().message, why);
@@ -850,7 +856,7 @@ async fn services_are_steered_by_the_core_and_on_the_vm_while_the_others_go_on()
     let firewall_told: Vec<_> = told.iter().filter(|t| t.0 == "firewall").map(|t| t.1).collect();
     assert_eq!(firewall_told[firewall_told.len() - 2..], [Phase::Starting, Phase::Ready]);
     while talk.heartbeat().await.applied[RESOURCE_TYPE] != set {}
-    assert_eq!(fake.in_force(), ["-", "a", "b"]);
+    assert_eq!(fake.in_force(), ["core", "failsafe", "a", "b"]);
 
     // Killed: nothing of it is out of force for a moment.
     let applied = fake.0.lock().unwrap().len();
