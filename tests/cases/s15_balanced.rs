@@ -65,6 +65,7 @@ spec:
               self.request.sendall(data)
         class Server(socketserver.ThreadingTCPServer):
           request_queue_size = 100
+          allow_reuse_address = True
           daemon_threads = True
         Server(('0.0.0.0', int(sys.argv[2])), Echo).serve_forever()
       - ${INSTANCE}
