@@ -15,14 +15,6 @@ use cnsmo_service::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
-const LIMITS: Limits = Limits {
-    first_delay: Duration::from_millis(100),
-    longest_delay: Duration::from_secs(5),
-    restarts_max: 10,
-    window: Duration::from_secs(60),
-    stop_deadline: Duration::from_secs(5),
-};
-
 struct Greeter(Bus);
 
 impl Service for Greeter {
@@ -54,7 +46,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         return Err("usage: greeter SOCKET NAME".into());
     };
     let channel = channel::local(&PathBuf::from(socket))?;
-    let host = Host::new(LIMITS);
+    let host = Host::new(Limits::DEFAULT);
     host.add(Arc::new(Greeter(Bus::new(channel.clone()))))?;
     let ttl = Duration::from_secs(3);
     let announcement =

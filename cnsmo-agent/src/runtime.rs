@@ -48,12 +48,9 @@ const ENROLL_RETRY_LONGEST: Duration = Duration::from_secs(15);
 /// A part that fails more often than this within the window is not helped by another restart. The kernel goes on with
 /// the last policies; who started the agent decides.
 pub const LIMITS: Limits = Limits {
-    first_delay: Duration::from_millis(100),
-    longest_delay: Duration::from_secs(5),
-    restarts_max: 10,
-    window: Duration::from_secs(60),
     // A large policy takes seconds to compile; the one in force is whole at any moment.
     stop_deadline: Duration::from_secs(10),
+    ..Limits::DEFAULT
 };
 
 /// Runs the agent until `stop`. Tunnel and data path stay in any case: a VM without an agent is still guarded and connected.

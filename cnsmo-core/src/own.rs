@@ -31,14 +31,8 @@ use crate::{
 pub const NODE: &str = "core";
 
 /// A service that fails more often is not helped by another restart: it stays failed until an operator starts it.
-const LIMITS: Limits = Limits {
-    first_delay: Duration::from_millis(100),
-    longest_delay: Duration::from_secs(5),
-    restarts_max: 10,
-    window: Duration::from_secs(60),
-    // What they do is made of single commits.
-    stop_deadline: Duration::from_secs(5),
-};
+/// What they do is made of single commits: they end at once.
+const LIMITS: Limits = Limits::DEFAULT;
 /// Between two announcements of what has not changed: three are within the TTL.
 const ANNOUNCE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long the end of a core waits for its services to be withdrawn.

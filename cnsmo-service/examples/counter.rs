@@ -41,13 +41,7 @@ const TTL: Duration = Duration::from_secs(3);
 const CREDIT: u32 = 16;
 /// Others count too: each try that fails means that one of them succeeded.
 const ATTEMPTS_MAX: usize = 100;
-const LIMITS: Limits = Limits {
-    first_delay: Duration::from_millis(100),
-    longest_delay: Duration::from_secs(5),
-    restarts_max: usize::MAX,
-    window: Duration::from_secs(60),
-    stop_deadline: Duration::from_secs(5),
-};
+const LIMITS: Limits = Limits { restarts_max: usize::MAX, ..Limits::DEFAULT };
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {

@@ -28,6 +28,17 @@ pub struct Limits {
     pub stop_deadline: Duration,
 }
 
+impl Limits {
+    /// For a task whose failures are rare and which ends at once: given up after ten restarts in a minute.
+    pub const DEFAULT: Self = Self {
+        first_delay: Duration::from_millis(100),
+        longest_delay: Duration::from_secs(5),
+        restarts_max: 10,
+        window: Duration::from_secs(60),
+        stop_deadline: Duration::from_secs(5),
+    };
+}
+
 /// Why a task ended before it was asked to.
 pub type Failure = Box<dyn Error + Send + Sync>;
 
