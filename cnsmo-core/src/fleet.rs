@@ -59,8 +59,7 @@ pub const SET_TYPE: &str = "cnsmo.agent.v1.Resource";
 /// Version of the stream's protocol.
 pub const PROTOCOL_VERSION: u32 = 1;
 /// Messages that wait for one agent: the welcome, the one update without an answer, a confirmation, bookmarks, commands, the
-/// end. An agent
-/// that does not take them is cut.
+/// end. An agent that does not take them is cut.
 pub const DOWN_MAX: usize = 8;
 /// Agents that a core which stops asks to come back in one second: fewer than the handshakes that the smallest machine does,
 /// beside its other work.

@@ -45,7 +45,8 @@ const RESTARTS: Limits = Limits {
     window: Duration::from_secs(600),
     stop_deadline: Duration::ZERO,
 };
-/// Before an instance that shall end is looked at: so long it takes until balancers give it nothing new.
+/// Before an instance that shall end is looked at. The balancers have let go of it, but what they sent it may be under way, and
+/// VMs that the core could not ask may need so long.
 const GRACE: Duration = Duration::from_secs(1);
 /// Between two looks at its connections.
 const LOOK: Duration = Duration::from_millis(200);

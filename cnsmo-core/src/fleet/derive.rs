@@ -233,7 +233,8 @@ impl Fleet {
         let agent = self.agents.get_mut(name);
         let Some(network) = agent.and_then(|agent| agent.network.take()) else { return };
         let mut left = Vec::new();
-        for (balancer, served) in &mut self.served {
+        let of = self.served.iter_mut().filter(|(_, served)| served.network == network);
+        for (balancer, served) in of {
             let own = backend_key(balancer, name, "");
             let is_its = |key: &String| {
                 key.strip_prefix(&own).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
@@ -330,8 +331,13 @@ pub(super) fn backend_key(balancer: &str, node: &str, instance: &str) -> String 
 }
 
 fn balancers_of<'a>(service: &'a str, state: &'a State) -> impl Iterator<Item = &'a str> {
-    let is_of = move |balancer: &StoredBalancer| matches!(&balancer.model.backends, Backends::Service(of) if of.as_str() == service);
-    let balancers = state.balancers().iter().filter(move |(_, balancer)| is_of(balancer));
+    let balancers = state.balancers().iter().filter(move |(_, balancer)| {
+        let of = match &balancer.model.backends {
+            Backends::Nodes(_) => None,
+            Backends::Service(of) => Some(of.as_str()),
+        };
+        of == Some(service)
+    });
     balancers.map(|(name, _)| name.as_str())
 }
 

@@ -269,9 +269,8 @@ impl<'a, 's> Planner<'a, 's> {
         self.steps.extend(lost);
     }
 
-    /// More than shall be: first those that are not ready, then what is to be replaced anyway, then where the most are, then the
-    /// youngest. One that is
-    /// ready only where enough others are.
+    /// More than shall be: first those that are not ready, then what is to be replaced anyway, then where the most are, then
+    /// the youngest. One that is ready only where enough others are.
     fn thin_out(&mut self) {
         while self.active.len() > self.desired() {
             let groups: Vec<_> = self.active.iter().map(|one| self.group(one)).collect();
