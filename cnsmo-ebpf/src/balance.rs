@@ -174,7 +174,10 @@ fn claim<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T, c
         pad: [0; 2],
     };
     set_twin(case);
-    let mut look = Look { now: case.now as u32, control, over: false };
+    // Our own kernel gives out the ports of our own flows, and knows when one may be used again. Of a gateway's ports the
+    // backend knows it, and there are others.
+    let reopens = syn && way == flag::EGRESS;
+    let mut look = Look { now: case.now as u32, control, reopens, over: false };
     if tables.touch_established(&case.twin_key, &mut look) && !look.over {
         return;
     }
@@ -190,13 +193,15 @@ fn claim<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T, c
 struct Look<'a> {
     now: u32,
     control: &'a Control,
+    reopens: bool,
     over: bool,
 }
 
 impl<A> Visit<A> for Look<'_> {
     #[inline(always)]
     fn visit(&mut self, flow: &mut Flow<A>) {
-        self.over = conntrack::is_over(&flow.conn, self.now, self.control);
+        let finished = self.reopens && conntrack::is_finished(flow.conn.state);
+        self.over = finished || conntrack::is_over(&flow.conn, self.now, self.control);
     }
 }
 

@@ -46,7 +46,7 @@ pub fn advance(
     generation: u32,
     control: &Control,
 ) -> Step {
-    if is_over(conn, now, control) {
+    if is_over_for(conn, segment, now, control) {
         return Step::Over;
     }
     let before = conn.state;
@@ -102,6 +102,20 @@ pub fn is_over(conn: &Conn, now: u32, control: &Control) -> bool {
     age(now, conn.seen) > control.timeouts[conn.state as usize & (TIMEOUTS - 1)]
 }
 
+/// Whether a SYN may begin another connection under the key of this one: both ends have closed it, or one has reset it.
+#[inline(always)]
+pub fn is_finished(state: u8) -> bool {
+    matches!(state, state::TIME_WAIT | state::CLOSED)
+}
+
+/// Whether the flow is no more to this packet: nothing was seen of it for too long, or it is finished and the packet opens
+/// another one.
+#[inline(always)]
+pub fn is_over_for(conn: &Conn, segment: Segment, now: u32, control: &Control) -> bool {
+    let opens = segment.kind == Kind::Tcp && segment.flags & (tcp::SYN | tcp::ACK) == tcp::SYN;
+    is_over(conn, now, control) || (opens && is_finished(conn.state))
+}
+
 /// State of a flow after its first packet, or [`NO_STATE`] if such a packet begins no flow. `pickup`: connections that
 /// are older than the firewall are taken over.
 #[inline(always)]
@@ -154,12 +168,11 @@ fn tcp_step(conn: &Conn, segment: Segment) -> Next {
     let old = conn.state;
     let syn = segment.flags & tcp::SYN != 0;
     let ack = segment.flags & tcp::ACK != 0;
-    let over = matches!(old, state::TIME_WAIT | state::CLOSED);
     let to = |state| Next { step: Step::Pass, state, flags: conn.flags };
     let no = |step| Next { step, state: old, flags: conn.flags };
     if syn && !ack {
         // On a live flow: the ends sort it out between them (RFC 5961, challenge ACK).
-        return if over { no(Step::Over) } else { to(old) };
+        return to(old);
     }
     if segment.flags & tcp::RST != 0 {
         // Only shortens the timeout: if the ends did not believe it, their next segment revives the flow. Sequence

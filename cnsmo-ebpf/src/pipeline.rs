@@ -281,7 +281,9 @@ impl<A: Family> Visit<A> for Advance<'_, A> {
             self.flow.translation = flow.translation;
             if !balance::is_expected(conn.flags, with_origin, self.egress) {
                 self.flow.conn = *conn;
-                *self.step = Some(Step::Astray);
+                // The port may be that of another connection by now, one that is not translated.
+                let over = conntrack::is_over_for(conn, self.segment, now, self.control);
+                *self.step = Some(if over { Step::Over } else { Step::Astray });
                 return;
             }
         }

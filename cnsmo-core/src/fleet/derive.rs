@@ -22,7 +22,7 @@ use super::{
     BACKEND, BALANCER, Fleet, INSTANCE, Key, MEMBER, NETWORK, Revision, Set, Spec, Topic,
     behind::node_behind,
 };
-use crate::state::{Node, State, StoredBalancer};
+use crate::state::{Node, State};
 
 /// An instance that shall end waits so long at most for the VMs that balance its service.
 const LEAVE_MAX: Duration = Duration::from_secs(5);

@@ -434,6 +434,36 @@ fn a_direct_flow_is_not_mistaken_for_a_translated_one() {
     }
 }
 
+/// Whoever gives out ports gives them out again: the health checks of a VM and its calls share them.
+#[test]
+fn a_port_whose_connection_is_finished_opens_another_one_of_either_kind() {
+    for ip in FAMILIES {
+        let vm = Vm::new(algorithm::MAGLEV, &BACKENDS[..1]);
+        let direct = Tuple(VM, 4000, BACKENDS[0], TARGET);
+        let call = Tuple(VM, 4000, VIRTUAL, PORT);
+        let out = |to: Tuple, flags| -> Result<Tuple, Reason> {
+            let (_, packet) = vm.tunnel_out(&tcp_of(ip, to, flags))?;
+            assert_sealed(&packet);
+            Ok(tuple(&packet))
+        };
+        // The backend sees the same connection either way; this VM sees the one that it has begun.
+        let through = |to: Tuple| {
+            for (flags, answer) in [(SYN, SYN_ACK), (ACK, ACK), (FIN, FIN)] {
+                assert_eq!(out(to, flags), Ok(direct));
+                let (_, back) = vm.tunnel_in(&tcp_of(ip, reversed(direct), answer)).unwrap();
+                assert_eq!(tuple(&back), reversed(to));
+                if flags != FIN {
+                    let other = if to == call { direct } else { call };
+                    assert!(out(other, SYN).is_err(), "{other:?} while {to:?} lives");
+                }
+            }
+        };
+        for to in [direct, call, direct, direct, call, call] {
+            through(to);
+        }
+    }
+}
+
 #[test]
 fn an_entry_that_a_flood_evicted_is_made_anew() {
     let vm = Vm::new(algorithm::MAGLEV, &BACKENDS);
