@@ -1,5 +1,6 @@
 //! One module per subject.
 
+mod actions;
 mod adoption;
 mod attach;
 mod balancer;

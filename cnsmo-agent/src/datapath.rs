@@ -1,5 +1,6 @@
 //! What the control side of the agent asks of the kernel side.
 
+pub mod answer;
 pub mod kernel;
 
 use std::{collections::BTreeMap, net::SocketAddr};

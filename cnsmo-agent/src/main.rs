@@ -10,6 +10,7 @@ use cnsmo_agent::{
         Datapath,
         kernel::{Kernel, Options, XdpChoice},
     },
+    flows::FlowLog,
     runtime,
     tunnel::{Tunnel, TunnelOptions, WireGuard, engine},
 };
@@ -49,14 +50,15 @@ fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
         let (stopper, stop) = stop_pair();
         stop_at_signals(stopper)?;
         let (for_datapath, for_tunnel) = (config.clone(), config.clone());
-        let datapath = Arc::new(move || open_datapath(&for_datapath));
+        let flows = Arc::new(FlowLog::default());
+        let datapath = Arc::new(move || open_datapath(&for_datapath, &flows));
         let tunnel = Arc::new(move || open_tunnel(&for_tunnel));
         runtime::run(config, datapath, tunnel, stop).await
     })
 }
 
 /// The kernel data path, taken over where an earlier agent left it.
-fn open_datapath(config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
+fn open_datapath(config: &Config, flows: &Arc<FlowLog>) -> anyhow::Result<Box<dyn Datapath>> {
     let options = Options {
         pins: config.bpffs.clone(),
         state: config.state_dir.clone(),
@@ -71,7 +73,13 @@ fn open_datapath(config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
         policy_bytes: config.policy_memory as usize,
         rules_max: RULES_MAX,
     };
-    Ok(Box::new(Kernel::open(options)?))
+    let mut kernel = Kernel::open(options)?;
+    if let Err(error) = kernel.record(Arc::clone(flows)) {
+        // It guards all the same.
+        let error: &dyn std::error::Error = &error;
+        tracing::error!(error, "packets are neither recorded nor answered");
+    }
+    Ok(Box::new(kernel))
 }
 
 /// The tunnel, taken over where an earlier agent left it.

@@ -51,6 +51,7 @@ fn describe_policy(policy: &FirewallPolicy) -> Result<()> {
     describe_metadata(policy.metadata.as_ref())?;
     field("Target", &labels(&spec.target))?;
     field("Priority", &spec.priority.to_string())?;
+    field("Mode", manifest::mode(spec.mode()))?;
     field("Default ingress", default_word(spec.default_ingress()))?;
     field("Default egress", default_word(spec.default_egress()))?;
     section(
@@ -79,7 +80,7 @@ fn rule_row(rule: &FirewallRule) -> Vec<String> {
     };
     vec![
         rule.name.clone(),
-        default_word(rule.action()).to_owned(),
+        manifest::action_text(rule),
         manifest::direction(rule.direction()).to_owned(),
         any(&rule.from_cidrs),
         any(&rule.to_cidrs),

@@ -15,8 +15,7 @@ use cnsmo_agent::{
     effective::Effective,
 };
 use cnsmo_proto::model::{
-    Action, Direction, FirewallPolicy, Labels, Name, PolicyDefaults, PortRange, Protocol, Rule,
-    protocol,
+    Action, Direction, FirewallPolicy, Name, PolicyDefaults, PortRange, Protocol, Rule, protocol,
 };
 use cnsmo_tests::{Netns, PinDir, RunDir};
 
@@ -153,7 +152,7 @@ pub(super) fn name(text: &str) -> Name {
 
 /// A rule about a protocol and its destination ports, for any address.
 pub(super) fn rule(text: &str, action: Action, direction: Direction, protocol: Protocol) -> Rule {
-    Rule { name: name(text), action, direction, from: vec![], to: vec![], protocol }
+    Rule { protocol, ..Rule::new(name(text), action, direction) }
 }
 
 pub(super) fn tcp(port: u16) -> Protocol {
@@ -179,10 +178,10 @@ pub(super) fn allow_out(text: &str, protocol: Protocol) -> Rule {
 
 pub(super) fn spec(ingress: Action, egress: Action, rules: Vec<Rule>) -> FirewallPolicy {
     FirewallPolicy {
-        target: Labels::default(),
         priority: 100,
         defaults: PolicyDefaults { ingress: Some(ingress), egress: Some(egress) },
         rules,
+        ..FirewallPolicy::default()
     }
 }
 
