@@ -7,6 +7,7 @@ mod balancer;
 mod bus;
 mod confirm;
 mod firewall;
+mod flows;
 mod kernel;
 mod lab;
 mod overlay;

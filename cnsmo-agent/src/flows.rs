@@ -3,15 +3,22 @@
 use std::{
     collections::VecDeque,
     net::IpAddr,
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
 
-use cnsmo_proto::model::{Direction, Name};
-use tokio::sync::watch;
+use cnsmo_proto::{
+    model::{Direction, Name},
+    pb::{
+        flow::{PacketRecord, RecordsPage, RecordsQuery, Why as PbWhy},
+        policy,
+    },
+};
 
 /// Records kept; the oldest are forgotten.
 const KEPT_MAX: usize = 4_096;
+/// Records in one answer.
+const PAGE_MAX: u32 = 500;
 
 /// One packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,50 +65,114 @@ pub enum Why {
 }
 
 /// The last records of this VM.
-#[derive(Debug)]
-pub struct FlowLog {
-    records: Mutex<VecDeque<FlowRecord>>,
-    next: watch::Sender<u64>,
+#[derive(Debug, Default)]
+pub struct FlowLog(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    records: VecDeque<FlowRecord>,
+    /// Number of the next one.
+    next: u64,
 }
 
-impl Default for FlowLog {
-    fn default() -> Self {
-        Self { records: Mutex::default(), next: watch::Sender::new(0) }
-    }
+/// Records from one place on.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Page {
+    /// In order.
+    pub records: Vec<FlowRecord>,
+    /// Where to go on.
+    pub next: u64,
+    /// Records before these that were forgotten.
+    pub missed: u64,
 }
 
 impl FlowLog {
-    /// Keeps a record, under the next number.
-    pub fn push(&self, mut record: FlowRecord) {
-        let mut records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
-        record.sequence = *self.next.borrow();
-        if records.len() == KEPT_MAX {
-            records.pop_front();
-        }
-        records.push_back(record);
-        // Under the lock: numbers and places agree.
-        self.next.send_modify(|next| *next += 1);
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// At most `max` records from number `from` on, and the number to go on with. Older ones than are kept are skipped.
-    pub fn read(&self, from: u64, max: usize) -> (Vec<FlowRecord>, u64) {
-        let records = self.records.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = records.front().map_or(0, |record| record.sequence);
+    /// Keeps a record, under the next number.
+    pub fn push(&self, mut record: FlowRecord) {
+        let mut kept = self.kept();
+        record.sequence = kept.next;
+        kept.next += 1;
+        if kept.records.len() == KEPT_MAX {
+            kept.records.pop_front();
+        }
+        kept.records.push_back(record);
+    }
+
+    /// At most `max` records from number `from` on. A number that was not given yet is one of another run: from the
+    /// oldest on.
+    pub fn read(&self, from: u64, max: usize) -> Page {
+        let kept = self.kept();
+        let from = if from > kept.next { 0 } else { from };
+        let first = kept.records.front().map_or(kept.next, |record| record.sequence);
         let skip = usize::try_from(from.saturating_sub(first)).unwrap_or(usize::MAX);
-        let found: Vec<_> = records.iter().skip(skip).take(max).cloned().collect();
-        let next = found.last().map_or(*self.next.borrow(), |record| record.sequence + 1);
-        (found, next)
+        let records: Vec<_> = kept.records.iter().skip(skip).take(max).cloned().collect();
+        let next = records.last().map_or(kept.next, |record| record.sequence + 1);
+        Page { records, next, missed: first.saturating_sub(from) }
     }
 
     /// At most the last `max` records.
-    pub fn last(&self, max: usize) -> (Vec<FlowRecord>, u64) {
-        let next = *self.next.borrow();
-        self.read(next.saturating_sub(max as u64), max)
+    pub fn last(&self, max: usize) -> Page {
+        let (next, kept) = {
+            let kept = self.kept();
+            (kept.next, kept.records.len())
+        };
+        self.read(next - max.min(kept) as u64, max)
     }
 
-    /// The number of the next record, as it changes.
-    pub fn watch(&self) -> watch::Receiver<u64> {
-        self.next.subscribe()
+    /// What the core asks.
+    pub fn answer(&self, query: RecordsQuery) -> RecordsPage {
+        let max = query.max.min(PAGE_MAX) as usize;
+        let Page { records, next, missed } = match query.from {
+            Some(from) => self.read(from, max),
+            None => self.last(max),
+        };
+        RecordsPage { records: records.into_iter().map(Into::into).collect(), next, missed }
+    }
+}
+
+impl From<FlowRecord> for PacketRecord {
+    fn from(record: FlowRecord) -> Self {
+        let is_icmp = record.protocol == if record.src.is_ipv4() { 1 } else { 58 };
+        let [first, second] = record.ports.map(u32::from);
+        let (source_port, destination_port) = if is_icmp { (0, 0) } else { (first, second) };
+        let (icmp_type, icmp_code) = if is_icmp { (first, second) } else { (0, 0) };
+        let (policy, rule) = match record.rule {
+            Some((policy, rule)) => (policy.to_string(), rule.to_string()),
+            None => (String::new(), String::new()),
+        };
+        Self {
+            sequence: record.sequence,
+            time: Some(record.time.into()),
+            why: match record.why {
+                Why::Dropped => PbWhy::Dropped,
+                Why::Rejected => PbWhy::Rejected,
+                Why::Logged => PbWhy::Logged,
+                Why::Audited => PbWhy::Audited,
+            }
+            .into(),
+            drop_reason: record.dropped.unwrap_or_default().to_owned(),
+            direction: match record.direction {
+                Direction::Ingress => policy::Direction::Ingress,
+                Direction::Egress => policy::Direction::Egress,
+            }
+            .into(),
+            overlay: record.overlay,
+            source: record.src.to_string(),
+            destination: record.dst.to_string(),
+            protocol: record.protocol.into(),
+            source_port,
+            destination_port,
+            icmp_type,
+            icmp_code,
+            tcp_flags: record.tcp_flags.into(),
+            length: record.length,
+            policy,
+            rule,
+        }
     }
 }
 
@@ -129,30 +200,51 @@ mod tests {
         }
     }
 
-    fn numbers((records, next): (Vec<FlowRecord>, u64)) -> (Vec<u64>, u64) {
-        (records.iter().map(|record| record.sequence).collect(), next)
+    fn numbers(page: Page) -> (Vec<u64>, u64, u64) {
+        (page.records.iter().map(|record| record.sequence).collect(), page.next, page.missed)
     }
 
     #[test]
     fn reading_goes_on_where_it_ended() {
         let log = FlowLog::default();
-        assert_eq!(numbers(log.read(0, 10)), (vec![], 0));
+        assert_eq!(numbers(log.read(0, 10)), (vec![], 0, 0));
         (0..5).for_each(|port| log.push(record(port)));
-        assert_eq!(numbers(log.read(0, 3)), (vec![0, 1, 2], 3));
-        assert_eq!(numbers(log.read(3, 3)), (vec![3, 4], 5));
-        assert_eq!(numbers(log.read(5, 3)), (vec![], 5));
-        assert_eq!(numbers(log.last(2)), (vec![3, 4], 5));
+        assert_eq!(numbers(log.read(0, 3)), (vec![0, 1, 2], 3, 0));
+        assert_eq!(numbers(log.read(3, 3)), (vec![3, 4], 5, 0));
+        assert_eq!(numbers(log.read(5, 3)), (vec![], 5, 0));
+        assert_eq!(numbers(log.last(2)), (vec![3, 4], 5, 0));
+        assert_eq!(numbers(log.last(9)), (vec![0, 1, 2, 3, 4], 5, 0));
         log.push(record(5));
-        assert_eq!(numbers(log.read(5, 3)), (vec![5], 6));
+        assert_eq!(numbers(log.read(5, 3)), (vec![5], 6, 0));
+        assert_eq!(numbers(log.read(70, 1)), (vec![0], 1, 0), "of another run");
     }
 
     #[test]
-    fn the_oldest_are_forgotten() {
+    fn the_oldest_are_forgotten_and_that_is_told() {
         let log = FlowLog::default();
         let all = KEPT_MAX as u64 + 10;
         (0..all).for_each(|port| log.push(record(port as u16)));
-        assert_eq!(numbers(log.read(0, 2)), (vec![10, 11], 12));
-        assert_eq!(log.read(0, usize::MAX).0.len(), KEPT_MAX);
-        assert_eq!(numbers(log.last(1)), (vec![all - 1], all));
+        assert_eq!(numbers(log.read(4, 2)), (vec![10, 11], 12, 6));
+        assert_eq!(log.read(0, usize::MAX).records.len(), KEPT_MAX);
+        assert_eq!(numbers(log.last(1)), (vec![all - 1], all, 0));
+    }
+
+    #[test]
+    fn icmp_has_types_and_others_have_ports() {
+        let tcp = PacketRecord::from(record(80));
+        assert_eq!((tcp.source_port, tcp.destination_port, tcp.icmp_type), (1, 80, 0));
+        let icmp = FlowRecord { protocol: 1, ports: [3, 4], ..record(0) };
+        let icmp = PacketRecord::from(icmp);
+        assert_eq!((icmp.icmp_type, icmp.icmp_code, icmp.source_port), (3, 4, 0));
+    }
+
+    #[test]
+    fn a_page_is_bounded_whatever_is_asked() {
+        let log = FlowLog::default();
+        (0..1_000).for_each(|port| log.push(record(port)));
+        let page = log.answer(RecordsQuery { from: Some(0), max: u32::MAX });
+        assert_eq!((page.records.len(), page.next), (500, 500));
+        let page = log.answer(RecordsQuery { from: None, max: 3 });
+        assert_eq!((page.records[0].sequence, page.next), (997, 1_000));
     }
 }

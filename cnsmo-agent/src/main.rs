@@ -51,9 +51,10 @@ fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
         stop_at_signals(stopper)?;
         let (for_datapath, for_tunnel) = (config.clone(), config.clone());
         let flows = Arc::new(FlowLog::default());
-        let datapath = Arc::new(move || open_datapath(&for_datapath, &flows));
+        let told = Arc::clone(&flows);
+        let datapath = Arc::new(move || open_datapath(&for_datapath, &told));
         let tunnel = Arc::new(move || open_tunnel(&for_tunnel));
-        runtime::run(config, datapath, tunnel, stop).await
+        runtime::run(config, datapath, tunnel, flows, stop).await
     })
 }
 

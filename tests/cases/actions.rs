@@ -39,7 +39,7 @@ fn guard(label: &str, xdp: XdpChoice, policy: &Effective) -> (Lab, Kernel, Arc<F
 fn told(log: &FlowLog, port: u16, n: usize) -> Vec<FlowRecord> {
     let end = Instant::now() + PATIENCE;
     loop {
-        let mut records = log.read(0, usize::MAX).0;
+        let mut records = log.read(0, usize::MAX).records;
         records.retain(|record| record.ports[1] == port);
         if records.len() >= n || Instant::now() > end {
             return records;

@@ -305,8 +305,8 @@ impl Stream<'_> {
                             self.send(Session::result(busy)).await?;
                         }
                         Event::Command { id, command } => {
-                            let local = self.services.local();
-                            commands.push(async move { local.answer(id, command).await });
+                            let services = self.services.clone();
+                            commands.push(async move { services.answer(id, command).await });
                         }
                         Event::GoAway(delay) => return Err(Ended::GoAway(delay)),
                         Event::Welcomed(_) => return Err(ProtocolError::SecondWelcome.into()),

@@ -40,7 +40,12 @@ impl Hosts {
             let command = Command::List(ListServicesRequest { node: node.clone() });
             match self.links.ask(&node, command, PATIENCE).await {
                 Ok(Outcome::Services(all)) => all.services,
-                Ok(Outcome::Status(_) | Outcome::Features(_) | Outcome::Logs(_)) => Vec::new(),
+                Ok(
+                    Outcome::Status(_)
+                    | Outcome::Features(_)
+                    | Outcome::Logs(_)
+                    | Outcome::Records(_),
+                ) => Vec::new(),
                 Err(status) => {
                     tracing::debug!(node, %status, "services are not listed");
                     Vec::new()
@@ -96,7 +101,10 @@ impl Steer for Hosts {
         Ok(Box::pin(stream::once(async move {
             match links.ask(&node, Command::Logs(request), PATIENCE).await? {
                 Outcome::Logs(logs) => Ok(logs),
-                Outcome::Status(_) | Outcome::Features(_) | Outcome::Services(_) => {
+                Outcome::Status(_)
+                | Outcome::Features(_)
+                | Outcome::Services(_)
+                | Outcome::Records(_) => {
                     Err(Status::internal("the agent answers something else than it was asked"))
                 }
             }
@@ -112,6 +120,8 @@ fn check_follow(request: &ReadLogsRequest) -> Result<(), Status> {
 
 fn node_of(command: &Command) -> &str {
     let id = match command {
+        // Of no service; asked by another way.
+        Command::Records(_) => return "",
         Command::List(ListServicesRequest { node }) => return node,
         Command::Start(StartRequest { id })
         | Command::Stop(StopRequest { id, .. })

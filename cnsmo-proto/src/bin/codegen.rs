@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "catalog",
         "deployment",
         "event",
+        "flow",
         "identity",
         "meta",
         "network",

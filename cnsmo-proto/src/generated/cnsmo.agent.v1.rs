@@ -295,7 +295,7 @@ pub struct InstanceReport {
 pub struct Command {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9, 20")]
     pub command: ::core::option::Option<command::Command>,
 }
 /// Nested message and enum types in `Command`.
@@ -319,6 +319,8 @@ pub mod command {
         /// `follow` is ignored.
         #[prost(message, tag = "9")]
         Logs(super::super::super::service::v1::ReadLogsRequest),
+        #[prost(message, tag = "20")]
+        Records(super::super::super::flow::v1::RecordsQuery),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -330,7 +332,7 @@ pub struct CommandResult {
     pub code: u32,
     #[prost(string, tag = "4")]
     pub message: ::prost::alloc::string::String,
-    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8")]
+    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8, 20")]
     pub result: ::core::option::Option<command_result::Result>,
 }
 /// Nested message and enum types in `CommandResult`.
@@ -346,6 +348,8 @@ pub mod command_result {
         /// The end of it, at most 256 KiB.
         #[prost(message, tag = "8")]
         Logs(super::super::super::service::v1::ReadLogsResponse),
+        #[prost(message, tag = "20")]
+        Records(super::super::super::flow::v1::RecordsPage),
     }
 }
 /// Generated client implementations.

@@ -267,6 +267,11 @@ pub fn direction(direction: Direction) -> &'static str {
     word(&DIRECTIONS, direction).unwrap_or("unknown")
 }
 
+/// The word for an IANA protocol number, or the number.
+pub fn protocol_name(number: u32) -> String {
+    named(&icmp::PROTOCOLS, number).to_string()
+}
+
 /// Protocol, ports and ICMP types of a rule in one line, for example `tcp 80,8000-8100`.
 pub fn traffic(rule: &FirewallRule) -> String {
     let list = |items: Vec<NumberOrText>| {

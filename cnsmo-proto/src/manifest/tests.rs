@@ -13,6 +13,7 @@ use crate::pb::{
     node::{Node, NodeSpec, NodeStatus, OverlayStatus, PeerStatus},
     policy::{
         Action, Direction, FirewallPolicy, FirewallPolicySpec, FirewallRule, IcmpType, PortRange,
+        RateLimit,
     },
     resource::{Resource, resource::Resource as Kind},
 };

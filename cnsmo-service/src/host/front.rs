@@ -122,6 +122,9 @@ impl Steer for Local {
                 let logs = self.logs(ReadLogsRequest { follow: false, ..request })?;
                 return Ok(Outcome::Logs(ReadLogsResponse { lines: end_of(logs).await?.into() }));
             }
+            Command::Records(_) => {
+                return Err(Status::unimplemented("this host has no packets to tell of"));
+            }
             Command::Start(request) => {
                 let service = self.service(request.id)?;
                 tracing::info!(service, "asked to start");
@@ -228,7 +231,10 @@ impl<S: Steer> Front<S> {
     async fn status(&self, command: Command) -> Result<Option<ServiceStatus>, Status> {
         match self.0.steer(command).await? {
             Outcome::Status(status) => Ok(Some(status)),
-            Outcome::Features(_) | Outcome::Services(_) | Outcome::Logs(_) => Err(other_answer()),
+            Outcome::Features(_)
+            | Outcome::Services(_)
+            | Outcome::Logs(_)
+            | Outcome::Records(_) => Err(other_answer()),
         }
     }
 }
@@ -245,7 +251,9 @@ impl<S: Steer> HostService for Front<S> {
     ) -> Result<Response<ListServicesResponse>, Status> {
         match self.0.steer(Command::List(request.into_inner())).await? {
             Outcome::Services(services) => Ok(Response::new(services)),
-            Outcome::Status(_) | Outcome::Features(_) | Outcome::Logs(_) => Err(other_answer()),
+            Outcome::Status(_) | Outcome::Features(_) | Outcome::Logs(_) | Outcome::Records(_) => {
+                Err(other_answer())
+            }
         }
     }
 
@@ -263,7 +271,9 @@ impl<S: Steer> HostService for Front<S> {
     ) -> Result<Response<GetFeaturesResponse>, Status> {
         match self.0.steer(Command::Features(request.into_inner())).await? {
             Outcome::Features(features) => Ok(Response::new(features)),
-            Outcome::Status(_) | Outcome::Services(_) | Outcome::Logs(_) => Err(other_answer()),
+            Outcome::Status(_) | Outcome::Services(_) | Outcome::Logs(_) | Outcome::Records(_) => {
+                Err(other_answer())
+            }
         }
     }
 
