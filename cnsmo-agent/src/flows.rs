@@ -201,7 +201,8 @@ mod tests {
     }
 
     fn numbers(page: Page) -> (Vec<u64>, u64, u64) {
-        (page.records.iter().map(|record| record.sequence).collect(), page.next, page.missed)
+        let Page { records, next, missed } = page;
+        (records.into_iter().map(|record| record.sequence).collect(), next, missed)
     }
 
     #[test]

@@ -14,12 +14,15 @@ use cnsmo_agent::{
     runtime,
     tunnel::{Tunnel, TunnelOptions, WireGuard, engine},
 };
+use cnsmo_proto::model::RULES_MAX;
 use cnsmo_service::supervise::{Chain, Stopper, stop_pair};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// Rules of one VM: 24 bytes each, counters of two CPUs included, twice. More are refused, with the policy's name.
-const RULES_MAX: u32 = 32_768;
+/// Rules of one VM: 16 bytes each for each CPU, and 8, twice. More are refused, with the policy's name.
+const RULES_MIN: u32 = 32_768;
+/// Bytes of policy memory that a rule takes at least: whoever gives more memory gets more rules.
+const RULE_BYTES: u32 = 32;
 
 fn main() -> ExitCode {
     match dispatch(Cli::parse()) {
@@ -72,7 +75,7 @@ fn open_datapath(config: &Config, flows: &Arc<FlowLog>) -> anyhow::Result<Box<dy
         },
         flows: config.flows,
         policy_bytes: config.policy_memory as usize,
-        rules_max: RULES_MAX,
+        rules_max: rules_max(config.policy_memory),
     };
     let mut kernel = Kernel::open(options)?;
     if let Err(error) = kernel.record(Arc::clone(flows)) {
@@ -81,6 +84,11 @@ fn open_datapath(config: &Config, flows: &Arc<FlowLog>) -> anyhow::Result<Box<dy
         tracing::error!(error, "packets are neither recorded nor answered");
     }
     Ok(Box::new(kernel))
+}
+
+/// Of a VM, by its policy memory; never more than one policy may have.
+fn rules_max(policy_memory: u32) -> u32 {
+    (policy_memory / RULE_BYTES).clamp(RULES_MIN, RULES_MAX as u32)
 }
 
 /// The tunnel, taken over where an earlier agent left it.

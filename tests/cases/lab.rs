@@ -107,7 +107,7 @@ impl Lab {
     }
 
     pub(super) fn listen(&self, netns: &Netns, address: IpAddr, port: u16) -> TcpListener {
-        netns.run(|| TcpListener::bind((address, port))).unwrap().unwrap()
+        listen(netns, address, port)
     }
 
     pub(super) fn connect(
@@ -116,14 +116,12 @@ impl Lab {
         to: SocketAddr,
         limit: Duration,
     ) -> io::Result<TcpStream> {
-        netns.run(|| TcpStream::connect_timeout(&to, limit)).unwrap()
+        connect(netns, to, limit)
     }
 
     /// A UDP socket that waits [`PATIENCE`] for an answer.
     pub(super) fn udp(&self, netns: &Netns, address: IpAddr, port: u16) -> UdpSocket {
-        let socket = netns.run(|| UdpSocket::bind((address, port))).unwrap().unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        socket
+        socket(netns, address, port)
     }
 
     /// Whether a datagram from a new socket of the peer reaches `socket` in the VM.
@@ -132,6 +130,21 @@ impl Lab {
         sender.send_to(b"knock", socket.local_addr().unwrap()).unwrap();
         arrives(socket)
     }
+}
+
+pub(super) fn listen(netns: &Netns, address: IpAddr, port: u16) -> TcpListener {
+    netns.run(|| TcpListener::bind((address, port))).unwrap().unwrap()
+}
+
+pub(super) fn connect(netns: &Netns, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    netns.run(|| TcpStream::connect_timeout(&to, limit)).unwrap()
+}
+
+/// A UDP socket that waits [`PATIENCE`] for an answer.
+pub(super) fn socket(netns: &Netns, address: IpAddr, port: u16) -> UdpSocket {
+    let socket = netns.run(|| UdpSocket::bind((address, port))).unwrap().unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
 }
 
 /// Whether a datagram is there within [`SILENCE`].

@@ -79,6 +79,7 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Test, "wireguard-go", "wireguard-go", "peer of the tests and benchmarks"),
     tool(Scope::All, "qemu-system-x86_64", "qemu-system-x86", "other kernels"),
     tool(Scope::All, "dpkg-deb", "dpkg", "unpacking kernels"),
+    tool(Scope::All, "xz", "xz-utils", "unpacking their modules"),
 ];
 
 /// Compiler of the eBPF programs, where rustup has no nightly with the source of `core`.

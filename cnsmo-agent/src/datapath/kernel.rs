@@ -156,6 +156,8 @@ pub struct Kernel {
     options: Options,
     ebpf: Ebpf,
     log: ProgramLog,
+    /// Packets of [`Status::established_full`] beyond which the log hears of it again.
+    tell_full_beyond: u64,
     control: Mapped<Control>,
     /// IPv4, IPv6.
     blobs: [Mapped<u64>; 2],
@@ -594,6 +596,24 @@ impl Kernel {
         self.retired.retain(|name, _| kept.contains(name));
     }
 
+    fn established_full(&self) -> u64 {
+        sum(&self.stat_counts, stat::STAT_ESTABLISHED_FULL).packets
+    }
+
+    /// Says so in the log when flows found no room, and again each time that they have become twice as many.
+    fn tell_full(&mut self) {
+        let packets = self.established_full();
+        if packets > self.tell_full_beyond {
+            let flows = self.options.flows;
+            tracing::warn!(
+                packets,
+                flows,
+                "the table of established flows is full: later ones work, but a flood may cut them; raise --flows"
+            );
+            self.tell_full_beyond = packets.saturating_mul(2);
+        }
+    }
+
     fn live_counts(&self) -> BTreeMap<(Name, Name), Count> {
         let first = self.first_slot(self.live.half);
         let named = (first..).zip(&self.names);
@@ -726,6 +746,7 @@ impl Datapath for Kernel {
             rules: self.names.len() as u64,
             counters,
             drops,
+            established_full: self.established_full(),
             backend_flows,
             program_ids: self.program_ids(),
         }
@@ -746,6 +767,7 @@ impl Datapath for Kernel {
             }
         }
         self.narrow_filters();
+        self.tell_full();
     }
 }
 

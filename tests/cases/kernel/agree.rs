@@ -325,31 +325,24 @@ fn fill_balancers(host: &mut HostTables, policy: &Effective) {
     }
 }
 
+/// No frame makes a program give up: its verdict would be another one than the host's.
 #[test]
-fn every_truncation_is_judged_alike() {
+fn malformed_frames_are_judged_alike() {
+    let frames = frame::malformed();
     let policy = policies().remove(0);
-    let mut judges = Judges::new(&policy, "nic_xdp", "nic_egress");
-    let (a, b) = ([10, 0, 1, 1], [10, 0, 0, 5]);
-    let (mut a6, mut b6) = ([0xfd; 16], [0xfd; 16]);
-    (a6[15], b6[15]) = (1, 2);
-    let inner = frame::ip(Ends::V4(b, a), 17, &frame::udp(53, 40_000, b""));
-    for packet in [
-        frame::ip(Ends::V4(a, b), 6, &frame::tcp(40_000, 80, 2, b"")),
-        frame::ip(Ends::V6(a6, b6), 6, &frame::tcp(40_000, 80, 2, b"")),
-        frame::ip(Ends::V4(a, b), 17, &frame::udp(40_000, 53, b"question")),
-        frame::ip(Ends::V4(a, b), 1, &frame::icmp(3, 3, [0; 4], &inner)),
-        frame::ipv6(
-            a6,
-            b6,
-            0,
-            64,
-            &[&[60, 0, 1, 4, 0, 0, 0, 0, 17, 0, 1, 4, 0, 0, 0, 0][..], &frame::udp(1, 2, b"")]
-                .concat(),
-        ),
-    ] {
-        let whole = ethernet(&[0x8100], &packet);
-        for length in FRAME_MIN..=whole.len() {
-            judges.judge(&whole[..length], false, true);
+    for (ingress, egress) in [("nic_xdp", "nic_egress"), ("nic_ingress", "nic_egress")] {
+        let mut judges = Judges::new(&policy, ingress, egress);
+        for frame in &frames {
+            for outbound in [false, true] {
+                judges.judge(frame, outbound, true);
+            }
+        }
+        judges.finish();
+    }
+    let mut judges = Judges::new(&policy, "tunnel_ingress", "tunnel_egress");
+    for frame in frames.iter().filter(|frame| frame.len() > ETHERNET) {
+        for outbound in [false, true] {
+            judges.judge(&frame[ETHERNET..], outbound, false);
         }
     }
     judges.finish();

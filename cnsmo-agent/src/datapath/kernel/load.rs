@@ -153,6 +153,7 @@ impl Loaded {
             grace: GracePeriod::new().map_err(KernelError::kernel("create a map of maps"))?,
             ebpf: self.ebpf,
             log,
+            tell_full_beyond: 0,
             control,
             results,
             clock,
