@@ -219,7 +219,7 @@ async fn a_transient_unit_that_never_starts_is_ended_and_tells_why() {
     agent.until("nothing", <[Status]>::is_empty).await;
     for name in ["never", "missing"] {
         let unit = format!("cnsmo-test.{name}.service");
-        assert_eq!(user.activity(&unit).await.active, "inactive", "{name}");
+        assert_eq!(user.until_over(&unit).await, "inactive", "{name}");
     }
     agent.leave().await;
 }

@@ -20,7 +20,7 @@ const HIERARCHIES: [&str; 3] =
     ["/sys/fs/cgroup", "/sys/fs/cgroup/unified", "/sys/fs/cgroup/systemd"];
 static MADE: AtomicUsize = AtomicUsize::new(0);
 
-/// What every systemd wants to have, and the bus. Its file is taken away first: one of a bus that was killed is in the way.
+/// What every systemd wants to have, and the bus, which comes back when it is killed.
 const UNITS: [(&str, &str); 6] = [
     ("basic.target", "[Unit]\nDefaultDependencies=no\n"),
     ("shutdown.target", "[Unit]\nDefaultDependencies=no\n"),
@@ -94,6 +94,19 @@ impl User {
 
     pub(super) async fn activity(&self, unit: &str) -> Activity {
         self.activity_of(unit).await.unwrap()
+    }
+
+    /// Waits until it is inactive, or has failed.
+    pub(super) async fn until_over(&self, unit: &str) -> String {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let Activity { active, .. } = self.activity(unit).await;
+            if matches!(&*active, "inactive" | "failed") {
+                return active;
+            }
+            assert!(Instant::now() < end, "{unit} is {active}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     async fn activity_of(&self, unit: &str) -> Result<Activity, String> {
