@@ -256,9 +256,9 @@ pid = os.fork()
 if pid == 0:
     time.sleep(100)
 print(pid, flush=True)";
-        let output =
-            Command::new("python3").args(["-c", orphan]).stdout(std::process::Stdio::piped());
-        let mut parent = output.spawn().unwrap();
+        let mut python = Command::new("python3");
+        python.args(["-c", orphan]).stdout(std::process::Stdio::piped());
+        let mut parent = python.spawn().unwrap();
         let mut lines = io::BufRead::lines(io::BufReader::new(parent.stdout.take().unwrap()));
         let mut number = || lines.next().unwrap().unwrap().parse::<i32>().unwrap();
         let (leader, orphan) = (number(), number());

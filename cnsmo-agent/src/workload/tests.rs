@@ -121,6 +121,16 @@ impl Agent {
         }
     }
 
+    async fn told(&self, name: &str, phase: Phase, text: &str) {
+        let is = |all: &[Status]| {
+            all.iter().any(|one| {
+                let State { phase: now, message, .. } = &one.state;
+                one.about.instance == name && *now == phase && message.contains(text)
+            })
+        };
+        self.until(&format!("{name}: {phase}, {text}"), is).await;
+    }
+
     async fn ready(&self) -> u32 {
         let is_ready = |all: &[Status]| all.len() == 1 && all[0].state.phase == Phase::Ready;
         self.until("ready", is_ready).await[0].pid

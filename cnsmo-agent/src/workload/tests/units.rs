@@ -25,18 +25,6 @@ fn shell(script: &str) -> pb::Process {
     pb::Process { command, ..pb::Process::default() }
 }
 
-impl Agent {
-    async fn told(&self, name: &str, phase: Phase, text: &str) {
-        let is = |all: &[Status]| {
-            all.iter().any(|one| {
-                let State { phase: now, message, .. } = &one.state;
-                one.about.instance == name && *now == phase && message.contains(text)
-            })
-        };
-        self.until(&format!("{name}: {phase}, {text}"), is).await;
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unit_outlives_the_agent_tells_how_it_failed_and_is_ended() {
     let user = User::start(&[("keep@.service", SLEEPS)]).await;
