@@ -44,6 +44,9 @@ const DESCRIPTORS_MAX: usize = 253;
 /// Parents that are looked at to find whose process a sender is.
 const ANCESTORS_MAX: usize = 64;
 const NAME_BYTES: usize = 16;
+/// A process that was forked when the name was in use holds it until it has executed its program.
+const RETRY: Duration = Duration::from_millis(100);
+const RETRIES: usize = 50;
 
 /// Where the announcements of one instance arrive.
 #[derive(Debug)]
@@ -79,10 +82,17 @@ impl Mailbox {
     ///
     /// # Errors
     /// As [`Self::new`]; also where none was made.
-    pub(super) fn again(path: &Path) -> io::Result<Self> {
+    pub(super) async fn again(path: &Path) -> io::Result<Self> {
         let kept = fs::read_to_string(path)?;
         let (name, is_ready) = kept.trim().split_once(' ').ok_or(io::ErrorKind::InvalidData)?;
-        Self::listen(name.to_owned(), path.to_owned(), is_ready == "true")
+        let listen = || Self::listen(name.to_owned(), path.to_owned(), is_ready == "true");
+        for _ in 0..RETRIES {
+            match listen() {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => sleep(RETRY).await,
+                mailbox => return mailbox,
+            }
+        }
+        listen()
     }
 
     fn listen(name: String, path: PathBuf, is_ready: bool) -> io::Result<Self> {
@@ -299,7 +309,7 @@ print(pid, flush=True)";
         hearing.abort();
         assert!(hearing.await.unwrap_err().is_cancelled());
 
-        let again = Mailbox::again(&path).unwrap();
+        let again = Mailbox::again(&path).await.unwrap();
         assert_eq!(again.address(), address);
         let (told, mut hears) = watch::channel(Report::Bad(String::new()));
         // Nobody's, this time.

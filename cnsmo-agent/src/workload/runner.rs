@@ -258,7 +258,7 @@ impl Life {
             return Ok(());
         };
         let mut held = Held { body, of: self };
-        let watch = self.watch(&held.body, mailbox, &launch, &life, message)?;
+        let watch = self.watch(&held.body, mailbox, &launch, &life, message);
         tokio::select! {
             how = held.body.ended() => {
                 if self.instance.draining.is_none() {
@@ -367,23 +367,22 @@ impl Life {
         launch: &'a Launch,
         life: &'a Lifecycle,
         message: String,
-    ) -> Result<impl Future<Output = Result<(), Failed>> + 'a, Failed> {
+    ) -> impl Future<Output = Result<(), Failed>> + 'a {
         let failed = |error: io::Error| Failed(format!("its announcements are not heard: {error}"));
         let (told, heard) = watch::channel(Report::Bad(String::new()));
         let (is_child, reports, root) = match body {
             Body::Child(child) => (true, heard, child.pid()),
             Body::Unit(unit) => (false, unit.reports(), 0),
         };
-        let mailbox = match mailbox {
-            None if is_child && self.is_announced() => Some(Mailbox::again(&self.folder.mailbox())),
-            mailbox => mailbox.map(Ok),
-        };
-        let mailbox = mailbox.transpose().map_err(failed)?;
         let hear = async move {
-            match mailbox {
-                Some(mailbox) => mailbox.hear(|pid| self.folder.holds(pid, root), told).await,
-                None => std::future::pending().await,
-            }
+            let mailbox = match mailbox {
+                Some(mailbox) => mailbox,
+                None if is_child && self.is_announced() => {
+                    Mailbox::again(&self.folder.mailbox()).await?
+                }
+                None => return std::future::pending().await,
+            };
+            mailbox.hear(|pid| self.folder.holds(pid, root), told).await
         };
         let look = async move {
             match self.instance.template.driver.readiness() {
@@ -398,13 +397,13 @@ impl Life {
                 Some(_) | None => self.heed(reports, life, "Active", &message).await,
             }
         };
-        Ok(async move {
+        async move {
             tokio::select! {
                 ended = look => ended,
                 heard = hear => heard.map_err(failed),
                 () = self.keep_logs(), if is_child => Ok(()),
             }
-        })
+        }
     }
 
     async fn keep_logs(&self) {
