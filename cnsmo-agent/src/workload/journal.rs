@@ -1,8 +1,9 @@
 //! Output of units: what the VM's journal has of them, read by journalctl(1).
 
 use std::{
-    io,
-    process::{ExitStatus, Stdio},
+    fs, io,
+    path::{Path, PathBuf},
+    process::Stdio,
     time::{Duration, SystemTime},
 };
 
@@ -33,11 +34,11 @@ pub(super) fn read(
 ) -> mpsc::Receiver<io::Result<Line>> {
     let (lines, receiver) = mpsc::channel(LINES_WAITING);
     let command = command(systemd, unit, tail, follow);
-    let program = systemd.journalctl.display().to_string();
+    let (program, journals) = (systemd.journalctl.display().to_string(), systemd.journals.clone());
     tokio::spawn(async move {
         let closed = lines.clone();
         let read = async {
-            if let Err(error) = tell(command, &lines).await {
+            if let Err(error) = tell(command, &journals, &lines).await {
                 let why = format!("the journal cannot be read by {program}: {error}");
                 let _ = lines.send(Err(io::Error::new(error.kind(), why))).await;
             }
@@ -69,7 +70,17 @@ fn command(systemd: &Systemd, unit: &str, tail: usize, follow: bool) -> Command 
     command
 }
 
-async fn tell(mut command: Command, lines: &mpsc::Sender<io::Result<Line>>) -> io::Result<()> {
+async fn tell(
+    mut command: Command,
+    journals: &[PathBuf],
+    lines: &mpsc::Sender<io::Result<Line>>,
+) -> io::Result<()> {
+    // journalctl says nothing of that, and ends well.
+    if !journals.iter().any(|journal| is_filled(journal)) {
+        let folders: Vec<_> = journals.iter().map(|one| one.display().to_string()).collect();
+        let why = format!("this VM keeps none: nothing is in {}", folders.join(" and "));
+        return Err(io::Error::new(io::ErrorKind::NotFound, why));
+    }
     let mut child = command.spawn()?;
     let (Some(output), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
         return Err(io::ErrorKind::BrokenPipe.into());
@@ -81,40 +92,35 @@ async fn tell(mut command: Command, lines: &mpsc::Sender<io::Result<Line>>) -> i
         drop(errors);
         read
     });
-    let (count, status) = (told?, child.wait().await?);
+    told?;
     complained?;
-    let complaint = String::from_utf8_lossy(&complaint);
-    outcome(count, status, complaint.trim())
-}
-
-/// Without a journal journalctl says so and ends well.
-fn outcome(count: usize, status: ExitStatus, complaint: &str) -> io::Result<()> {
-    match complaint {
-        _ if status.success() && count > 0 => Ok(()),
-        "" if status.success() => Ok(()),
-        "" => Err(io::Error::other(format!("it ended with {status}"))),
-        complaint => Err(io::Error::other(complaint.to_owned())),
+    let status = child.wait().await?;
+    if status.success() {
+        return Ok(());
     }
+    let complaint = String::from_utf8_lossy(&complaint);
+    Err(io::Error::other(format!("it ended with {status}: {}", complaint.trim())))
 }
 
-/// Counts them.
+fn is_filled(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut all| all.next().is_some())
+}
+
 async fn entries(
     mut output: impl AsyncBufRead + Unpin,
     lines: &mpsc::Sender<io::Result<Line>>,
-) -> io::Result<usize> {
-    let mut count = 0;
+) -> io::Result<()> {
     loop {
         let mut entry = Vec::new();
         (&mut output).take(ENTRY_BYTES_MAX).read_until(b'\n', &mut entry).await?;
         if entry.is_empty() {
-            return Ok(count);
+            return Ok(());
         }
         // What is no entry, such as `-- No entries --`, is nothing that the unit said.
         let Ok(entry) = serde_json::from_slice(&entry) else { continue };
-        count += 1;
         for line in parts(&entry) {
             if lines.send(Ok(line)).await.is_err() {
-                return Ok(count);
+                return Ok(());
             }
         }
     }
@@ -146,7 +152,7 @@ fn parts(entry: &Value) -> Vec<Line> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
+    use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
 
@@ -155,7 +161,7 @@ mod tests {
         let program = folder.join("journalctl");
         fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-        Systemd { bus: None, journalctl: program }
+        Systemd { bus: None, journalctl: program, journals: vec![folder.to_owned()] }
     }
 
     async fn all(systemd: &Systemd) -> Result<Vec<String>, String> {
@@ -194,16 +200,20 @@ mod tests {
     #[tokio::test]
     async fn a_vm_without_a_journal_says_so() {
         let folder = tempfile::tempdir().unwrap();
-        let none =
-            journalctl(folder.path(), "echo '-- No entries --'; echo 'No journal files' >&2");
-        assert!(all(&none).await.unwrap_err().ends_with("journalctl: No journal files"));
-        let broken = journalctl(folder.path(), "exit 3");
-        assert!(all(&broken).await.unwrap_err().ends_with("it ended with exit status: 3"));
-        let missing = Systemd { bus: None, journalctl: "/no/such".into() };
+        // Nothing said, nothing wrong.
+        let there = journalctl(folder.path(), "echo '-- No entries --'");
+        assert!(all(&there).await.unwrap().is_empty());
+        let empty = folder.path().join("empty");
+        fs::create_dir(&empty).unwrap();
+        let none = Systemd { journals: vec![empty, "/no/such".into()], ..there.clone() };
+        let why = all(&none).await.unwrap_err();
+        assert!(why.contains("this VM keeps none: nothing is in /") && why.contains("/no/such"));
+        let broken = journalctl(folder.path(), "echo 'bad option' >&2; exit 3");
+        let why = all(&broken).await.unwrap_err();
+        assert!(why.ends_with("it ended with exit status: 3: bad option"), "{why}");
+        let missing = Systemd { journalctl: "/no/such".into(), ..there };
         let why = all(&missing).await.unwrap_err();
         assert!(why.starts_with("the journal cannot be read by /no/such: No such file"), "{why}");
-        // Nothing said, nothing wrong.
-        assert!(all(&journalctl(folder.path(), "true")).await.unwrap().is_empty());
     }
 
     #[tokio::test]

@@ -15,6 +15,8 @@ use super::launch::Launch;
 const CALL: Duration = Duration::from_secs(25);
 /// Signals that wait to be looked at: those of all jobs of the VM arrive, at boot hundreds at a time.
 const SIGNALS_MAX: usize = 1024;
+/// systemd-journald.service(8).
+const JOURNALS: [&str; 2] = ["/var/log/journal", "/run/log/journal"];
 const DESTINATION: &str = "org.freedesktop.systemd1";
 const UNIT: &str = "org.freedesktop.systemd1.Unit";
 const SERVICE: &str = "org.freedesktop.systemd1.Service";
@@ -55,12 +57,15 @@ pub struct Systemd {
     pub bus: Option<String>,
     /// The program that reads the journal.
     pub journalctl: PathBuf,
+    /// Folders of journals. There is none without one of them.
+    pub journals: Vec<PathBuf>,
 }
 
 impl Systemd {
     /// By this address of a D-Bus; `None`: the system bus.
     pub fn new(bus: Option<String>) -> Self {
-        Self { bus, journalctl: "journalctl".into() }
+        let journals = JOURNALS.map(PathBuf::from).to_vec();
+        Self { bus, journalctl: "journalctl".into(), journals }
     }
 
     /// Opens a connection of its own, which what it holds ends with.
