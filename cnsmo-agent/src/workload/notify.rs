@@ -170,7 +170,7 @@ fn receive(socket: &UnixDatagram) -> io::Result<Option<Message>> {
         for message in received.cmsgs()? {
             match message {
                 ControlMessageOwned::ScmCredentials(credentials) => {
-                    sender = Some(credentials.pid())
+                    sender = Some(credentials.pid());
                 }
                 ControlMessageOwned::ScmRights(fds) => {
                     // SAFETY: descriptors that have just been received are new and nobody else's.
@@ -196,7 +196,7 @@ impl Said {
                 Some(("READY", "1")) => said.is_ready = Some(true),
                 Some(("STOPPING" | "RELOADING", "1")) => said.is_ready = Some(false),
                 Some(("STATUS", text)) => {
-                    said.status = Some(text.chars().take(STATUS_MAX).collect())
+                    said.status = Some(text.chars().take(STATUS_MAX).collect());
                 }
                 _ => {}
             }

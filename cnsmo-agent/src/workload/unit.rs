@@ -343,6 +343,7 @@ async fn changed(view: &mut View) -> zbus::Result<Option<String>> {
     Ok(Some(result))
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "as `map_err` hands it over")]
 fn text(error: zbus::Error) -> String {
     error.to_string()
 }

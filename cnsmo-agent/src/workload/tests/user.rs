@@ -139,6 +139,7 @@ fn groups() -> Vec<PathBuf> {
 }
 
 /// With all that is in it.
+#[expect(clippy::disallowed_methods, reason = "in a destructor, where nothing can be awaited")]
 fn remove(group: &Path) {
     let end = Instant::now() + PATIENCE;
     // What is killed takes its time.
