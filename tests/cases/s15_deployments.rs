@@ -229,7 +229,7 @@ async fn s15_what_an_instance_writes_is_read_over_its_restarts_and_the_agents() 
     let all = fleet.complete("talk", 1).await;
     let name = all[0]["name"].as_str().unwrap().to_owned();
     let life = |n: u32| format!("life {n} of {name}");
-    let logs = |arguments: &[&str]| fleet.core.cnsmo(&[&["logs", "talk"], arguments].concat());
+    let logs = |arguments: &[&str]| fleet.core.cnsmo(&[&["logs", "talk"][..], arguments].concat());
     let says = async |expected: Vec<String>| {
         let expected = expected.join("\n") + "\n";
         until(&expected, async || (logs(&[]) == expected).then_some(())).await;
@@ -262,7 +262,7 @@ async fn s15_what_an_instance_writes_is_read_over_its_restarts_and_the_agents() 
     assert_eq!(logs(&["--tail", "1", "--instance", &name]), format!("{}\nerror 3\n", life(3)));
     let last = logs(&["--tail", "1", "-o", "json"]);
     let last: Vec<Value> = last.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((&last[0]["stream"], &last[1]["stream"]), (&"stdout".into(), &"stderr".into()));
+    assert!(last[0]["stream"] == "stdout" && last[1]["stream"] == "stderr", "{last:?}");
     assert_eq!(last[1]["text"], "error 3");
     assert!(last.iter().all(|line| line["time"].as_str().is_some_and(|time| time.contains('T'))));
 
