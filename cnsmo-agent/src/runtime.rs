@@ -34,7 +34,7 @@ use crate::{
     report::Services,
     session::{self, Connection},
     socket,
-    workload::Workloads,
+    workload::{Systemd, Workloads},
 };
 
 /// What an agent's certificate must be of.
@@ -94,7 +94,8 @@ pub async fn run(
     let locator = Locator::new(config.cores.clone(), last_core, enforcer.clone());
     let asked = config.parts.clone();
     let undoing_stop = parts_stop.clone();
-    let workloads = Workloads::new(host.clone(), &config.state_dir);
+    let systemd = Systemd::new(config.systemd_bus.clone());
+    let workloads = Workloads::new(host.clone(), &config.state_dir, systemd);
     let leaving = workloads.leaving();
     let working = workloads.run(enforcer.instances(), parts_stop.clone());
     let services = |node| Services::new(host.clone(), node, flows);
@@ -323,7 +324,8 @@ fn lock(state_dir: &Path) -> anyhow::Result<Flock<File>> {
     let shown = state_dir.display();
     DirBuilder::new()
         .recursive(true)
-        .mode(0o700)
+        // The users of instances pass through to their working folders; what is secret has a mode of its own.
+        .mode(0o711)
         .create(state_dir)
         .with_context(|| format!("--state-dir: cannot make {shown}"))?;
     let path = state_dir.join("lock");

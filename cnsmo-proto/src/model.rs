@@ -29,7 +29,8 @@ pub use network::{
     STATIC_ADDRESSES_MAX, TUNNEL_OVERHEAD,
 };
 pub use process::{
-    COMMAND_MAX, Check, Driver, Limits, Probe, Process, TEXT_BYTES_MAX, Unit, VARIABLES_MAX,
+    COMMAND_MAX, Check, Driver, Limits, Probe, Process, TEXT_BYTES_MAX, UNIT_TIMEOUT, Unit,
+    VARIABLES_MAX,
 };
 
 /// Longest resource name, a DNS label (RFC 1123, section 2.1).

@@ -15,9 +15,9 @@ use super::child::Folder;
 /// The streams of a child.
 pub(super) const STREAMS: [&str; 2] = ["stdout", "stderr"];
 /// Longer lines are told in parts.
-const LINE_BYTES_MAX: usize = 16 << 10;
+pub(super) const LINE_BYTES_MAX: usize = 16 << 10;
 /// Lines that a slow reader has not taken yet: then reading waits.
-const LINES_WAITING: usize = 256;
+pub(super) const LINES_WAITING: usize = 256;
 /// Between two looks for more, while somebody follows.
 const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 
@@ -26,7 +26,7 @@ const FOLLOW_EVERY: Duration = Duration::from_millis(200);
 pub(super) struct Line {
     /// Of a line of the past: no earlier than it was written. Of one that is followed: when it was seen.
     pub(super) time: SystemTime,
-    /// stdout or stderr.
+    /// stdout, stderr or journal.
     pub(super) stream: &'static str,
     /// Without its end; what is not UTF-8 is replaced.
     pub(super) text: String,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{Deployment, Driver, Labels, Port},
+    model::{Deployment, Driver, Labels, Port, UNIT_TIMEOUT, Unit},
     pb::{
         catalog::Phase,
         deployment::{self as pb, Instance, instance::Goal},
@@ -85,7 +85,9 @@ pub fn shortage(world: &World<'_>, deployment: &str) -> Option<&'static str> {
     let is_free = |node: &str| has_room.has_room(node, deployment, &stored.model);
     match (missing, candidates.clone().next().is_some(), candidates.any(|(n, _)| is_free(n))) {
         (true, false, _) => Some("no VM that is reachable and not draining is selected"),
-        (true, true, false) => Some("every selected VM has its limit, or its ports are in use"),
+        (true, true, false) => {
+            Some("every selected VM has its limit, or its ports or units are in use")
+        }
         _ => None,
     }
 }
@@ -130,7 +132,8 @@ fn stop_timeout(instance: &Instance) -> Duration {
         Some(pb::instance::Driver::Process(process)) => Some(process),
         Some(pb::instance::Driver::Systemd(systemd)) => match &systemd.unit {
             Some(pb::systemd::Unit::Process(process)) => Some(&**process),
-            Some(pb::systemd::Unit::Name(_)) | None => None,
+            Some(pb::systemd::Unit::Name(_)) => return UNIT_TIMEOUT,
+            None => None,
         },
         None => None,
     };
@@ -406,15 +409,18 @@ struct Taken<'a> {
     groups: BTreeMap<(&'a str, Option<&'a str>), u32>,
     /// Of all instances on the VM, ending ones too.
     ports: BTreeMap<&'a str, BTreeSet<(u32, u16)>>,
+    /// Units that are there once on each VM, by VM, of all instances, ending ones too.
+    units: BTreeMap<&'a str, BTreeSet<&'a str>>,
 }
 
 impl<'a> Taken<'a> {
     fn new(world: &'a World<'a>) -> Self {
-        let (counts, groups, ports) = Default::default();
-        let mut taken = Self { counts, groups, ports };
+        let (counts, groups, ports, units) = Default::default();
+        let mut taken = Self { counts, groups, ports, units };
         for ((deployment, _), placed) in world.placements {
             let used = taken.ports.entry(placed.node()).or_default();
             used.extend(placed.instance.ports.iter().map(|port| (port.protocol, port.port as u16)));
+            taken.units.entry(placed.node()).or_default().extend(placed_unit(&placed.instance));
             if placed.is_wanted()
                 && let Some(stored) = world.deployments.get(deployment)
             {
@@ -435,6 +441,7 @@ impl<'a> Taken<'a> {
         let labels = world.hosts.get(node).map(|host| host.labels.as_map());
         let group = labels.and_then(|labels| labels.get(&model.placement.spread));
         *self.groups.entry((deployment, group.map(String::as_str))).or_default() += 1;
+        self.units.entry(node).or_default().extend(single_unit(&model.template.driver));
     }
 
     fn in_group(&self, deployment: &'a str, group: Option<&'a str>) -> u32 {
@@ -452,14 +459,16 @@ impl<'a> Taken<'a> {
 
     fn has_room(&self, node: &str, deployment: &str, model: &Deployment) -> bool {
         let limit = model.placement.max_per_node;
-        let is_one_unit = matches!(model.template.driver, Driver::Unit(_));
-        let limit = if is_one_unit { 1 } else { limit };
+        let unit = single_unit(&model.template.driver);
+        let is_unit_free =
+            unit.is_none_or(|unit| !self.units.get(node).is_some_and(|used| used.contains(unit)));
         let used = self.ports.get(node);
         let is_free = |port: &Port| {
             let wanted = (u32::from(port.protocol), port.port);
             port.port == 0 || used.is_none_or(|used| !used.contains(&wanted))
         };
         (limit == 0 || self.count(node, Some(deployment)) < limit)
+            && is_unit_free
             && model.template.ports.iter().all(is_free)
     }
 
@@ -477,4 +486,19 @@ impl<'a> Taken<'a> {
         };
         ports.iter().map(&mut give).collect()
     }
+}
+
+/// The unit that all instances would have to share on a VM.
+fn single_unit(driver: &Driver) -> Option<&str> {
+    match driver {
+        Driver::Unit(unit) if !Unit::is_template(&unit.name) => Some(&unit.name),
+        Driver::Unit(_) | Driver::Process(_) | Driver::Transient(_) => None,
+    }
+}
+
+/// As [`single_unit`], of an instance that is placed.
+fn placed_unit(instance: &Instance) -> Option<&str> {
+    let Some(pb::instance::Driver::Systemd(systemd)) = &instance.driver else { return None };
+    let Some(pb::systemd::Unit::Name(name)) = &systemd.unit else { return None };
+    (!Unit::is_template(name)).then_some(name)
 }

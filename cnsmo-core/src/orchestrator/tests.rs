@@ -294,13 +294,30 @@ fn ports_are_each_instances_own() {
     assert_eq!((count, used.len()), (6, 6), "{used:?}");
     assert_eq!(fleet.placed("fixed").len(), 2);
     let why = fleet.with_world(|world| shortage(world, "fixed"));
-    assert!(why.unwrap().contains("ports are in use"), "{why:?}");
+    assert!(why.unwrap().contains("ports or units are in use"), "{why:?}");
     fleet.apply("nowhere", |spec| {
         let selector = [("zone".into(), "c".into())].into();
         spec.placement = Some(pb::Placement { selector, ..Default::default() });
     });
     let why = fleet.with_world(|world| shortage(world, "nowhere"));
     assert!(why.unwrap().contains("no VM"), "{why:?}");
+}
+
+#[test]
+fn a_unit_is_one_instances_on_each_vm_and_one_of_a_template_is_not() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let unit = |name: &str| {
+        let unit = Some(pb::systemd::Unit::Name(name.into()));
+        Some(pb::deployment_spec::Driver::Systemd(pb::Systemd { unit, readiness: None }))
+    };
+    for (name, of) in [("one", "a.service"), ("other", "a.service"), ("each", "a@.service")] {
+        fleet.apply(name, |spec| (spec.replicas, spec.driver) = (3, unit(of)));
+        fleet.settle();
+    }
+    let counts = ["one", "other", "each"].map(|name| fleet.placed(name).len());
+    assert_eq!(counts, [2, 0, 3]);
+    let why = fleet.with_world(|world| shortage(world, "other"));
+    assert!(why.unwrap().contains("units are in use"), "{why:?}");
 }
 
 #[derive(Clone, Debug)]

@@ -149,7 +149,7 @@ pub mod probe {
         /// Ends with 0, run as the instance is.
         #[prost(message, tag = "3")]
         Exec(super::ExecProbe),
-        /// It announces itself, under the name of the instance.
+        /// It announces itself by the protocol of sd_notify(3): READY=1, later STOPPING=1, with STATUS=.
         #[prost(bool, tag = "4")]
         Announced(bool),
     }
@@ -171,7 +171,7 @@ pub struct ExecProbe {
 /// A unit of the VM's systemd.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Systemd {
-    /// Of a unit that is there. Absent: ready when systemd says active.
+    /// Of a unit that is there. Absent: ready when systemd says active. Announced: the same, and its Type must be notify.
     #[prost(message, optional, tag = "3")]
     pub readiness: ::core::option::Option<Probe>,
     #[prost(oneof = "systemd::Unit", tags = "1, 2")]
@@ -181,7 +181,7 @@ pub struct Systemd {
 pub mod systemd {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Unit {
-        /// One that is there, by its full name.
+        /// One that is there, by its full name; of a template, name@.service, each instance has a unit of its own.
         #[prost(string, tag = "1")]
         Name(::prost::alloc::string::String),
         /// A transient one.
