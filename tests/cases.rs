@@ -11,6 +11,7 @@ mod lab;
 mod overlay;
 mod programs;
 mod s01_apply;
+mod s02_idle;
 mod s04_actors;
 mod s05_protocols;
 mod s06_spawn;
