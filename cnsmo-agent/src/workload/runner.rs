@@ -33,7 +33,8 @@ use super::{
     cgroup::Group,
     child::{Child, Folder},
     launch::Launch,
-    log, probe,
+    log::{self, Output},
+    probe,
 };
 use crate::node;
 
@@ -71,6 +72,7 @@ struct Life {
     instance: Instance,
     process: Process,
     folder: Folder,
+    output: Arc<Output>,
     /// 0: it does not run.
     pid: AtomicU32,
     leaving: Arc<AtomicBool>,
@@ -97,8 +99,8 @@ impl Runner {
             endpoints: instance.template.ports.iter().map(endpoint).collect(),
             attributes: instance.template.attributes.as_map().clone(),
         };
-        let pid = AtomicU32::new(0);
-        let life = Life { name: name.clone(), instance, process, folder, pid, leaving };
+        let (output, pid) = (Arc::new(Output::new(folder.clone())), AtomicU32::new(0));
+        let life = Life { name: name.clone(), instance, process, folder, output, pid, leaving };
         Self { name, about, life: Arc::new(life) }
     }
 }
@@ -127,7 +129,7 @@ impl Service for Runner {
     }
 
     fn logs(&self, tail: usize, follow: bool) -> Option<LogStream> {
-        let lines = ReceiverStream::new(log::read(self.life.folder.clone(), tail, follow));
+        let lines = ReceiverStream::new(log::read(self.life.output.clone(), tail, follow));
         Some(Box::pin(lines.map(|line| {
             let line = line.map_err(|error| Status::internal(error.to_string()))?;
             let log::Line { time, stream, text } = line;
@@ -216,7 +218,7 @@ impl Life {
         let keep_logs = async {
             loop {
                 logs.tick().await;
-                if let Err(error) = log::rotate(&self.folder, LOG_BYTES_MAX) {
+                if let Err(error) = self.output.rotate(LOG_BYTES_MAX) {
                     tracing::warn!(instance = self.name, %error, "its logs cannot be kept short");
                 }
             }
