@@ -22,6 +22,7 @@ mod s12_python;
 mod s14_announce;
 mod s15_balanced;
 mod s15_deployments;
+mod s15_failing;
 mod s16_agents;
 mod s17_services;
 mod swap;
