@@ -337,10 +337,10 @@ pub(crate) struct LogsArgs {
     /// Of several instances, one [default: the only one]
     #[arg(long, value_name = "NAME")]
     pub(crate) instance: Option<Name>,
-    /// The last lines of each of standard output and error [default: all that are kept, by way of a core the last 256 KiB]
+    /// The last lines of each of standard output and error [default: all that are kept, by way of a core the last 256 KiB unless it is followed]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) tail: Option<u32>,
-    /// Go on with what is written from now on; on the VM, with --socket of its agent
+    /// Go on with what is written, until the instance is gone
     #[arg(long, short = 'f')]
     pub(crate) follow: bool,
 }

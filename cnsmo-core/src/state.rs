@@ -32,7 +32,7 @@ use cnsmo_proto::{
 };
 use uuid::Uuid;
 
-pub use deployment::{DEPLOYMENTS_MAX, PLACEMENTS_MAX, Placed, Step, template};
+pub use deployment::{Avoided, DEPLOYMENTS_MAX, PLACEMENTS_MAX, Placed, Step, template};
 pub use enrol::{
     Admission, Enrolment, IDENTITIES_MAX, TOKEN_TTL_MAX, TOKEN_USES_MAX, TOKENS_MAX, TokenGrant,
     TokenRecord, TokenSummary,
@@ -91,6 +91,9 @@ enum Write {
     Place(Box<Placed>),
     /// Of this deployment, the instance of this name.
     Unplace(String, String),
+    /// Of this deployment, this VM.
+    Avoid(String, String, Avoided),
+    Forgive(String, String),
     Node(Box<Node>),
     Delete(Kind, String),
     /// Without its uses.
@@ -164,6 +167,8 @@ pub struct State {
     deployments: BTreeMap<String, StoredDeployment>,
     /// By deployment and name.
     placements: BTreeMap<(String, String), Placed>,
+    /// By deployment and VM.
+    avoided: BTreeMap<(String, String), Avoided>,
     nodes: BTreeMap<String, Node>,
     tokens: BTreeMap<String, TokenRecord>,
     /// By `<kind>/<name>`.
@@ -217,6 +222,11 @@ impl State {
     /// Instances that are placed, by deployment and name.
     pub fn placements(&self) -> &BTreeMap<(String, String), Placed> {
         &self.placements
+    }
+
+    /// VMs on which instances kept failing, by deployment and VM.
+    pub fn avoided(&self) -> &BTreeMap<(String, String), Avoided> {
+        &self.avoided
     }
 
     /// By name.
@@ -355,6 +365,16 @@ impl State {
             Write::Unplace(deployment, name) => {
                 let event = changed(Kind::Deployment, &deployment);
                 self.placements.remove(&(deployment, name));
+                event
+            }
+            Write::Avoid(deployment, node, avoided) => {
+                let event = changed(Kind::Deployment, &deployment);
+                self.avoided.insert((deployment, node), avoided);
+                event
+            }
+            Write::Forgive(deployment, node) => {
+                let event = changed(Kind::Deployment, &deployment);
+                self.avoided.remove(&(deployment, node));
                 event
             }
             Write::Node(mut node) => {

@@ -35,6 +35,13 @@ mod swarm;
 mod test;
 mod tidy;
 mod traffic;
+#[path = "../../tests/harness/usage.rs"]
+#[expect(
+    unreachable_pub,
+    dead_code,
+    reason = "shared with the library of the tests, where it is public"
+)]
+mod usage;
 mod vm;
 
 use std::{path::PathBuf, process::ExitCode};

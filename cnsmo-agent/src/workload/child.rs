@@ -56,6 +56,11 @@ impl Folder {
         }
     }
 
+    /// Whether it was made and not removed.
+    pub(super) fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
     /// Output of a stream.
     pub(super) fn log(&self, stream: &str) -> PathBuf {
         self.path.join(format!("{stream}.log"))

@@ -37,7 +37,7 @@ use super::{
     child::{Child, Folder, directory},
     journal,
     launch::Launch,
-    log,
+    log::{self, Output},
     notify::{self, Mailbox},
     probe,
     systemd::{Systemd, Transient},
@@ -78,6 +78,7 @@ struct Life {
     name: String,
     instance: Instance,
     folder: Folder,
+    output: Arc<Output>,
     /// 0: it does not run.
     pid: Arc<AtomicU32>,
     leaving: Arc<AtomicBool>,
@@ -126,8 +127,8 @@ impl Runner {
             endpoints: instance.template.ports.iter().map(endpoint).collect(),
             attributes: instance.template.attributes.as_map().clone(),
         };
-        let pid = Arc::default();
-        let life = Life { name: name.clone(), instance, folder, pid, leaving, units };
+        let (output, pid) = (Arc::new(Output::new(folder.clone())), Arc::default());
+        let life = Life { name: name.clone(), instance, folder, output, pid, leaving, units };
         Self { name, about, life: Arc::new(life) }
     }
 }
@@ -157,7 +158,7 @@ impl Service for Runner {
 
     fn logs(&self, tail: usize, follow: bool) -> Option<LogStream> {
         let lines = match self.life.unit_name() {
-            None => log::read(self.life.folder.clone(), tail, follow),
+            None => log::read(self.life.output.clone(), tail, follow),
             Some(unit) => journal::read(&self.life.units.systemd, &unit, tail, follow),
         };
         let of_unit = self.life.unit_name().is_some();
@@ -410,7 +411,7 @@ impl Life {
         let mut logs = interval(LOGS);
         loop {
             logs.tick().await;
-            if let Err(error) = log::rotate(&self.folder, LOG_BYTES_MAX) {
+            if let Err(error) = self.output.rotate(LOG_BYTES_MAX) {
                 tracing::warn!(instance = self.name, %error, "its logs cannot be kept short");
             }
         }

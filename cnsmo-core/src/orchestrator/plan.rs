@@ -15,7 +15,7 @@ use cnsmo_proto::{
 };
 
 use super::Observed;
-use crate::state::{Placed, Step, StoredDeployment, template};
+use crate::state::{Avoided, Placed, Step, StoredDeployment, template};
 
 /// Ports given to instances whose deployment names none: below those that Linux gives to connections (32768 on).
 const PORTS: std::ops::RangeInclusive<u16> = 20_000..=29_999;
@@ -23,6 +23,10 @@ const PORTS: std::ops::RangeInclusive<u16> = 20_000..=29_999;
 const NEVER_SEEN: Duration = Duration::from_secs(60);
 /// Beyond all of its own times: after this an instance that shall end is given up.
 const END_GRACE: Duration = Duration::from_secs(60);
+/// For which a VM is avoided where an instance kept failing; each time in a row for twice as long. So a deployment that fails
+/// everywhere does not go round and round.
+const AVOID_FIRST: Duration = Duration::from_secs(600);
+const AVOID_LONGEST: Duration = Duration::from_secs(4 * 3_600);
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +46,8 @@ pub struct World<'a> {
     pub deployments: &'a BTreeMap<String, StoredDeployment>,
     /// By deployment and name.
     pub placements: &'a BTreeMap<(String, String), Placed>,
+    /// By deployment and VM.
+    pub avoided: &'a BTreeMap<(String, String), Avoided>,
     /// By name.
     pub hosts: BTreeMap<&'a str, Host<'a>>,
     /// In the catalogue.
@@ -62,11 +68,24 @@ pub fn plan(world: &World<'_>, mut name: impl FnMut(&str) -> String) -> Steps {
             steps.extend(orphan(world, placed));
         }
     }
+    let forgiven = world.avoided.iter().filter(|((deployment, node), avoided)| {
+        let stored = world.deployments.get(deployment);
+        let is_current = stored.is_some_and(|stored| template(&stored.spec) == avoided.template);
+        // Remembered for as long again: then the next time is a first one.
+        let end = avoided.until_ms + millis(avoid(avoided.times));
+        !is_current || !world.hosts.contains_key(node.as_str()) || world.now_ms > end
+    });
+    steps.extend(forgiven.map(|((deployment, node), _)| {
+        let (deployment, node) = (deployment.clone(), node.clone());
+        Step::Forgive { deployment, node }
+    }));
     for (deployment, stored) in world.deployments {
         let mut planner = Planner::new(world, deployment, stored, &mut steps);
         planner.end();
+        planner.note_failures();
         planner.thin_out();
         planner.replace();
+        planner.reschedule(&mut taken, &mut name);
         planner.fill(&mut taken, &mut name);
     }
     steps
@@ -110,6 +129,12 @@ fn drain(placed: &Placed, reason: &'static str) -> Step {
     Step::Drain { deployment, name, reason }
 }
 
+/// How long a VM is avoided for the nth time in a row.
+fn avoid(times: u32) -> Duration {
+    let doubled = 2_u32.checked_pow(times.saturating_sub(1)).unwrap_or(u32::MAX);
+    AVOID_FIRST.saturating_mul(doubled).min(AVOID_LONGEST)
+}
+
 fn phase(world: &World<'_>, placed: &Placed) -> Phase {
     world.observed.phase(placed.deployment(), &placed.instance.name)
 }
@@ -142,6 +167,10 @@ fn stop_timeout(instance: &Instance) -> Duration {
 
 fn time(wire: Option<prost_types::Duration>) -> Duration {
     wire.and_then(|time| time.try_into().ok()).unwrap_or_default()
+}
+
+fn to_ms(time: prost_types::Timestamp) -> u64 {
+    u64::try_from(time.seconds * 1_000 + i64::from(time.nanos) / 1_000_000).unwrap_or(0)
 }
 
 fn millis(time: Duration) -> u64 {
@@ -182,6 +211,10 @@ struct Planner<'a, 's> {
     stored: &'a StoredDeployment,
     needs_met: bool,
     active: Vec<Active<'a>>,
+    /// VMs where instances of this template kept failing, with those of this look.
+    avoided: BTreeSet<&'a str>,
+    /// Placed in this look.
+    placed: usize,
     steps: &'s mut Steps,
 }
 
@@ -193,7 +226,9 @@ impl<'a, 's> Planner<'a, 's> {
         steps: &'s mut Steps,
     ) -> Self {
         let current = template(&stored.spec);
-        let mut planner = Self { world, name, stored, needs_met: false, active: Vec::new(), steps };
+        let (active, avoided, placed) = Default::default();
+        let needs_met = false;
+        let mut planner = Self { world, name, stored, needs_met, active, avoided, placed, steps };
         let observed = world.observed;
         planner.needs_met = stored
             .model
@@ -202,6 +237,11 @@ impl<'a, 's> Planner<'a, 's> {
             .all(|need| observed.ready(need.service.as_str()) >= need.ready);
         let mine = planner.placements().filter(|placed| placed.is_wanted());
         planner.active = mine.filter_map(|placed| planner.judge(placed, &current)).collect();
+        let avoided = world.avoided.range((name.to_owned(), String::new())..);
+        let avoided = avoided
+            .take_while(|((of, _), _)| of == name)
+            .filter(|(_, avoided)| avoided.template == current && avoided.until_ms > world.now_ms);
+        planner.avoided = avoided.map(|((_, node), _)| node.as_str()).collect();
         planner
     }
 
@@ -220,9 +260,7 @@ impl<'a, 's> Planner<'a, 's> {
         }
         let observed = self.world.observed.instance(self.name, &placed.instance.name);
         let is_ready = observed.is_some_and(|instance| instance.phase() == Phase::Ready);
-        let since = observed.and_then(|instance| instance.phase_time).map(|time| {
-            u64::try_from(time.seconds * 1_000 + i64::from(time.nanos) / 1_000_000).unwrap_or(0)
-        });
+        let since = observed.and_then(|instance| instance.phase_time).map(to_ms);
         let soaked = since.is_some_and(|since| {
             self.world.now_ms.saturating_sub(since) >= millis(self.stored.model.rollout.soak)
         });
@@ -270,6 +308,74 @@ impl<'a, 's> Planner<'a, 's> {
         });
         let lost: Vec<_> = lost.map(|placed| drain(placed, "NodeLost")).collect();
         self.steps.extend(lost);
+    }
+
+    /// Since when each is failing. One that is out of sight may be well, and one that was ready for long enough is.
+    fn note_failures(&mut self) {
+        let limit = self.stored.model.placement.reschedule_after;
+        let since = |placed: &Placed| {
+            let seen = self.world.observed.instance(self.name, &placed.instance.name);
+            seen.and_then(|seen| seen.phase_time).map(to_ms)
+        };
+        let news = self.active.iter().filter_map(|Active { placed, .. }| {
+            let phase = phase(self.world, placed);
+            let is_failing = placed.fail_ms > 0;
+            let now = match (phase, limit) {
+                (_, None) | (Phase::Unreachable, _) => false,
+                (Phase::Failed, Some(_)) => true,
+                (Phase::Ready, Some(limit)) => {
+                    let for_ms =
+                        since(placed).map_or(0, |since| self.world.now_ms.saturating_sub(since));
+                    is_failing && for_ms < millis(limit)
+                }
+                (_, Some(_)) => is_failing,
+            };
+            let (deployment, name) = (self.name.to_owned(), placed.instance.name.clone());
+            (now != is_failing).then_some(Step::Fail { deployment, name, is_failing: now })
+        });
+        let news: Vec<_> = news.collect();
+        self.steps.extend(news);
+    }
+
+    /// Those that have been failing for too long go to other VMs, as many at a time as may be missing.
+    fn reschedule(&mut self, taken: &mut Taken<'a>, name: &mut impl FnMut(&str) -> String) {
+        let Some(limit) = self.stored.model.placement.reschedule_after else { return };
+        if !self.needs_met {
+            return;
+        }
+        let coming = |one: &&Active<'_>| !one.is_ready && one.placed.fail_ms == 0;
+        let coming = self.active.iter().filter(coming).count();
+        for _ in coming..self.max_unavailable() {
+            let world = self.world;
+            let is_due = |one: &Active<'_>| {
+                let failing = one.placed.fail_ms > 0
+                    && world.now_ms.saturating_sub(one.placed.fail_ms) >= millis(limit);
+                let is_down = matches!(phase(world, one.placed), Phase::Failed | Phase::Starting);
+                let host = world.hosts.get(one.placed.node());
+                let is_seen = host.is_some_and(|host| host.is_seen);
+                one.fate == Fate::Stays && failing && is_down && is_seen
+            };
+            let Some(index) = self.active.iter().position(is_due) else { return };
+            let placed = self.active[index].placed;
+            let is_new = self.avoided.insert(placed.node());
+            // Where it is, it may recover; nowhere it will not.
+            let Some(to) = self.choose(taken).filter(|node| !self.avoided.contains(node)) else {
+                if is_new {
+                    self.avoided.remove(placed.node());
+                }
+                return;
+            };
+            self.active.remove(index);
+            let key = (self.name.to_owned(), placed.node().to_owned());
+            let before = world.avoided.get(&key).filter(|one| one.template == placed.template);
+            let times = before.map_or(0, |before| before.times).saturating_add(1);
+            let until_ms = world.now_ms + millis(avoid(times));
+            let avoided = Avoided { template: placed.template, until_ms, times };
+            let (deployment, node) = key;
+            self.steps.push(Step::Avoid { deployment, node, avoided });
+            self.steps.push(drain(placed, "Failing"));
+            self.place(to, taken, name);
+        }
     }
 
     /// More than shall be: first those that are not ready, then what is to be replaced anyway, then where the most are, then
@@ -348,7 +454,7 @@ impl<'a, 's> Planner<'a, 's> {
 
     /// What is missing, and for each that moves another one first.
     fn missing(&self) -> usize {
-        (self.desired() + self.surge()).saturating_sub(self.active.len())
+        (self.desired() + self.surge()).saturating_sub(self.active.len() + self.placed)
     }
 
     fn fill(&mut self, taken: &mut Taken<'a>, name: &mut impl FnMut(&str) -> String) {
@@ -357,14 +463,24 @@ impl<'a, 's> Planner<'a, 's> {
         }
         for _ in 0..self.missing() {
             let Some(node) = self.choose(taken) else { return };
-            let ports = taken.give_ports(node, &self.stored.model.template.ports);
-            let instance = self.instance(node, name(self.name), ports);
-            taken.put(self.world, node, self.name, &self.stored.model);
-            self.steps.push(Step::Place(Box::new(instance)));
+            self.place(node, taken, name);
         }
     }
 
-    /// Evenly over the values of the label, then over the VMs, then where the least runs.
+    fn place(
+        &mut self,
+        node: &'a str,
+        taken: &mut Taken<'a>,
+        name: &mut impl FnMut(&str) -> String,
+    ) {
+        let ports = taken.give_ports(node, &self.stored.model.template.ports);
+        let instance = self.instance(node, name(self.name), ports);
+        taken.put(self.world, node, self.name, &self.stored.model);
+        self.placed += 1;
+        self.steps.push(Step::Place(Box::new(instance)));
+    }
+
+    /// Where it did not fail, evenly over the values of the label, then over the VMs, then where the least runs.
     fn choose(&self, taken: &Taken<'a>) -> Option<&'a str> {
         let model = &self.stored.model;
         let group = |host: &Host<'a>| host.labels.as_map().get(&model.placement.spread);
@@ -376,7 +492,8 @@ impl<'a, 's> Planner<'a, 's> {
         });
         let key = |(node, host): &(&&'a str, &Host<'a>)| {
             let in_group = taken.in_group(self.name, group(host).map(String::as_str));
-            (in_group, taken.count(node, Some(self.name)), taken.count(node, None), **node)
+            let counts = (taken.count(node, Some(self.name)), taken.count(node, None));
+            (self.avoided.contains(*node), in_group, counts, **node)
         };
         fits.min_by_key(key).map(|(node, _)| *node)
     }

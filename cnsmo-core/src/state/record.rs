@@ -16,7 +16,7 @@ use prost::Message;
 use prost_types::Timestamp;
 
 use super::{
-    Announcement, Entry, Membership, Node, Op, Placed, Remembered, Revision, Stored,
+    Announcement, Avoided, Entry, Membership, Node, Op, Placed, Remembered, Revision, Stored,
     StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, TokenGrant, TokenRecord, Write,
 };
 use crate::{
@@ -30,6 +30,8 @@ const BALANCERS: &str = "cnsmo/load-balancers/";
 const DEPLOYMENTS: &str = "cnsmo/deployments/";
 /// By deployment, then name.
 const PLACEMENTS: &str = "cnsmo/placements/";
+/// VMs that deployments avoid.
+const AVOIDED: &str = "cnsmo/avoided/";
 const NODES: &str = "cnsmo/nodes/";
 /// A token's uses are below it, so they are read after it.
 const TOKENS: &str = "cnsmo/tokens/";
@@ -37,8 +39,18 @@ const TOKENS: &str = "cnsmo/tokens/";
 const HISTORY: &str = "cnsmo/history/";
 
 /// How the keys begin that make up the state; other keys are not its own.
-pub const FOLDERS: [&str; 9] =
-    [POLICIES, NETWORKS, BALANCERS, DEPLOYMENTS, PLACEMENTS, NODES, TOKENS, IDENTITIES, HISTORY];
+pub const FOLDERS: [&str; 10] = [
+    POLICIES,
+    NETWORKS,
+    BALANCERS,
+    DEPLOYMENTS,
+    PLACEMENTS,
+    AVOIDED,
+    NODES,
+    TOKENS,
+    IDENTITIES,
+    HISTORY,
+];
 /// Those with the resources that a rollback is about.
 pub const ROLLBACK_FOLDERS: [&str; 4] = [POLICIES, NETWORKS, BALANCERS, DEPLOYMENTS];
 
@@ -106,6 +118,18 @@ struct PlacementRecord {
     create_ms: u64,
     #[prost(uint64, tag = "4")]
     drain_ms: u64,
+    #[prost(uint64, tag = "5")]
+    fail_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct AvoidedRecord {
+    #[prost(bytes = "vec", tag = "1")]
+    template: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    until_ms: u64,
+    #[prost(uint32, tag = "3")]
+    times: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -148,6 +172,14 @@ pub(super) fn op(write: &Write) -> Op {
         }
         Write::Unplace(deployment, name) => {
             Op::Delete { key: format!("{PLACEMENTS}{deployment}/{name}") }
+        }
+        Write::Avoid(deployment, node, Avoided { template, until_ms, times }) => {
+            let (until_ms, times) = (*until_ms, *times);
+            let record = AvoidedRecord { template: template.to_vec(), until_ms, times };
+            put(AVOIDED, &format!("{deployment}/{node}"), record.encode_to_vec())
+        }
+        Write::Forgive(deployment, node) => {
+            Op::Delete { key: format!("{AVOIDED}{deployment}/{node}") }
         }
         Write::Node(node) => put(NODES, &node.metadata.name, node_record(node).encode_to_vec()),
         Write::Token(id, token) => put(TOKENS, id, token_record(token).encode_to_vec()),
@@ -200,6 +232,13 @@ pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
     }
     if entry.key.starts_with(PLACEMENTS) {
         return placement(decode(value)?).map(|one| Write::Place(Box::new(one)));
+    }
+    if let Some((deployment, node)) =
+        entry.key.strip_prefix(AVOIDED).and_then(|name| name.split_once('/'))
+    {
+        let AvoidedRecord { template, until_ms, times } = decode(value)?;
+        let avoided = Avoided { template: hash(&template)?, until_ms, times };
+        return Ok(Write::Avoid(deployment.to_owned(), node.to_owned(), avoided));
     }
     if entry.key.starts_with(NODES) {
         return node(decode(value)?).map(|node| Write::Node(Box::new(node)));
@@ -287,6 +326,7 @@ fn placement_record(placed: &Placed) -> PlacementRecord {
         template: placed.template.to_vec(),
         create_ms: placed.create_ms,
         drain_ms: placed.drain_ms,
+        fail_ms: placed.fail_ms,
     }
 }
 
@@ -296,6 +336,7 @@ fn placement(record: PlacementRecord) -> Result<Placed, Invalid> {
         template: hash(&record.template)?,
         create_ms: record.create_ms,
         drain_ms: record.drain_ms,
+        fail_ms: record.fail_ms,
     })
 }
 

@@ -14,8 +14,8 @@ pub struct DeploymentSpec {
     /// At most 1,000.
     #[prost(uint32, tag = "1")]
     pub replicas: u32,
-    #[prost(message, optional, tag = "2")]
-    pub placement: ::core::option::Option<Placement>,
+    #[prost(message, optional, boxed, tag = "2")]
+    pub placement: ::core::option::Option<::prost::alloc::boxed::Box<Placement>>,
     /// Services that must be there before an instance is started. Cycles among deployments are refused.
     #[prost(message, repeated, tag = "3")]
     pub needs: ::prost::alloc::vec::Vec<Need>,
@@ -65,6 +65,10 @@ pub struct Placement {
     /// 0: no limit.
     #[prost(uint32, tag = "4")]
     pub max_per_node: u32,
+    /// An instance that has been failing on its VM for so long is placed on another one, if there is one that may have it;
+    /// failing is one that has failed and has not been ready for as long since. 1 s to 24 h; absent: 2 min; 0 s: it stays.
+    #[prost(message, optional, tag = "5")]
+    pub reschedule_after: ::core::option::Option<::prost_types::Duration>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Need {
@@ -230,6 +234,20 @@ pub struct DeploymentStatus {
     /// Available, Progressing, NeedsMet.
     #[prost(message, repeated, tag = "7")]
     pub conditions: ::prost::alloc::vec::Vec<super::super::meta::v1::Condition>,
+    /// VMs on which instances of it kept failing.
+    #[prost(message, repeated, tag = "8")]
+    pub avoided: ::prost::alloc::vec::Vec<AvoidedNode>,
+}
+/// A VM that gets no instance of the deployment while there is another one.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AvoidedNode {
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub until: ::core::option::Option<::prost_types::Timestamp>,
+    /// How often instances were taken from it lately; each time it is avoided for twice as long.
+    #[prost(uint32, tag = "3")]
+    pub times: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct InstanceStatus {
@@ -250,6 +268,9 @@ pub struct InstanceStatus {
     pub ports: ::prost::alloc::vec::Vec<Port>,
     #[prost(message, optional, tag = "8")]
     pub phase_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Set while it is failing.
+    #[prost(message, optional, tag = "9")]
+    pub failing_since: ::core::option::Option<::prost_types::Timestamp>,
 }
 /// One instance as its VM is to run it.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -794,7 +794,7 @@ kind: Deployment
 metadata: {name: shop, labels: {tier: front}}
 spec:
   replicas: 4
-  placement: {selector: {role: app}, spread: rack, maxPerNode: 2}
+  placement: {selector: {role: app}, spread: rack, maxPerNode: 2, rescheduleAfter: 5m}
   needs: [db, {service: cache, ready: 2, timeout: 90s}]
   process:
     command: [/usr/bin/shop, '--port=${PORT_HTTP}']
@@ -842,6 +842,8 @@ fn a_bad_field_of_a_deployment_is_refused_with_its_path() {
     let cases = [
         ("replicas: 4", "replicas: 4.5", "spec.replicas"),
         ("rack", "''", "spec.placement.spread"),
+        ("After: 5m", "After: 1ms", "spec.placement.rescheduleAfter"),
+        ("After: 5m", "After: 25h", "spec.placement.rescheduleAfter"),
         ("ready: 2", "ready: 0", "spec.needs[1].ready"),
         ("[db,", "[db, db,", "spec.needs[1].service"),
         ("/usr/bin/shop", "shop", "spec.process.command[0]"),
