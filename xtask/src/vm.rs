@@ -31,6 +31,8 @@ use crate::{
 const LIMIT: Duration = Duration::from_mins(10);
 const QEMU: &str = "qemu-system-x86_64";
 const MEMORY_MIB: &str = "1024";
+/// A panic ends the machine. On a host that is busy the kernel finds its emulated timer too slow, and would give up.
+const APPEND: &str = "console=ttyS0 quiet panic=-1 no_timer_check";
 /// Modules without which no namespace has devices and no program attaches to them.
 const MODULES: &[&str] = &["veth", "tun", "sch_ingress", "cls_bpf", "wireguard"];
 /// Tests that are about the kernel, by the module they are in.
@@ -217,7 +219,7 @@ fn configure<'a>(
     let [cpu, cpus] = kernel.cpu();
     Ok(qemu
         .args(["-accel", "tcg", "-cpu", cpu, "-smp", cpus, "-m", MEMORY_MIB, "-nographic"])
-        .args(["-no-reboot", "-append", "console=ttyS0 quiet panic=-1"])
+        .args(["-no-reboot", "-append", APPEND])
         .arg("-kernel")
         .arg(image)
         .arg("-initrd")
