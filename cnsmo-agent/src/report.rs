@@ -55,6 +55,11 @@ impl Services {
         Self { local, host, node, incarnation: incarnation(), flows }
     }
 
+    /// The services themselves.
+    pub fn local(&self) -> Local {
+        self.local.clone()
+    }
+
     /// Carries a command out.
     pub async fn answer(&self, id: u64, command: Command) -> CommandResult {
         match command {
