@@ -124,7 +124,7 @@ async fn s15_an_instance_that_keeps_failing_goes_to_another_vm() {
     assert_eq!(only(&core, "moves"), at("vm2", "unreachable"));
     let sleeps = lab.peer.processes().unwrap().into_iter().filter(|pid| {
         let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line == "sleep\0606\0"
+        line.split(char::from(0)).eq(["sleep", "606", ""])
     });
     assert_eq!(sleeps.count(), 1);
 }

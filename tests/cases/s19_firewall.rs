@@ -229,7 +229,6 @@ fn time_to_open(fleet: &Fleet, text: &str, port: u16) -> Duration {
 }
 
 #[tokio::test]
-#[expect(clippy::print_stdout, reason = "a figure to look at: tests assert no times")]
 async fn s19_a_rule_counts_opens_at_once_and_cuts_when_it_goes() {
     let fleet = Fleet::new("s19c", 1, &FAST, &[]);
     let [vm, _] = of_vm(1);
