@@ -195,6 +195,7 @@ struct TestAgent {
     /// The set with rejected versions in it.
     was_sent: Set,
     unanswered: VecDeque<Update>,
+    confirmed: usize,
     sent: BTreeMap<(String, Revision), usize>,
 }
 
@@ -225,6 +226,7 @@ impl TestAgent {
     fn receive(&mut self) {
         let Some(down) = &mut self.down else { return };
         while let Ok(Ok(message)) = down.try_recv() {
+            self.confirmed += usize::from(matches!(message, Down::Confirm(_)));
             let Some(update) = as_received(message) else { continue };
             for resource in &update.upserts {
                 let key = (resource.name.clone(), resource.version);
@@ -309,6 +311,39 @@ impl TestAgent {
     fn say(&mut self, world: &mut World, message: connect_request::Message) {
         world.fleet.on_message(self.name, self.session, world.now, message);
         world.fleet.flush(&world.state);
+    }
+}
+
+#[test]
+fn a_change_without_a_revision_is_confirmed_too() {
+    let mut world = World::new();
+    for node in ["a", "b"] {
+        world.label(node, "in=m");
+    }
+    let mut agent = TestAgent::new("a");
+    agent.connect(&mut world);
+    world.label("a", "in=m");
+    world.apply_all([network("m", "10.1.0.0/24", "in=m", 0), of_service(|_| ())]);
+    world.fleet.observe(Observed::default(), &world.state);
+    world.fleet.flush(&world.state);
+    while agent.answer(&mut world) {}
+    agent.heartbeat(&mut world);
+    agent.receive();
+    let confirmed = agent.confirmed;
+    for (round, phase) in [InstancePhase::Ready, InstancePhase::Failed].into_iter().enumerate() {
+        let before = agent.revision;
+        world.fleet.observe(Observed::new([instance("w1", "b", phase)]), &world.state);
+        world.fleet.flush(&world.state);
+        agent.heartbeat(&mut world);
+        agent.receive();
+        assert_eq!(agent.confirmed, confirmed + round, "an update is under way");
+        assert!(agent.answer(&mut world));
+        assert_eq!(agent.revision, before, "the catalogue alone has changed");
+        for _ in 0..2 {
+            agent.heartbeat(&mut world);
+        }
+        agent.receive();
+        assert_eq!(agent.confirmed, confirmed + round + 1);
     }
 }
 
