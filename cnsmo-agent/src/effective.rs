@@ -95,7 +95,8 @@ impl Effective {
         };
         let owned = policies.iter().flat_map(|(name, policy)| {
             let own = |rule: &Rule| OwnedRule { policy: Some((*name).clone()), rule: rule.clone() };
-            policy.rules.iter().map(own)
+            // What is left of a peer stands for nobody.
+            policy.rules.iter().filter(|rule| rule.peer.is_none()).map(own)
         });
         let built_in = built_in.into_iter().map(|rule| OwnedRule { policy: None, rule });
         Self {
@@ -126,6 +127,7 @@ mod tests {
             direction: Direction::Ingress,
             from: vec![],
             to: vec![],
+            peer: None,
             protocol: Protocol::Any,
         }
     }

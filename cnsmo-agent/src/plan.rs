@@ -319,7 +319,8 @@ fn health_rules(balancers: &[Balanced<'_>]) -> impl Iterator<Item = Rule> {
 
 fn allow(name: &str, direction: Direction, to: Vec<IpNet>, protocol: Protocol) -> Option<Rule> {
     let name = Name::new(name).ok()?;
-    Some(Rule { name, action: Action::Allow, direction, from: Vec::new(), to, protocol })
+    let action = Action::Allow;
+    Some(Rule { name, action, direction, from: Vec::new(), to, peer: None, protocol })
 }
 
 fn tcp(destination: Vec<PortRange>) -> Protocol {

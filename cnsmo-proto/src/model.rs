@@ -20,8 +20,8 @@ pub use deployment::{
 };
 pub use error::Invalid;
 pub use firewall::{
-    Action, Direction, FirewallPolicy, IcmpMatch, PEERS_MAX, PRIORITY_MAX, PolicyDefaults,
-    PortRange, Protocol, RANGES_MAX, RULES_MAX, Rule, protocol,
+    Action, Direction, FirewallPolicy, IcmpMatch, PEERS_MAX, PRIORITY_MAX, Peer, PolicyDefaults,
+    PortRange, Protocol, RANGES_MAX, RESOLVED_MAX, RULES_MAX, Rule, protocol,
 };
 pub use network::{
     Addresses, ENDPOINTS_MAX, LISTEN_PORT, MTU_MAX, MTU_MIN, Member, Network, PublicKey,
@@ -80,7 +80,7 @@ impl std::str::FromStr for Name {
 }
 
 /// Labels of a resource, or a selector: the labels that a resource must have, all of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Labels(BTreeMap<String, String>);
 
 impl Labels {

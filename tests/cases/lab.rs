@@ -153,7 +153,7 @@ pub(super) fn name(text: &str) -> Name {
 
 /// A rule about a protocol and its destination ports, for any address.
 pub(super) fn rule(text: &str, action: Action, direction: Direction, protocol: Protocol) -> Rule {
-    Rule { name: name(text), action, direction, from: vec![], to: vec![], protocol }
+    Rule { name: name(text), action, direction, from: vec![], to: vec![], peer: None, protocol }
 }
 
 pub(super) fn tcp(port: u16) -> Protocol {

@@ -97,6 +97,7 @@ pub fn rule(n: usize, direction: Direction) -> Rule {
         direction,
         from: vec![],
         to: vec![],
+        peer: None,
         protocol: Protocol::Any,
     }
 }

@@ -47,13 +47,13 @@ pub(super) struct Session {
     id: u64,
     down: DownSender,
     nonce: u64,
-    /// The last revision that was confirmed to the agent.
-    confirmed: Revision,
+    /// What was confirmed to the agent last.
+    confirmed: Option<TypeState>,
 }
 
 impl Session {
     pub(super) fn new(id: u64, down: DownSender) -> Self {
-        Self { id, down, nonce: 0, confirmed: 0 }
+        Self { id, down, nonce: 0, confirmed: None }
     }
 }
 
@@ -164,6 +164,12 @@ impl Agent {
         let desired = &self.desired;
         self.rejected.retain(|key, rejected| desired.get(key) == Some(rejected.version));
         true
+    }
+
+    /// The version of a resource that it is to have.
+    #[cfg(test)]
+    pub(super) fn wants(&self, key: &str) -> Option<Revision> {
+        self.desired.get(key)
     }
 
     /// The kernel of this node enforces the desired set.
@@ -437,9 +443,12 @@ impl Agent {
     /// Tells the agent that what it runs has not cut it off. With a heartbeat, not with the answer to an update: so the
     /// confirmations of many VMs do not come between the updates of the others.
     pub(super) fn confirm(&mut self, state: Option<&TypeState>) {
+        // Said before the answer to an update, it would be taken for a word on that one.
+        let state = state.filter(|_| self.in_flight.is_none());
         let Some((session, state)) = self.session.as_mut().zip(state) else { return };
-        if session.confirmed != state.revision {
-            session.confirmed = state.revision;
+        // What follows the catalogue has no revision of its own.
+        if session.confirmed.as_ref() != Some(state) {
+            session.confirmed = Some(state.clone());
             self.send(Down::Confirm(state.revision));
         }
     }
