@@ -1,16 +1,20 @@
 //! One module per subject.
 
+mod actions;
 mod adoption;
 mod attach;
 mod balancer;
 mod bus;
 mod confirm;
 mod firewall;
+mod flows;
 mod kernel;
 mod lab;
+mod limits;
 mod overlay;
 mod programs;
 mod s01_apply;
+mod s02_idle;
 mod s04_actors;
 mod s05_protocols;
 mod s06_spawn;
@@ -21,6 +25,10 @@ mod s12_python;
 mod s14_announce;
 mod s15_balanced;
 mod s15_deployments;
+mod s15_failing;
 mod s16_agents;
 mod s17_services;
+mod s19_firewall;
+mod scans;
 mod swap;
+mod switch;

@@ -5,6 +5,7 @@
 //! bound that the walker or memory sets. A policy that breaks one is refused, never cut short: a rule left out silently
 //! is a hole in a firewall.
 
+pub mod actions;
 mod boxes;
 mod emit;
 mod family;
@@ -110,6 +111,7 @@ pub fn compile(policy: &Effective, limits: &Limits) -> Result<Compiled, Refused>
         let breach = Breach::new(Budget::Rules { total, max }, 0..total as u32);
         return Err(refuse(policy, [breach]));
     }
+    actions::check_limits(policy).map_err(|breach| refuse(policy, [breach]))?;
     let boxes = boxes::expand(policy).map_err(|breach| refuse(policy, [breach]))?;
     let blobs = rayon::join(
         || family_blob::<V4, 5>(&boxes.v4, limits.blob_words),
@@ -157,6 +159,7 @@ impl FamilyBlob {
 enum Budget {
     Rules { total: usize, max: usize },
     Boxes { total: usize },
+    Limits { total: usize },
     Depth,
     Copies,
     Blob { words_max: usize },
@@ -172,6 +175,10 @@ impl fmt::Display for Budget {
                 f,
                 "the rules of this VM are {total} combinations of networks and ports, at most {BOXES_MAX} are allowed"
             ),
+            Self::Limits { total } => {
+                let max = actions::LIMITED_RULES_MAX;
+                write!(f, "{total} rules of this VM have a limit, at most {max} are allowed")
+            }
             Self::Depth => {
                 write!(f, "rules overlap so that a search would take more than {DEPTH_MAX} steps")
             }

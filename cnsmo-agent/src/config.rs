@@ -122,6 +122,9 @@ struct RunArgs {
     /// Run these services alone; what others left on this VM is taken down
     #[arg(long, value_name = "SERVICE", value_delimiter = ',', env = "CNSMO_ONLY")]
     only: Vec<Part>,
+    /// D-Bus of the systemd whose units are instances, such as unix:path=/run/user/0/bus [default: the system bus]
+    #[arg(long, value_name = "ADDRESS", env = "CNSMO_SYSTEMD_BUS")]
+    systemd_bus: Option<String>,
     /// How log lines look; the variable CNSMO_LOG sets what they tell, for example debug
     #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "CNSMO_LOG_FORMAT")]
     log_format: LogFormat,
@@ -194,6 +197,8 @@ pub struct Config {
     pub failsafe_ports: Vec<u16>,
     /// The services of this VM; not empty.
     pub parts: Vec<Part>,
+    /// D-Bus of the systemd whose units are instances; `None`: the system bus.
+    pub systemd_bus: Option<String>,
     /// How log lines look.
     pub log_format: LogFormat,
 }
@@ -275,6 +280,7 @@ impl Cli {
             socket,
             failsafe_ports: failsafe_ports(&args.failsafe_ports)?,
             parts,
+            systemd_bus: args.systemd_bus,
             log_format: args.log_format,
         })
     }

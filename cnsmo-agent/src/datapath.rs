@@ -1,5 +1,6 @@
 //! What the control side of the agent asks of the kernel side.
 
+pub mod answer;
 pub mod kernel;
 
 use std::{collections::BTreeMap, net::SocketAddr};
@@ -54,6 +55,9 @@ pub struct Status {
     pub counters: BTreeMap<Name, BTreeMap<Name, Count>>,
     /// Packets and bytes dropped, per direction and reason (a stable word).
     pub drops: Vec<(Direction, &'static str, Count)>,
+    /// Packets after which a flow could not be kept among the established ones, because their table was full. It goes on among
+    /// the half-open ones, where a flood may forget it.
+    pub established_full: u64,
     /// Live flows from virtual addresses to each backend's ports, as of the last sweep.
     pub backend_flows: BTreeMap<SocketAddr, u64>,
     /// Kernel ids of the loaded programs, ascending.

@@ -12,8 +12,7 @@ use std::{
 use cnsmo_proto::{
     digest::Digest,
     model::{
-        Backend, Check, Driver, FirewallPolicy, Instance, Invalid, LoadBalancer, Member, Name,
-        Network, Peer, Probe, Rule,
+        Backend, FirewallPolicy, Instance, Invalid, LoadBalancer, Member, Name, Network, Peer, Rule,
     },
     pb::agent::{Resource, ResourceError, TypeState, Update, resource, update::Kind},
 };
@@ -497,7 +496,6 @@ fn convert(resource: Resource) -> Result<(Key, Spec), Invalid> {
         (Key::Instance(deployment, name), Wire::Instance(spec)) => Instance::try_from(*spec)
             .and_then(|one| named(&one.deployment, deployment, "deployment").map(|()| one))
             .and_then(|one| named(&one.name, name, "name").map(|()| one))
-            .and_then(can_be_run)
             .map(|instance| Spec::Instance(Box::new(instance))),
         _ => Err(Invalid::new("is not of the kind that the name says")),
     };
@@ -511,21 +509,6 @@ fn resolved(policy: FirewallPolicy) -> Result<FirewallPolicy, Invalid> {
     let side = policy.rules[n].direction.far_side();
     let why = "the core has not resolved it to CIDRs: the conditions of the policy say why";
     Err(Invalid::new(why).at(side).at_index(n).at("rules"))
-}
-
-fn can_be_run(instance: Instance) -> Result<Instance, Invalid> {
-    match &instance.template.driver {
-        Driver::Process(process) => match process.readiness {
-            Some(Probe { check: Check::Announced, .. }) => {
-                Err(Invalid::new("this agent does not hear of it")
-                    .at("process.readiness.announced"))
-            }
-            _ => Ok(instance),
-        },
-        Driver::Unit(_) | Driver::Transient(_) => {
-            Err(Invalid::new("this agent runs processes only").at("systemd"))
-        }
-    }
 }
 
 /// Name and content of a derived record must agree.

@@ -2,18 +2,22 @@
 
 use std::net::IpAddr;
 
-use cnsmo_proto::model::{Action, Addresses, Algorithm, FirewallPolicy, Name, Rule, ServicePort};
+use cnsmo_proto::model::{
+    Action, Addresses, Algorithm, FirewallPolicy, Name, PolicyMode, Rule, ServicePort,
+};
 use ipnet::IpNet;
 
 /// The policies of one VM in one ordered list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Effective {
-    /// No policy selects this VM: everything passes, known flow or not.
+    /// No policy that enforces selects this VM: everything passes, known flow or not.
     pub open: bool,
     /// For new flows towards the VM that no rule matches.
     pub ingress: Action,
     /// For new flows away from the VM that no rule matches.
     pub egress: Action,
+    /// What the default refuses passes all the same, and is recorded. Ingress, egress.
+    pub audit: [bool; 2],
     /// In order; the first match decides. The place in this list is the rule's index in the data path.
     pub rules: Vec<OwnedRule>,
     /// The tunnel into the network that this VM is in.
@@ -79,6 +83,8 @@ pub struct OwnedRule {
     pub policy: Option<Name>,
     /// The rule.
     pub rule: Rule,
+    /// What it refuses passes all the same, and is recorded.
+    pub audit: bool,
 }
 
 impl Effective {
@@ -90,19 +96,28 @@ impl Effective {
     ) -> Self {
         let mut policies: Vec<_> = policies.into_iter().collect();
         policies.sort_by_key(|(name, policy)| (policy.priority, *name));
+        let is_audited = |policy: &FirewallPolicy| policy.mode == PolicyMode::Audit;
         let default = |of: fn(&FirewallPolicy) -> Option<Action>| {
-            policies.iter().find_map(|(_, policy)| of(policy)).unwrap_or(Action::Allow)
+            let first = policies.iter().find_map(|(_, policy)| Some((of(policy)?, *policy)));
+            first.map_or((Action::Allow, false), |(action, policy)| (action, is_audited(policy)))
         };
         let owned = policies.iter().flat_map(|(name, policy)| {
-            let own = |rule: &Rule| OwnedRule { policy: Some((*name).clone()), rule: rule.clone() };
             // What is left of a peer stands for nobody.
-            policy.rules.iter().filter(|rule| rule.peer.is_none()).map(own)
+            policy.rules.iter().filter(|rule| rule.peer.is_none()).map(|rule| OwnedRule {
+                policy: Some((*name).clone()),
+                rule: rule.clone(),
+                audit: is_audited(policy),
+            })
         });
-        let built_in = built_in.into_iter().map(|rule| OwnedRule { policy: None, rule });
+        let built_in = built_in.into_iter();
+        let built_in = built_in.map(|rule| OwnedRule { policy: None, rule, audit: false });
+        let (ingress, ingress_audit) = default(|p| p.defaults.ingress);
+        let (egress, egress_audit) = default(|p| p.defaults.egress);
         Self {
-            open: policies.is_empty(),
-            ingress: default(|p| p.defaults.ingress),
-            egress: default(|p| p.defaults.egress),
+            open: policies.iter().all(|(_, policy)| is_audited(policy)),
+            ingress,
+            egress,
+            audit: [ingress_audit, egress_audit],
             rules: built_in.chain(owned).collect(),
             tunnel: None,
             balancers: Vec::new(),
@@ -112,7 +127,7 @@ impl Effective {
 
 #[cfg(test)]
 mod tests {
-    use cnsmo_proto::model::{Direction, PolicyDefaults, Protocol};
+    use cnsmo_proto::model::{Direction, PolicyDefaults};
 
     use super::*;
 
@@ -121,23 +136,15 @@ mod tests {
     }
 
     fn rule(text: &str) -> Rule {
-        Rule {
-            name: name(text),
-            action: Action::Allow,
-            direction: Direction::Ingress,
-            from: vec![],
-            to: vec![],
-            peer: None,
-            protocol: Protocol::Any,
-        }
+        Rule::new(name(text), Action::Allow, Direction::Ingress)
     }
 
     fn policy(priority: u32, ingress: Option<Action>, rules: &[&str]) -> FirewallPolicy {
         FirewallPolicy {
-            target: Default::default(),
             priority,
             defaults: PolicyDefaults { ingress, egress: None },
             rules: rules.iter().map(|text| rule(text)).collect(),
+            ..FirewallPolicy::default()
         }
     }
 
@@ -145,7 +152,7 @@ mod tests {
     fn no_policy_is_open_even_with_built_in_rules() {
         let merged = Effective::merge(vec![rule("core")], []);
         assert!(merged.open);
-        assert_eq!(merged.rules, [OwnedRule { policy: None, rule: rule("core") }]);
+        assert_eq!(merged.rules, [OwnedRule { policy: None, rule: rule("core"), audit: false }]);
         assert_eq!((merged.ingress, merged.egress), (Action::Allow, Action::Allow));
     }
 
@@ -171,6 +178,24 @@ mod tests {
             .map(|r| (r.policy.as_ref().map_or("-", Name::as_str), r.rule.name.as_str()))
             .collect();
         assert_eq!(order, [("-", "core"), ("a", "z"), ("b", "y"), ("b", "x"), ("aa-late", "x")]);
+    }
+
+    #[test]
+    fn a_policy_on_trial_says_so_of_its_rules_and_defaults_and_closes_nothing() {
+        let mut trial = policy(1, Some(Action::Deny), &["x"]);
+        trial.mode = PolicyMode::Audit;
+        let merged = Effective::merge(vec![rule("core")], [(&name("a"), &trial)]);
+        assert_eq!(
+            (merged.open, merged.ingress, merged.audit),
+            (true, Action::Deny, [true, false])
+        );
+        assert_eq!(merged.rules.iter().map(|r| r.audit).collect::<Vec<_>>(), [false, true]);
+
+        let enforced = policy(2, Some(Action::Deny), &["y"]);
+        let both = [(&name("a"), &trial), (&name("b"), &enforced)];
+        let merged = Effective::merge(vec![], both);
+        assert_eq!((merged.open, merged.audit), (false, [true, false]));
+        assert_eq!(merged.rules.iter().map(|r| r.audit).collect::<Vec<_>>(), [true, false]);
     }
 
     #[test]

@@ -10,15 +10,19 @@ use cnsmo_agent::{
         Datapath,
         kernel::{Kernel, Options, XdpChoice},
     },
+    flows::FlowLog,
     runtime,
     tunnel::{Tunnel, TunnelOptions, WireGuard, engine},
 };
+use cnsmo_proto::model::RULES_MAX;
 use cnsmo_service::supervise::{Chain, Stopper, stop_pair};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
-/// Rules of one VM: 24 bytes each, counters of two CPUs included, twice. More are refused, with the policy's name.
-const RULES_MAX: u32 = 32_768;
+/// Rules of one VM: 16 bytes each for each CPU, and 8, twice. More are refused, with the policy's name.
+const RULES_MIN: u32 = 32_768;
+/// Bytes of policy memory that a rule takes at least: whoever gives more memory gets more rules.
+const RULE_BYTES: u32 = 32;
 
 fn main() -> ExitCode {
     match dispatch(Cli::parse()) {
@@ -49,14 +53,16 @@ fn dispatch(mut cli: Cli) -> anyhow::Result<()> {
         let (stopper, stop) = stop_pair();
         stop_at_signals(stopper)?;
         let (for_datapath, for_tunnel) = (config.clone(), config.clone());
-        let datapath = Arc::new(move || open_datapath(&for_datapath));
+        let flows = Arc::new(FlowLog::default());
+        let told = Arc::clone(&flows);
+        let datapath = Arc::new(move || open_datapath(&for_datapath, &told));
         let tunnel = Arc::new(move || open_tunnel(&for_tunnel));
-        runtime::run(config, datapath, tunnel, stop).await
+        runtime::run(config, datapath, tunnel, flows, stop).await
     })
 }
 
 /// The kernel data path, taken over where an earlier agent left it.
-fn open_datapath(config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
+fn open_datapath(config: &Config, flows: &Arc<FlowLog>) -> anyhow::Result<Box<dyn Datapath>> {
     let options = Options {
         pins: config.bpffs.clone(),
         state: config.state_dir.clone(),
@@ -69,9 +75,20 @@ fn open_datapath(config: &Config) -> anyhow::Result<Box<dyn Datapath>> {
         },
         flows: config.flows,
         policy_bytes: config.policy_memory as usize,
-        rules_max: RULES_MAX,
+        rules_max: rules_max(config.policy_memory),
     };
-    Ok(Box::new(Kernel::open(options)?))
+    let mut kernel = Kernel::open(options)?;
+    if let Err(error) = kernel.record(Arc::clone(flows)) {
+        // It guards all the same.
+        let error: &dyn std::error::Error = &error;
+        tracing::error!(error, "packets are neither recorded nor answered");
+    }
+    Ok(Box::new(kernel))
+}
+
+/// Of a VM, by its policy memory; never more than one policy may have.
+fn rules_max(policy_memory: u32) -> u32 {
+    (policy_memory / RULE_BYTES).clamp(RULES_MIN, RULES_MAX as u32)
 }
 
 /// The tunnel, taken over where an earlier agent left it.

@@ -319,8 +319,7 @@ fn health_rules(balancers: &[Balanced<'_>]) -> impl Iterator<Item = Rule> {
 
 fn allow(name: &str, direction: Direction, to: Vec<IpNet>, protocol: Protocol) -> Option<Rule> {
     let name = Name::new(name).ok()?;
-    let action = Action::Allow;
-    Some(Rule { name, action, direction, from: Vec::new(), to, peer: None, protocol })
+    Some(Rule { to, protocol, ..Rule::new(name, Action::Allow, direction) })
 }
 
 fn tcp(destination: Vec<PortRange>) -> Protocol {

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
 use cnsmo_proto::{
@@ -10,7 +11,7 @@ use cnsmo_proto::{
     pb::{
         agent::{
             Announcement, BalancerReport, CommandResult, InstanceReport, PolicyCounters,
-            StatusReport,
+            StatusReport, command::Command, command_result,
         },
         balancer::BackendStatus,
         catalog::{self, Instance},
@@ -30,6 +31,7 @@ use crate::{
     datapath::{Attachment, Count},
     effective::BackendTarget,
     enforcer::VmStatus,
+    flows::FlowLog,
     node,
     plan::BackendState,
     tunnel::{self, Backend, TunnelStatus},
@@ -43,18 +45,30 @@ pub struct Services {
     node: Name,
     /// Of this run of the agent.
     incarnation: String,
+    flows: Arc<FlowLog>,
 }
 
 impl Services {
     /// `node`: the name of this VM.
-    pub fn new(host: Host, node: Name) -> Self {
+    pub fn new(host: Host, node: Name, flows: Arc<FlowLog>) -> Self {
         let local = Local::new(host.clone(), node.as_str());
-        Self { local, host, node, incarnation: incarnation() }
+        Self { local, host, node, incarnation: incarnation(), flows }
     }
 
-    /// Who carries commands out.
+    /// The services themselves.
     pub fn local(&self) -> Local {
         self.local.clone()
+    }
+
+    /// Carries a command out.
+    pub async fn answer(&self, id: u64, command: Command) -> CommandResult {
+        match command {
+            Command::Records(query) => {
+                let page = command_result::Result::Records(self.flows.answer(query));
+                CommandResult { id, result: Some(page), ..CommandResult::default() }
+            }
+            command => self.local.answer(id, command).await,
+        }
     }
 
     /// All states from now on.

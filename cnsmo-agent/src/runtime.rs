@@ -26,6 +26,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use crate::{
     config::Config,
     enforcer::{EnforcerHandle, OpenDatapath, OpenTunnel, Seat, TUNNEL_DOWN},
+    flows::FlowLog,
     health,
     locate::Locator,
     node,
@@ -33,7 +34,7 @@ use crate::{
     report::Services,
     session::{self, Connection},
     socket,
-    workload::Workloads,
+    workload::{Systemd, Workloads},
 };
 
 /// What an agent's certificate must be of.
@@ -53,7 +54,7 @@ pub const LIMITS: Limits = Limits {
     ..Limits::DEFAULT
 };
 
-/// Runs the agent until `stop`. Tunnel and data path stay in any case: a VM without an agent is still guarded and connected.
+/// Runs the agent until `stop`. `flows`: what the data path tells of packets. Tunnel and data path stay in any case: a VM without an agent is still guarded and connected.
 ///
 /// # Errors
 /// Another agent has the state directory, the data path cannot be opened, the core refuses this VM, or a part keeps
@@ -62,6 +63,7 @@ pub async fn run(
     config: Config,
     datapath: OpenDatapath,
     tunnel: OpenTunnel,
+    flows: Arc<FlowLog>,
     mut stop: Stop,
 ) -> anyhow::Result<()> {
     let _lock = lock(&config.state_dir)?;
@@ -92,10 +94,12 @@ pub async fn run(
     let locator = Locator::new(config.cores.clone(), last_core, enforcer.clone());
     let asked = config.parts.clone();
     let undoing_stop = parts_stop.clone();
-    let workloads = Workloads::new(host.clone(), &config.state_dir);
+    let systemd = Systemd::new(config.systemd_bus.clone());
+    let workloads = Workloads::new(host.clone(), &config.state_dir, systemd);
     let leaving = workloads.leaving();
     let working = workloads.run(enforcer.instances(), parts_stop.clone());
-    let talking = talk(config, locator, enforcer.clone(), host.clone(), parts_stop);
+    let services = |node| Services::new(host.clone(), node, flows);
+    let talking = talk(config, locator, enforcer.clone(), services, parts_stop);
     let parts = async {
         tokio::try_join!(
             async { enforcing.await.map_err(anyhow::Error::from) },
@@ -226,7 +230,7 @@ async fn talk(
     config: Config,
     mut locator: Locator,
     enforcer: EnforcerHandle,
-    host: Host,
+    services: impl FnOnce(Name) -> Services,
     mut stop: Stop,
 ) -> anyhow::Result<()> {
     let identity = tokio::select! {
@@ -235,7 +239,7 @@ async fn talk(
     };
     enforcer.named(identity.name().clone()).await?;
     let life = Lifecycle::new("Spawned");
-    let services = Services::new(host, identity.name().clone());
+    let services = services(identity.name().clone());
     let labels = config.labels;
     let credentials = Credentials::new(&config.state_dir, identity);
     let renew_first = false;
@@ -320,7 +324,8 @@ fn lock(state_dir: &Path) -> anyhow::Result<Flock<File>> {
     let shown = state_dir.display();
     DirBuilder::new()
         .recursive(true)
-        .mode(0o700)
+        // The users of instances pass through to their working folders; what is secret has a mode of its own.
+        .mode(0o711)
         .create(state_dir)
         .with_context(|| format!("--state-dir: cannot make {shown}"))?;
     let path = state_dir.join("lock");

@@ -1,13 +1,17 @@
-//! Instances of services that this VM runs for the core, each a child process.
+//! Instances of services that this VM runs for the core, each a child process or a unit of systemd.
 //!
-//! They outlive the agent: the next one finds each by its record (`child.rs`) and takes it up where it is.
+//! They outlive the agent: the next one finds each by its record (`child.rs`, `unit.rs`) and takes it up where it is.
 
 mod cgroup;
 mod child;
+mod journal;
 mod launch;
 mod log;
+mod notify;
 mod probe;
 mod runner;
+mod systemd;
+mod unit;
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +25,7 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{Driver, Instance, Name},
+    model::{Instance, Name},
     pb::deployment as pb,
 };
 use cnsmo_service::{
@@ -32,9 +36,11 @@ use cnsmo_service::{
 use prost::Message as _;
 use tokio::{sync::watch, task::JoinSet};
 
+pub use self::systemd::Systemd;
 use self::{
     child::Folder,
-    runner::{Runner, folder},
+    runner::{Runner, Units, folder},
+    unit::Claims,
 };
 use crate::enforcer::Instances;
 
@@ -52,6 +58,7 @@ pub struct Workloads {
     known: BTreeMap<(Name, Name), Known>,
     /// Instances that are being ended.
     ending: JoinSet<(Name, Name)>,
+    units: Units,
 }
 
 struct Known {
@@ -65,13 +72,14 @@ struct Known {
 
 impl Workloads {
     /// `host`: of the services of this VM.
-    pub fn new(host: Host, state_dir: &Path) -> Self {
+    pub fn new(host: Host, state_dir: &Path, systemd: Systemd) -> Self {
         Self {
             host,
             folder: state_dir.join(FOLDER),
             leaving: Arc::default(),
             known: BTreeMap::new(),
             ending: JoinSet::new(),
+            units: Units { systemd, claims: Claims::default() },
         }
     }
 
@@ -149,13 +157,13 @@ impl Workloads {
     }
 
     fn begin(&mut self, instance: Instance) {
-        let Driver::Process(process) = instance.template.driver.clone() else { return };
         let key = (instance.deployment.clone(), instance.name.clone());
         let name = format!("{}/{}", instance.deployment, instance.name);
         let folder = folder(&self.folder, &instance.deployment, &instance.name);
         let is_ending = instance.draining.is_some();
         tracing::info!(instance = name, "to be run");
-        let runner = Runner::new(name.clone(), instance, process, folder, self.leaving.clone());
+        let (leaving, units) = (self.leaving.clone(), self.units.clone());
+        let runner = Runner::new(name.clone(), instance, folder, leaving, units);
         let life = match self.host.add(Arc::new(runner)) {
             Ok(life) => life,
             Err(error) => return tracing::error!(instance = name, %error, "cannot be run"),

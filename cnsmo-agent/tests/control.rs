@@ -364,7 +364,13 @@ struct Agent {
 impl Agent {
     fn start(config: &Config, fake: &Fake) -> Self {
         let (stopper, stop) = stop_pair();
-        let running = tokio::spawn(runtime::run(config.clone(), fake.open(), fake.tunnel(), stop));
+        let running = tokio::spawn(runtime::run(
+            config.clone(),
+            fake.open(),
+            fake.tunnel(),
+            Arc::default(),
+            stop,
+        ));
         Self { stopper, running }
     }
 
@@ -660,7 +666,7 @@ async fn a_tunnel_that_comes_later_is_announced_then() {
         false => anyhow::bail!("no device"),
     });
     let (stopper, stop) = stop_pair();
-    let running = tokio::spawn(runtime::run(config, fake.open(), tunnel, stop));
+    let running = tokio::spawn(runtime::run(config, fake.open(), tunnel, Arc::default(), stop));
     let agent = Agent { stopper, running };
     let (mut talk, hello) = core.accept().await;
     assert_eq!(hello.announcement, None);
@@ -726,7 +732,9 @@ async fn a_second_agent_of_one_state_directory_is_refused() {
     let config = config(core.address, dir.path(), Some(&authority.token()));
     let agent = Agent::start(&config, &fake);
     let _talk = core.accept().await;
-    let second = runtime::run(config, fake.open(), fake.tunnel(), stop_pair().1).await.unwrap_err();
+    let second = runtime::run(config, fake.open(), fake.tunnel(), Arc::default(), stop_pair().1)
+        .await
+        .unwrap_err();
     assert!(second.to_string().starts_with("--state-dir: another agent"), "{second}");
     assert!(second.to_string().ends_with(&format!("process {}", std::process::id())), "{second}");
     agent.stop().await;
@@ -740,7 +748,10 @@ async fn an_agent_that_can_never_join_ends_with_the_flag_to_change() {
         let (stopper, stop) = stop_pair();
         let (open, tunnel, patience) = (fake.open(), fake.tunnel(), PATIENCE);
         async move {
-            let result = timeout(patience, runtime::run(config, open, tunnel, stop)).await.unwrap();
+            let result =
+                timeout(patience, runtime::run(config, open, tunnel, Arc::default(), stop))
+                    .await
+                    .unwrap();
             drop(stopper);
             format!("{:#}", result.unwrap_err())
         }
@@ -763,8 +774,10 @@ async fn another_name_than_the_enrolled_one_is_refused() {
     agent.stop().await;
     config.node = cnsmo_proto::model::Name::new("db-1").ok();
     let (_stopper, stop) = stop_pair();
-    let error =
-        runtime::run(config, fake.open(), fake.tunnel(), stop).await.unwrap_err().to_string();
+    let error = runtime::run(config, fake.open(), fake.tunnel(), Arc::default(), stop)
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("enrolled as `web-1`, not `db-1`"), "{error}");
 }
 
@@ -774,7 +787,9 @@ async fn a_data_path_that_does_not_open_ends_the_agent() {
     let config = config(any_port_of_core(), dir.path(), None);
     let open: OpenDatapath = Arc::new(|| anyhow::bail!("no BPF here"));
     let (_stopper, stop) = stop_pair();
-    let error = runtime::run(config, open, Fake::default().tunnel(), stop).await.unwrap_err();
+    let error = runtime::run(config, open, Fake::default().tunnel(), Arc::default(), stop)
+        .await
+        .unwrap_err();
     assert_eq!(error.to_string(), "no BPF here");
 }
 

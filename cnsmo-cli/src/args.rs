@@ -68,6 +68,8 @@ pub(crate) enum Command {
     },
     /// What happened, in order, with reasons
     Events(EventsArgs),
+    /// Packets of one VM that were dropped, rejected, logged or let pass on trial, with the rule that decided
+    Flows(FlowsArgs),
     /// Make networks, policies and balancers what they were at a revision, as one new revision
     Rollback(RollbackArgs),
     /// Wait until VMs enforce a revision; exit code 3 if they do not in time
@@ -183,6 +185,22 @@ pub(crate) struct EventsArgs {
     /// Only about this VM, resource, service or instance
     #[arg(default_value = "", hide_default_value = true)]
     pub(crate) name: String,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct FlowsArgs {
+    /// The VM
+    #[arg(long, visible_alias = "host", value_name = "NAME")]
+    pub(crate) node: Name,
+    /// The last N records [default: all that are kept, 4,096]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub(crate) tail: Option<u32>,
+    /// Go on with what happens, until interrupted
+    #[arg(long, short = 'f')]
+    pub(crate) follow: bool,
+    /// Only what was dropped
+    #[arg(long)]
+    pub(crate) dropped: bool,
 }
 
 #[derive(clap::Args)]
@@ -319,10 +337,10 @@ pub(crate) struct LogsArgs {
     /// Of several instances, one [default: the only one]
     #[arg(long, value_name = "NAME")]
     pub(crate) instance: Option<Name>,
-    /// The last lines of each of standard output and error [default: all that are kept, by way of a core the last 256 KiB]
+    /// The last lines of each of standard output and error [default: all that are kept, by way of a core the last 256 KiB unless it is followed]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) tail: Option<u32>,
-    /// Go on with what is written from now on; on the VM, with --socket of its agent
+    /// Go on with what is written, until the instance is gone
     #[arg(long, short = 'f')]
     pub(crate) follow: bool,
 }

@@ -13,6 +13,7 @@ use cnsmo_proto::pb::{
     bus::bus_service_client::BusServiceClient,
     catalog::catalog_service_client::CatalogServiceClient,
     event::event_service_client::EventServiceClient,
+    flow::flow_service_client::FlowServiceClient,
     identity::{
         identity_service_client::IdentityServiceClient,
         join_token_service_client::JoinTokenServiceClient,
@@ -80,6 +81,10 @@ impl Client {
 
     pub(crate) async fn events(&self) -> Result<EventServiceClient<Channel>> {
         Ok(EventServiceClient::new(self.connect().await?))
+    }
+
+    pub(crate) async fn flows(&self) -> Result<FlowServiceClient<Channel>> {
+        Ok(FlowServiceClient::new(self.connect().await?))
     }
 
     pub(crate) async fn hosts(&self) -> Result<HostServiceClient<Channel>> {

@@ -13,8 +13,8 @@ use cnsmo_proto::{
     pb::{
         catalog::ListInstancesRequest,
         deployment::{
-            Deployment, DeploymentSpec, DeploymentStatus, InstanceStatus, Placement, Port, Process,
-            deployment_spec::Driver, systemd,
+            AvoidedNode, Deployment, DeploymentSpec, DeploymentStatus, InstanceStatus, Placement,
+            Port, Process, deployment_spec::Driver, systemd,
         },
         meta::{Metadata, condition::Status as Truth},
         resource::{
@@ -61,10 +61,10 @@ pub(crate) async fn spawn(client: &Client, args: SpawnArgs) -> Result<ExitCode> 
     let port = |name: &str| Port { name: name.to_owned(), ..Port::default() };
     let spec = DeploymentSpec {
         replicas: 1,
-        placement: Some(Placement {
+        placement: Some(Box::new(Placement {
             node: args.node.map(|node| node.to_string()).unwrap_or_default(),
             ..Placement::default()
-        }),
+        })),
         driver: Some(Driver::Process(Process {
             command: args.command,
             user: args.user.unwrap_or_default(),
@@ -255,6 +255,14 @@ pub(crate) fn describe(deployment: &Deployment) -> Result<()> {
     };
     let header = ["NAME", "NODE", "PHASE", "SINCE", "REASON", "PORTS", "MESSAGE"];
     section("Instances", &header, status.instances.iter().map(row).collect())?;
+    let avoided = |one: &AvoidedNode| {
+        let until = one.until.map(|time| time.to_string()).unwrap_or_default();
+        vec![one.node.clone(), until, one.times.to_string()]
+    };
+    if !status.avoided.is_empty() {
+        let rows = status.avoided.iter().map(avoided).collect();
+        section("Avoided, where instances kept failing", &["NODE", "UNTIL", "TIMES"], rows)?;
+    }
     let known: BTreeSet<_> = status.instances.iter().map(|one| one.node.as_str()).collect();
     field("VMs", &or_none(known.into_iter().collect::<Vec<_>>().join(",")))?;
     describe_conditions(&status.conditions)

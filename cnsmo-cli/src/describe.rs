@@ -51,6 +51,7 @@ fn describe_policy(policy: &FirewallPolicy) -> Result<()> {
     describe_metadata(policy.metadata.as_ref())?;
     field("Target", &labels(&spec.target))?;
     field("Priority", &spec.priority.to_string())?;
+    field("Mode", manifest::mode(spec.mode()))?;
     field("Default ingress", default_word(spec.default_ingress()))?;
     field("Default egress", default_word(spec.default_egress()))?;
     section(
@@ -60,7 +61,8 @@ fn describe_policy(policy: &FirewallPolicy) -> Result<()> {
     )?;
     let status = policy.status.clone().unwrap_or_default();
     if !status.peers.is_empty() {
-        let peer = |p: &ResolvedPeer| vec![p.rule.clone(), p.nodes.to_string(), p.cidrs.to_string()];
+        let peer =
+            |p: &ResolvedPeer| vec![p.rule.clone(), p.nodes.to_string(), p.cidrs.to_string()];
         section("Peers", &["RULE", "VMS", "CIDRS"], status.peers.iter().map(peer).collect())?;
     }
     let node = |n: &cnsmo_proto::pb::policy::NodePolicyStatus| {
@@ -80,7 +82,7 @@ fn describe_policy(policy: &FirewallPolicy) -> Result<()> {
 fn rule_row(rule: &FirewallRule) -> Vec<String> {
     vec![
         rule.name.clone(),
-        default_word(rule.action()).to_owned(),
+        manifest::action_text(rule),
         manifest::direction(rule.direction()).to_owned(),
         manifest::side_of(&rule.from_cidrs, rule.from.as_ref()),
         manifest::side_of(&rule.to_cidrs, rule.to.as_ref()),

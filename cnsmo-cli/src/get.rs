@@ -236,5 +236,6 @@ pub(crate) fn default_word(action: Action) -> &'static str {
         Action::Unspecified => NONE,
         Action::Allow => "allow",
         Action::Deny => "deny",
+        Action::Reject => "reject",
     }
 }

@@ -79,7 +79,8 @@ const _: () = assert!(state::COUNT <= TIMEOUTS);
 ///
 /// ```text
 /// bit 0 half | 1 ingress default: allow | 2 egress default: allow | 3 open
-/// bits 4..8, 8..12 IPv4 trees, ingress and egress | 12..16, 16..20 IPv6 trees | 32..64 generation
+/// bits 4..8, 8..12 IPv4 trees, ingress and egress | 12..16, 16..20 IPv6 trees
+/// bit 20 ingress default: answer what it refuses | 21 egress | 22 ingress default: audit | 23 egress | 32..64 generation
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Live(pub u64);
@@ -97,6 +98,24 @@ impl Live {
     #[inline(always)]
     pub const fn allows_by_default(self, direction: Direction) -> bool {
         self.0 >> (1 + direction as u32) & 1 != 0
+    }
+    /// What happens to flows that no rule matches.
+    #[inline(always)]
+    pub const fn default_action(self, direction: Direction) -> RuleAction {
+        let verdict = if self.allows_by_default(direction) {
+            verdict::ALLOW
+        } else if self.0 >> (20 + direction as u32) & 1 != 0 {
+            verdict::REJECT
+        } else {
+            verdict::DENY
+        };
+        let audit = self.0 >> (22 + direction as u32) & 1 != 0;
+        let flags = if audit { rule_flag::AUDIT } else { 0 };
+        let slot = match direction {
+            Direction::Ingress => SLOT_DEFAULT_INGRESS,
+            Direction::Egress => SLOT_DEFAULT_EGRESS,
+        };
+        RuleAction { slot, verdict, flags, limit: 0 }
     }
     /// Whether no policy selects this VM.
     #[inline(always)]
@@ -127,6 +146,10 @@ pub struct LiveParts {
     pub half: u8,
     /// Ingress, egress.
     pub default_allow: [bool; 2],
+    /// What the defaults refuse is answered. Ingress, egress.
+    pub default_reject: [bool; 2],
+    /// What the defaults refuse passes all the same. Ingress, egress.
+    pub default_audit: [bool; 2],
     /// No policy selects this VM.
     pub open: bool,
     /// Ingress, egress.
@@ -144,6 +167,8 @@ impl LiveParts {
         Self {
             half: live.half() as u8,
             default_allow: [live.allows_by_default(Ingress), live.allows_by_default(Egress)],
+            default_reject: [live.0 >> 20 & 1 != 0, live.0 >> 21 & 1 != 0],
+            default_audit: [live.0 >> 22 & 1 != 0, live.0 >> 23 & 1 != 0],
             open: live.is_open(),
             trees_v4: [live.trees_v4(Ingress) as u32, live.trees_v4(Egress) as u32],
             trees_v6: [live.trees_v6(Ingress) as u32, live.trees_v6(Egress) as u32],
@@ -162,6 +187,10 @@ impl LiveParts {
                 | ((self.trees_v4[1] & 15) as u64) << 8
                 | ((self.trees_v6[0] & 15) as u64) << 12
                 | ((self.trees_v6[1] & 15) as u64) << 16
+                | (self.default_reject[0] as u64) << 20
+                | (self.default_reject[1] as u64) << 21
+                | (self.default_audit[0] as u64) << 22
+                | (self.default_audit[1] as u64) << 23
                 | (self.generation as u64) << 32,
         )
     }
@@ -173,10 +202,59 @@ impl LiveParts {
 pub struct RuleAction {
     /// Place of its counter.
     pub slot: u32,
-    /// 1: allow, 0: deny.
-    pub allow: u32,
+    /// One of [`verdict`].
+    pub verdict: u8,
+    /// Bits of [`rule_flag`].
+    pub flags: u8,
+    /// Place of its [`Limit`] in a half of the table; 0: none.
+    pub limit: u16,
 }
 const _: () = assert!(size_of::<RuleAction>() == 8);
+
+/// What a rule decides.
+pub mod verdict {
+    /// The packet is dropped without an answer.
+    pub const DENY: u8 = 0;
+    /// The flow may pass, and so may its answers.
+    pub const ALLOW: u8 = 1;
+    /// The packet is dropped, and its sender is told.
+    pub const REJECT: u8 = 2;
+}
+
+/// Flags of a rule.
+pub mod rule_flag {
+    /// Each decision about a new flow is recorded.
+    pub const LOG: u8 = 1;
+    /// What it refuses passes all the same, and is recorded.
+    pub const AUDIT: u8 = 2;
+}
+
+/// How many new flows a rule allows: the generic cell rate algorithm (ITU-T I.371), which needs one word per bucket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limit {
+    /// Nanoseconds between flows at the rate allowed.
+    pub interval: u64,
+    /// Nanoseconds that a flow may be early: (burst - 1) intervals.
+    pub tolerance: u64,
+    /// 1: each source has a bucket of its own; 0: all share one.
+    pub per_source: u64,
+}
+const _: () = assert!(size_of::<Limit>() == 24);
+
+/// Limits in one half, the unused place 0 among them; a power of two.
+pub const LIMITS_MAX: u32 = 1_024;
+
+/// Whose bucket it is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct BucketKey {
+    /// IPv4 address as [`Address::widen`] has it; of IPv6 the first 64 bits, which is what one host has for itself.
+    pub source: [u8; 16],
+    /// Place of the limit.
+    pub limit: u32,
+}
+const _: () = assert!(size_of::<BucketKey>() == 20);
 
 /// Counter of flows towards the VM that no rule matched.
 pub const SLOT_DEFAULT_INGRESS: u32 = 0;

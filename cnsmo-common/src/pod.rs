@@ -1,6 +1,6 @@
 //! The only promises of plain old data: `repr(C)`, every bit pattern valid, no implicit padding (see the assertions).
 
-use crate::{balance, control, flow, probe, stat};
+use crate::{balance, control, flow, probe, record, stat};
 
 // SAFETY: as the module says.
 unsafe impl aya::Pod for flow::FlowKey<[u8; 4]> {}
@@ -20,6 +20,10 @@ unsafe impl aya::Pod for balance::Backend {}
 unsafe impl aya::Pod for control::Control {}
 // SAFETY: as the module says.
 unsafe impl aya::Pod for control::RuleAction {}
+// SAFETY: as the module says.
+unsafe impl aya::Pod for control::Limit {}
+// SAFETY: as the module says.
+unsafe impl aya::Pod for record::Record {}
 // SAFETY: as the module says.
 unsafe impl aya::Pod for stat::Count {}
 // SAFETY: as the module says.

@@ -12,7 +12,10 @@ pub struct Count {
 const _: () = assert!(size_of::<Count>() == 16);
 
 /// Why a packet is dropped. The words are documented in docs/drop-reasons.md.
-#[repr(u8)]
+///
+/// As wide as the place of a counter: the two arms of a `Result<u32, Reason>` are then one register, and none is left
+/// unwritten, which the verifier would refuse.
+#[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     /// A header is cut short, contradicts itself, or is tagged more than twice.
@@ -47,11 +50,13 @@ pub enum Reason {
     NatPorts = 14,
     /// On a network card, from or to an address that is reached through the tunnel alone.
     NotTunnelled = 15,
+    /// A rule allows it, but not that many new flows in that time.
+    Limited = 16,
 }
 
 impl Reason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Malformed,
         Self::TcpFlags,
         Self::FragmentTiny,
@@ -68,6 +73,7 @@ impl Reason {
         Self::NoBackend,
         Self::NatPorts,
         Self::NotTunnelled,
+        Self::Limited,
     ];
 
     /// The stable word.
@@ -89,6 +95,7 @@ impl Reason {
             Self::NoBackend => "no-backend",
             Self::NatPorts => "nat-ports",
             Self::NotTunnelled => "not-tunnelled",
+            Self::Limited => "limited",
         }
     }
 

@@ -29,7 +29,7 @@ use crate::{
     identity::{Enrolled, Issued, Peer, Subject, registry::Registry, to_ms},
     orchestrator::{self, Observed},
     state::{
-        Admission, Announcement, Enrolment, Event, FOLDERS, Note, Plan, State, TokenRecord,
+        Admission, Announcement, Enrolment, Event, FOLDERS, Note, Plan, State, Step, TokenRecord,
         TokenSummary, Wanted,
     },
     store::{Entry, Fence, Range, Revision, Store, StoreError, Txn},
@@ -671,6 +671,15 @@ impl Actor {
         let world = self.fleet.world(&self.state, to_ms(now));
         let mut steps = orchestrator::plan(&world, instance_name);
         steps.truncate(STEPS_MAX);
+        for step in &steps {
+            if let Step::Avoid { deployment, node, .. } = step {
+                tracing::warn!(
+                    deployment,
+                    node,
+                    "an instance keeps failing: it goes to another VM"
+                );
+            }
+        }
         self.commit(self.state.plan_steps(steps, now)).await
     }
 
@@ -771,7 +780,10 @@ impl Actor {
         }
         let is_for_look = |event: &Event| {
             let kind = event.kind;
-            matches!(kind, Kind::Deployment | Kind::Node | Kind::LoadBalancer | Kind::FirewallPolicy)
+            matches!(
+                kind,
+                Kind::Deployment | Kind::Node | Kind::LoadBalancer | Kind::FirewallPolicy
+            )
         };
         if events.iter().any(is_for_look) {
             self.deployments.notify_one();

@@ -653,6 +653,7 @@ impl Fleet {
         World {
             deployments: state.deployments(),
             placements: state.placements(),
+            avoided: state.avoided(),
             hosts: state.nodes().iter().map(host).collect(),
             observed: &self.observed,
             now_ms,

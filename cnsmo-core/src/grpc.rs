@@ -6,6 +6,7 @@ pub mod auth;
 mod bus;
 mod catalog;
 mod event;
+mod flow;
 pub mod gate;
 mod host;
 pub mod identity;
@@ -21,6 +22,7 @@ use cnsmo_proto::pb::{
     bus::bus_service_server::{self, BusServiceServer},
     catalog::catalog_service_server::{self, CatalogServiceServer},
     event::event_service_server::EventServiceServer,
+    flow::flow_service_server::FlowServiceServer,
     identity::{
         enrollment_service_server::{self, EnrollmentServiceServer},
         identity_service_server::{self, IdentityServiceServer},
@@ -112,6 +114,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let parts = agent::Parts { core: core.clone(), catalog: catalog.clone(), links: links.clone() };
     let agents = agent::Service::new(parts);
+    let flows = flow::Service::new(links.clone(), stopping.clone());
     let hosts = Front(host::Hosts::new(Local::new(host, own::NODE), links));
     let hosts = HostServiceServer::new(hosts).max_decoding_message_size(HOST_BYTES_MAX);
     let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));
@@ -150,6 +153,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .add_service(enrolment)
         .add_service(hosts)
         .add_service(EventServiceServer::new(events))
+        .add_service(FlowServiceServer::new(flows))
         .add_service(state)
         .add_service(AdminServiceServer::new(admin))
         .add_service(instances)

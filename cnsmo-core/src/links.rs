@@ -105,7 +105,22 @@ impl Links {
         command: command::Command,
         patience: Duration,
     ) -> Result<Outcome, Status> {
-        let (session, id, answer) = self.send(node, command)?;
+        let (_, outcome) = self.ask_on(node, None, command, patience).await?;
+        Ok(outcome)
+    }
+
+    /// As [`Self::ask`], on this stream or none; without one on that of now. Returns which one it was, too.
+    ///
+    /// # Errors
+    /// As [`Self::ask`].
+    pub async fn ask_on(
+        &self,
+        node: &str,
+        session: Option<u64>,
+        command: command::Command,
+        patience: Duration,
+    ) -> Result<(u64, Outcome), Status> {
+        let (session, id, answer) = self.send(node, session, command)?;
         let _waiting = Waiting { links: self, node, session, id };
         let result = timeout(patience, answer).await.map_err(|_| {
             Status::deadline_exceeded(format!(
@@ -120,12 +135,23 @@ impl Links {
             let code = Code::from(i32::try_from(result.code).unwrap_or_default());
             return Err(Status::new(code, format!("node {node}: {}", result.message)));
         }
-        result.result.ok_or_else(|| Status::internal(format!("node {node} answers nothing")))
+        let outcome = result.result;
+        let outcome =
+            outcome.ok_or_else(|| Status::internal(format!("node {node} answers nothing")))?;
+        Ok((session, outcome))
+    }
+
+    /// Has an agent carry out a command, if it is still there, and does not wait for the answer.
+    pub fn tell(&self, node: &str, session: u64, command: command::Command) {
+        if let Ok((session, id, _)) = self.send(node, Some(session), command) {
+            drop(Waiting { links: self, node, session, id });
+        }
     }
 
     fn send(
         &self,
         node: &str,
+        session: Option<u64>,
         command: command::Command,
     ) -> Result<(u64, u64, oneshot::Receiver<CommandResult>), Status> {
         let absent = || Status::unavailable(format!("node {node} is not connected to this core"));
@@ -133,6 +159,10 @@ impl Links {
             || Status::resource_exhausted(format!("node {node} has commands to answer: try again"));
         let mut links = self.links();
         let link = links.get_mut(node).ok_or_else(absent)?;
+        if session.is_some_and(|session| session != link.session) {
+            let text = format!("the connection of node {node} was lost meanwhile");
+            return Err(Status::unavailable(text));
+        }
         let messages = link.messages.upgrade().ok_or_else(absent)?;
         if link.waiting.len() >= COMMANDS_MAX || messages.capacity() <= RESERVED {
             return Err(busy());

@@ -21,8 +21,8 @@ use std::{
 
 use cnsmo_proto::{
     model::{
-        Addresses, Deployment, FirewallPolicy as Policy, Invalid, Labels, LoadBalancer, Name, Network, Peer,
-        PublicKey,
+        Addresses, Deployment, FirewallPolicy as Policy, Invalid, Labels, LoadBalancer, Name,
+        Network, Peer, PublicKey,
     },
     pb::{
         balancer::{self, LoadBalancerSpec},
@@ -35,7 +35,7 @@ use cnsmo_proto::{
 };
 use uuid::Uuid;
 
-pub use deployment::{DEPLOYMENTS_MAX, PLACEMENTS_MAX, Placed, Step, template};
+pub use deployment::{Avoided, DEPLOYMENTS_MAX, PLACEMENTS_MAX, Placed, Step, template};
 pub use enrol::{
     Admission, Enrolment, IDENTITIES_MAX, TOKEN_TTL_MAX, TOKEN_USES_MAX, TOKENS_MAX, TokenGrant,
     TokenRecord, TokenSummary,
@@ -119,6 +119,9 @@ enum Write {
     Place(Box<Placed>),
     /// Of this deployment, the instance of this name.
     Unplace(String, String),
+    /// Of this deployment, this VM.
+    Avoid(String, String, Avoided),
+    Forgive(String, String),
     Node(Box<Node>),
     Delete(Kind, String),
     /// Without its uses.
@@ -192,6 +195,8 @@ pub struct State {
     deployments: BTreeMap<String, StoredDeployment>,
     /// By deployment and name.
     placements: BTreeMap<(String, String), Placed>,
+    /// By deployment and VM.
+    avoided: BTreeMap<(String, String), Avoided>,
     nodes: BTreeMap<String, Node>,
     tokens: BTreeMap<String, TokenRecord>,
     /// By `<kind>/<name>`.
@@ -245,6 +250,11 @@ impl State {
     /// Instances that are placed, by deployment and name.
     pub fn placements(&self) -> &BTreeMap<(String, String), Placed> {
         &self.placements
+    }
+
+    /// VMs on which instances kept failing, by deployment and VM.
+    pub fn avoided(&self) -> &BTreeMap<(String, String), Avoided> {
+        &self.avoided
     }
 
     /// By name.
@@ -383,6 +393,16 @@ impl State {
             Write::Unplace(deployment, name) => {
                 let event = changed(Kind::Deployment, &deployment);
                 self.placements.remove(&(deployment, name));
+                event
+            }
+            Write::Avoid(deployment, node, avoided) => {
+                let event = changed(Kind::Deployment, &deployment);
+                self.avoided.insert((deployment, node), avoided);
+                event
+            }
+            Write::Forgive(deployment, node) => {
+                let event = changed(Kind::Deployment, &deployment);
+                self.avoided.remove(&(deployment, node));
                 event
             }
             Write::Node(mut node) => {

@@ -9,18 +9,19 @@ use std::{
 use cnsmo_common::{
     balance::{Backend, FILTER_WORDS, Ring, Service, ServiceKey},
     blob::NO_RULE,
-    control::{Control, Live, RuleAction, TIMEOUTS},
+    control::{BucketKey, Control, Limit, Live, RuleAction, TIMEOUTS},
     flow::{Conn, Flow, FlowKey, Fragment, FragmentKey, Translation},
+    record::Record,
     stat::{Count, Reason},
 };
 
 use crate::{
-    balance,
+    balance, limit,
     packet::{Packet, Role},
     parse::Datagram,
     pipeline::{self, Verdict},
     rewrite::{Checksum, Rewrite, rewrite},
-    tables::{Case, FlowTables, Onward, Question, Tables, Visit, Work},
+    tables::{Case, FlowTables, Onward, Question, Shared, Tables, Visit, VisitBucket, Work},
 };
 
 /// The rules as a function: the index of the first that matches, [`NO_RULE`], or `None` if they are damaged.
@@ -60,6 +61,13 @@ pub struct HostTables {
     pub now: Cell<u64>,
     /// What each rule does, by index.
     pub rules: Vec<RuleAction>,
+    /// Limits, by place.
+    pub limits: Vec<Limit>,
+    /// Nanoseconds of the monotonic clock.
+    pub nanoseconds: Cell<u64>,
+    buckets: RefCell<HashMap<BucketKey, u64>>,
+    /// What was told.
+    pub records: RefCell<Vec<Record>>,
     /// Virtual addresses.
     pub services: RefCell<HashMap<ServiceKey, Service>>,
     /// Rings in force, by place of the balancer.
@@ -103,6 +111,10 @@ impl HostTables {
             control,
             now: Cell::new(0),
             rules: Vec::new(),
+            limits: Vec::new(),
+            nanoseconds: Cell::new(0),
+            buckets: RefCell::default(),
+            records: RefCell::default(),
             services: RefCell::default(),
             rings: RefCell::default(),
             slots: RefCell::default(),
@@ -142,6 +154,19 @@ impl HostTables {
     }
 }
 
+impl Shared for Cell<u64> {
+    fn load(&self) -> u64 {
+        self.get()
+    }
+    fn exchange(&self, before: u64, after: u64) -> bool {
+        let is_unchanged = self.get() == before;
+        if is_unchanged {
+            self.set(after);
+        }
+        is_unchanged
+    }
+}
+
 impl Tables for HostTables {
     fn control(&self) -> Option<&Control> {
         Some(&self.control)
@@ -154,6 +179,36 @@ impl Tables for HostTables {
     }
     fn rule(&self, index: u32, _: Live) -> Option<RuleAction> {
         self.rules.get(index as usize).copied()
+    }
+    fn limit(&self, place: u16, _: Live, into: &mut Limit) -> bool {
+        match self.limits.get(usize::from(place)) {
+            Some(limit) => {
+                *into = *limit;
+                true
+            }
+            None => false,
+        }
+    }
+    fn nanoseconds(&self) -> u64 {
+        self.nanoseconds.get()
+    }
+    fn touch_bucket(&self, key: &BucketKey, visit: &mut impl VisitBucket) -> bool {
+        match self.buckets.borrow_mut().get_mut(key) {
+            Some(word) => {
+                visit.visit(Cell::from_mut(word));
+                true
+            }
+            None => false,
+        }
+    }
+    fn begin_bucket(&self, key: &BucketKey, word: u64) {
+        self.buckets.borrow_mut().insert(*key, word);
+    }
+    fn spend(&self, _: u32) -> bool {
+        true
+    }
+    fn record(&self, record: &Record) {
+        self.records.borrow_mut().push(*record);
     }
     fn count_rule(&self, slot: u32, count: Count) {
         add(&self.rule_counts, slot, count);
@@ -265,6 +320,12 @@ macro_rules! flow_tables {
             fn settle(&self, case: &mut Case<$address>) {
                 balance::settle(case, self);
             }
+            fn admits(&self, case: &mut Case<$address>, limit: u16) -> bool {
+                limit::admits(case, self, limit)
+            }
+            fn tell(&self, case: &mut Case<$address>) {
+                pipeline::tell(case, self);
+            }
         }
     };
 }
@@ -335,6 +396,9 @@ impl Packet for Frame {
     fn ifindex(&self) -> u32 {
         self.ifindex
     }
+    fn mark(&self) -> u32 {
+        0
+    }
 }
 
 impl Rewrite for Frame {
@@ -404,6 +468,7 @@ pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
         zone: 0,
         l3: 0,
         ifindex: 0,
+        mark: 0,
         serves: false,
         key,
         from_high: false,
@@ -422,5 +487,29 @@ pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
         fragment,
         question: Question { src: a, dst: a, lanes: 0, direction },
         outcome: Err(Reason::Classifier),
+        why: 0,
+        slot: 0,
+        record: empty_record(),
+        limit: Limit::default(),
+        bucket_key: BucketKey::default(),
+    }
+}
+
+fn empty_record() -> Record {
+    Record {
+        time: 0,
+        l3: [0; 40],
+        l4: [0; 16],
+        slot: 0,
+        generation: 0,
+        length: 0,
+        ifindex: 0,
+        family: 0,
+        proto: 0,
+        direction: 0,
+        zone: 0,
+        outcome: 0,
+        why: 0,
+        pad: [0; 2],
     }
 }

@@ -11,6 +11,7 @@ pub mod conntrack;
 mod frames;
 #[cfg(any(test, feature = "host"))]
 pub mod host;
+pub mod limit;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;

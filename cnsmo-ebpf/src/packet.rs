@@ -21,6 +21,8 @@ pub trait Packet {
     fn length(&self) -> usize;
     /// Kernel's index of the device that it came by; 0: not known.
     fn ifindex(&self) -> u32;
+    /// What its sender on this VM has marked it with; 0: nothing.
+    fn mark(&self) -> u32;
 }
 
 /// Place for [`Role::Front`] in the parameter of [`Direct`].
@@ -36,14 +38,15 @@ pub struct Direct<const ROLE: u8> {
     end: usize,
     length: u32,
     ifindex: u32,
+    mark: u32,
 }
 
 impl<const ROLE: u8> Direct<ROLE> {
     /// # Safety
     /// `start..end` must be the data of the context this program was called with.
     #[inline(always)]
-    pub unsafe fn new(start: usize, end: usize, length: u32, ifindex: u32) -> Self {
-        Self { start, end, length, ifindex }
+    pub unsafe fn new(start: usize, end: usize, length: u32, ifindex: u32, mark: u32) -> Self {
+        Self { start, end, length, ifindex, mark }
     }
 }
 
@@ -73,6 +76,10 @@ impl<const R: u8> Packet for Direct<R> {
     fn ifindex(&self) -> u32 {
         self.ifindex
     }
+    #[inline(always)]
+    fn mark(&self) -> u32 {
+        self.mark
+    }
 }
 
 /// A frame in user space that is only looked at.
@@ -85,6 +92,9 @@ impl Packet for [u8] {
         self.len()
     }
     fn ifindex(&self) -> u32 {
+        0
+    }
+    fn mark(&self) -> u32 {
         0
     }
 }

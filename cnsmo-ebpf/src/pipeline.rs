@@ -7,10 +7,11 @@
 use cnsmo_common::{
     Direction,
     blob::{NO_RULE, lanes},
-    control::{Control, SLOT_DEFAULT_EGRESS, SLOT_DEFAULT_INGRESS},
+    control::{Control, rule_flag, verdict},
     flow::{
         Conn, Flow, FlowKey, Fragment, FragmentKey, Translation, ZONE_OVERLAY, ZONE_UNDERLAY, flag,
     },
+    record::{ANSWER_MARK, PASSED, budget, why},
     stat::{Count, Reason},
 };
 
@@ -118,6 +119,38 @@ where
 {
     #[inline(always)]
     fn judge(self, case: &mut Case<A>) -> Result<u32, Reason> {
+        const WANTED: u8 = why::LOG | why::AUDIT | why::ANSWER;
+        let (packet, tables) = (self.packet, self.tables);
+        case.why = 0;
+        // Each arm returns by itself: the verifier would not accept what the other one leaves unwritten.
+        match self.examine(case) {
+            Ok(slot) => {
+                if case.why & WANTED != 0 {
+                    case.record.outcome = PASSED;
+                    hand_over(packet, case, tables);
+                }
+                Ok(slot)
+            }
+            Err(reason) => {
+                case.record.outcome = reason as u8;
+                hand_over(packet, case, tables);
+                Err(reason)
+            }
+        }
+    }
+}
+
+impl<P, T, const L3: usize> Judge<'_, P, T, L3>
+where
+    P: Packet + ?Sized,
+    T: Tables,
+{
+    #[inline(always)]
+    fn examine<A>(self, case: &mut Case<A>) -> Result<u32, Reason>
+    where
+        T: FlowTables<A>,
+        A: Family,
+    {
         let Self { packet, at, tables, control, direction } = self;
         case.live = tables.live(control);
         case.now = tables.now();
@@ -125,13 +158,15 @@ where
         case.direction = direction;
         case.zone = if L3 == TUNNEL { ZONE_OVERLAY } else { ZONE_UNDERLAY };
         case.flow.conn.flags = 0;
+        case.l3 = at;
+        case.ifindex = packet.ifindex();
+        case.mark = packet.mark();
+        case.datagram.l4 = 0;
 
         A::parse(packet, at, &mut case.datagram)?;
         if is_anothers::<P, A>(case, control) {
             return Ok(UNCOUNTED);
         }
-        case.l3 = at;
-        case.ifindex = packet.ifindex();
         case.translate = false;
         // In front of a tag there is another network, which answers would not find back to.
         case.serves = P::ROLE as u8 != Role::Front as u8
@@ -231,8 +266,9 @@ fn promote<A: Family, T: FlowTables<A>>(case: &mut Case<A>, tables: &T) {
 #[inline(always)]
 fn not_ip<T: Tables>(tables: &T, direction: Direction) -> Result<u32, Reason> {
     let control = tables.control().ok_or(Reason::Classifier)?;
-    let allowed = tables.live(control).allows_by_default(direction);
-    if allowed { Ok(default_slot(direction)) } else { Err(Reason::NotIp) }
+    let action = tables.live(control).default_action(direction);
+    let passes = action.verdict == verdict::ALLOW || action.flags & rule_flag::AUDIT != 0;
+    if passes { Ok(action.slot) } else { Err(Reason::NotIp) }
 }
 
 /// ONE lookup for a packet of an established flow, two for any other. The result is in `case.step`, the flow as it is
@@ -331,8 +367,8 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
     stale: bool,
 ) -> Result<u32, Reason> {
     let datagram = &case.datagram;
-    if case.zone == ZONE_UNDERLAY && is_essential(datagram, case.direction) {
-        return Ok(default_slot(case.direction));
+    if case.zone == ZONE_UNDERLAY && is_essential(datagram, case.direction) || is_own_answer(case) {
+        return Ok(case.live.default_action(case.direction).slot);
     }
     let state = match datagram.kind {
         Kind::IcmpError => return Err(Reason::IcmpUnrelated),
@@ -361,7 +397,7 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
     if state != NO_STATE && balance::is_served(case, tables, control) {
         return begin_translated(case, tables, control);
     }
-    let slot = ask(case, tables)?;
+    let slot = ask(case, tables, true)?;
     if state != NO_STATE {
         if stale {
             tables.remove(&case.key);
@@ -396,7 +432,7 @@ fn begin_translated<A: Family, T: Tables + FlowTables<A>>(
         case.outcome?;
         set_other_question(case);
     }
-    let slot = match ask(case, tables) {
+    let slot = match ask(case, tables, true) {
         Ok(slot) => slot,
         Err(reason) => {
             if own {
@@ -446,7 +482,7 @@ pub fn decide_again<A: Family, T: Tables + FlowTables<A>>(
         zone = if flags & flag::EGRESS != 0 { ZONE_OVERLAY } else { ZONE_UNDERLAY };
     }
     let forged = zone == ZONE_UNDERLAY && is_beside_tunnel(&case.question, control);
-    let slot = if forged { Err(Reason::NotTunnelled) } else { ask(case, tables) };
+    let slot = if forged { Err(Reason::NotTunnelled) } else { ask(case, tables, false) };
     let Ok(slot) = slot else {
         if translated {
             balance::forget_twin(case, tables);
@@ -487,31 +523,103 @@ fn resume<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T, 
     }
 }
 
-/// The rules' answer to `case.question`. A refusal is counted with its rule here.
+/// The rules' answer to `case.question`, and in `case.why` what else they ask for. A refusal is counted with its rule
+/// here. `fresh`: the flow begins; limits and the log are for such.
 #[inline(always)]
-fn ask<A: Family, T: Tables + FlowTables<A>>(case: &Case<A>, tables: &T) -> Result<u32, Reason> {
-    let direction = case.question.direction;
+fn ask<A: Family, T: Tables + FlowTables<A>>(
+    case: &mut Case<A>,
+    tables: &T,
+    fresh: bool,
+) -> Result<u32, Reason> {
     let index = tables.classify(&case.question, case.live).ok_or(Reason::Classifier)?;
-    let (slot, allowed, refusal) = if index == NO_RULE {
-        let allowed = case.live.allows_by_default(direction);
-        (default_slot(direction), allowed, Reason::DeniedByDefault)
+    let (action, refusal) = if index == NO_RULE {
+        (case.live.default_action(case.question.direction), Reason::DeniedByDefault)
     } else {
-        let action = tables.rule(index, case.live).ok_or(Reason::Classifier)?;
-        (action.slot, action.allow != 0, Reason::Denied)
+        (tables.rule(index, case.live).ok_or(Reason::Classifier)?, Reason::Denied)
     };
-    if allowed {
-        return Ok(slot);
+    case.slot = action.slot;
+    case.why = why::RULE;
+    if fresh && action.flags & rule_flag::LOG != 0 {
+        case.why |= why::LOG;
     }
-    tables.count_rule(slot, case.count);
+    let refusal = if action.verdict != verdict::ALLOW {
+        refusal
+    } else if fresh && action.limit != 0 && !tables.admits(case, action.limit) {
+        Reason::Limited
+    } else {
+        return Ok(action.slot);
+    };
+    if action.flags & rule_flag::AUDIT != 0 {
+        case.why |= why::AUDIT;
+        return Ok(action.slot);
+    }
+    if action.verdict == verdict::REJECT {
+        case.why |= why::ANSWER;
+    }
+    tables.count_rule(action.slot, case.count);
     Err(refusal)
 }
 
+/// What the agent tells a sender on behalf of a rule: it belongs to no flow.
 #[inline(always)]
-fn default_slot(direction: Direction) -> u32 {
-    match direction {
-        Direction::Ingress => SLOT_DEFAULT_INGRESS,
-        Direction::Egress => SLOT_DEFAULT_EGRESS,
+fn is_own_answer<A>(case: &Case<A>) -> bool {
+    case.mark == ANSWER_MARK && case.direction as u8 != 0
+}
+
+/// Tells the agent of the packet, if there is a budget for it.
+#[inline(never)]
+fn hand_over<P, T, A>(packet: &P, case: &mut Case<A>, tables: &T)
+where
+    P: Packet + ?Sized,
+    T: Tables + FlowTables<A>,
+    A: Family,
+{
+    let budget = if case.why & why::ANSWER == 0 { budget::RECORDS } else { budget::ANSWERS };
+    if tables.spend(budget) {
+        quote(packet, case);
+        tables.tell(case);
     }
+}
+
+/// Copies the headers into the record.
+#[inline(always)]
+fn quote<P: Packet + ?Sized, A: Family>(packet: &P, case: &mut Case<A>) {
+    let record = &mut case.record;
+    // Masks, as in `place_quoted`.
+    let (l3, l4) = (case.l3 & 0xff, case.datagram.l4 & 0xfff);
+    if size_of::<A>() == 4 {
+        let header: [u8; 20] = packet.load(l3).unwrap_or([0; 20]);
+        record.l3[..20].copy_from_slice(&header);
+    } else {
+        record.l3 = packet.load(l3).unwrap_or([0; 40]);
+    }
+    record.l4 = [0; 16];
+    if l4 == 0 {
+        return;
+    }
+    if let Some(start) = packet.load(l4) {
+        record.l4 = start;
+    } else if let Some(start) = packet.load::<8>(l4) {
+        record.l4[..8].copy_from_slice(&start);
+    }
+}
+
+/// Completes the record and hands it to the agent.
+#[inline(always)]
+pub fn tell<A: Family, T: Tables>(case: &mut Case<A>, tables: &T) {
+    let record = &mut case.record;
+    record.time = tables.nanoseconds();
+    record.slot = case.slot;
+    record.generation = case.live.generation();
+    record.length = case.count.bytes as u32;
+    record.ifindex = case.ifindex;
+    record.family = if size_of::<A>() == 4 { 4 } else { 6 };
+    record.proto = case.datagram.proto;
+    record.direction = case.direction as u8;
+    record.zone = case.zone;
+    record.why = case.why;
+    record.pad = [0; 2];
+    tables.record(record);
 }
 
 #[inline(always)]

@@ -3,8 +3,9 @@
 use cnsmo_common::{
     Direction,
     balance::{Backend, Ring, Service, ServiceKey},
-    control::{Control, Live, RuleAction},
+    control::{BucketKey, Control, Limit, Live, RuleAction},
     flow::{Flow, FlowKey, Fragment, FragmentKey},
+    record::Record,
     stat::{Count, Reason},
 };
 
@@ -29,6 +30,8 @@ pub struct Case<A> {
     pub l3: usize,
     /// Kernel's index of the device that the packet came by; 0: not known.
     pub ifindex: u32,
+    /// What its sender on this VM has marked it with.
+    pub mark: u32,
     /// The hook can rewrite: new flows to virtual addresses may begin here.
     pub serves: bool,
     /// Key of its flow.
@@ -65,6 +68,16 @@ pub struct Case<A> {
     pub question: Question<A>,
     /// The counter of the rule that lets it pass, or why it is dropped.
     pub outcome: Result<u32, Reason>,
+    /// Bits of [`cnsmo_common::record::why`].
+    pub why: u8,
+    /// Counter of the rule that decided, if `why` says so.
+    pub slot: u32,
+    /// What is told of the packet.
+    pub record: Record,
+    /// The limit of the rule.
+    pub limit: Limit,
+    /// Whose bucket is asked.
+    pub bucket_key: BucketKey,
 }
 
 /// Where a rewritten packet goes.
@@ -96,6 +109,20 @@ pub struct Question<A> {
 pub trait Visit<A> {
     /// Looks at the flow and changes it.
     fn visit(&mut self, flow: &mut Flow<A>);
+}
+
+/// A word that other CPUs change too.
+pub trait Shared {
+    /// What it is now.
+    fn load(&self) -> u64;
+    /// Makes it `after` if it still is `before`, in one step.
+    fn exchange(&self, before: u64, after: u64) -> bool;
+}
+
+/// A change of a bucket. A trait and not a closure, as [`Visit`].
+pub trait VisitBucket {
+    /// Looks at the word and changes it.
+    fn visit(&mut self, word: &impl Shared);
 }
 
 /// Judging a packet in a borrowed [`Case`]. A trait and not a closure, as [`Visit`].
@@ -134,6 +161,10 @@ pub trait FlowTables<A> {
     fn attempt(&self, case: &mut Case<A>, control: &Control, place: u32, port: u32);
     /// [`crate::balance::settle`].
     fn settle(&self, case: &mut Case<A>);
+    /// [`crate::limit::admits`].
+    fn admits(&self, case: &mut Case<A>, limit: u16) -> bool;
+    /// [`crate::pipeline::tell`].
+    fn tell(&self, case: &mut Case<A>);
 }
 
 /// All tables.
@@ -146,6 +177,18 @@ pub trait Tables: FlowTables<[u8; 4]> + FlowTables<[u8; 16]> {
     fn now(&self) -> u64;
     /// What rule `index` of the live half does.
     fn rule(&self, index: u32, live: Live) -> Option<RuleAction>;
+    /// Copies the limit at `place` of the live half; false if there is none.
+    fn limit(&self, place: u16, live: Live, into: &mut Limit) -> bool;
+    /// Nanoseconds of the monotonic clock.
+    fn nanoseconds(&self) -> u64;
+    /// Has `visit` called with the bucket; false if there is none.
+    fn touch_bucket(&self, key: &BucketKey, visit: &mut impl VisitBucket) -> bool;
+    /// Begins a bucket. Full: the one that was not asked for longest is forgotten.
+    fn begin_bucket(&self, key: &BucketKey, word: u64);
+    /// Whether there is something left of a budget ([`cnsmo_common::record::budget`]), and takes one of it.
+    fn spend(&self, budget: u32) -> bool;
+    /// Hands a record to the agent. No room: it is lost.
+    fn record(&self, record: &Record);
     /// Adds to the counter of a rule.
     fn count_rule(&self, slot: u32, count: Count);
     /// Adds to a counter of [`cnsmo_common::stat`].

@@ -39,6 +39,14 @@ pub mod pb {
         }
         pub use v1::*;
     }
+    /// Packets and flows of the VMs.
+    pub mod flow {
+        /// Version 1.
+        pub mod v1 {
+            include!("generated/cnsmo.flow.v1.rs");
+        }
+        pub use v1::*;
+    }
     /// Enrolment and join tokens.
     pub mod identity {
         /// Version 1.

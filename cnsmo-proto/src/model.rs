@@ -20,15 +20,17 @@ pub use deployment::{
 };
 pub use error::Invalid;
 pub use firewall::{
-    Action, Direction, FirewallPolicy, IcmpMatch, PEERS_MAX, PRIORITY_MAX, Peer, PolicyDefaults,
-    PortRange, Protocol, RANGES_MAX, RESOLVED_MAX, RULES_MAX, Rule, protocol,
+    Action, Direction, FirewallPolicy, IcmpMatch, LIMIT_FLOWS_MAX, LIMIT_PERIODS, PEERS_MAX,
+    PRIORITY_MAX, Peer, PolicyDefaults, PolicyMode, PortRange, Protocol, RANGES_MAX, RESOLVED_MAX,
+    RULES_MAX, RateLimit, Rule, protocol,
 };
 pub use network::{
     Addresses, ENDPOINTS_MAX, LISTEN_PORT, MTU_MAX, MTU_MIN, Member, Network, PublicKey,
     STATIC_ADDRESSES_MAX, TUNNEL_OVERHEAD,
 };
 pub use process::{
-    COMMAND_MAX, Check, Driver, Limits, Probe, Process, TEXT_BYTES_MAX, Unit, VARIABLES_MAX,
+    COMMAND_MAX, Check, Driver, Limits, Probe, Process, TEXT_BYTES_MAX, UNIT_TIMEOUT, Unit,
+    VARIABLES_MAX,
 };
 
 /// Longest resource name, a DNS label (RFC 1123, section 2.1).

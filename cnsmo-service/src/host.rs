@@ -1,5 +1,6 @@
 //! A host of services: runs each of them under a supervisor of its own, and starts, stops, restarts and kills them by name.
 
+pub mod follow;
 pub mod front;
 
 use std::{

@@ -2,7 +2,7 @@
 
 use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 
-use cnsmo_tests::{Process, sweep};
+use cnsmo_tests::sweep;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -10,7 +10,7 @@ use nix::{
 
 use super::{
     lab::{Lab, PATIENCE as PACKETS, PEER4, SILENCE, VM4},
-    programs::{Core, PATIENCE, program, until},
+    programs::{Core, until},
 };
 
 /// Of the core below.
@@ -38,16 +38,7 @@ async fn a_change_is_undone_when_the_core_is_not_there_any_more() {
         command.args(["--heartbeat", "3s", "--lease", "4s", "--confirm-window", "6s"]);
         command
     });
-    let mut command = lab.vm.command(program("cnsmo-agent")).unwrap();
-    command.arg("--core").arg(core.address().to_string());
-    command.arg("--token-file").arg(core.token("agent", "vm1"));
-    command.arg("--state-dir").arg(core.folder().join("vm1"));
-    command.arg("--bpffs").arg(lab.pins.path());
-    command.args(["--node", "vm1", "--interface", "eth0", "--flows", "4096"]);
-    command.env_remove("CNSMO_LOG");
-    let log = core.folder().join("agent.log");
-    let mut agent = Process::spawn("cnsmo-agent", &mut command, &log).unwrap();
-    agent.wait_for("connected to the core", PATIENCE).unwrap();
+    let mut agent = core.agent(&lab.vm, &lab.pins, "vm1", &[]);
 
     let file = core.folder().join("policy.yaml");
     let apply = |ports: &str, wait: bool| {

@@ -34,7 +34,7 @@ fn stream(lab: &Lab, listener: &TcpListener, from_vm: bool) -> (TcpStream, TcpSt
 }
 
 /// Whether a byte written at one end is read at the other.
-fn carries(from: &mut TcpStream, to: &mut TcpStream, limit: Duration) -> bool {
+pub(super) fn carries(from: &mut TcpStream, to: &mut TcpStream, limit: Duration) -> bool {
     from.write_all(b"x").unwrap();
     to.set_read_timeout(Some(limit)).unwrap();
     match to.read(&mut [0; 16]) {

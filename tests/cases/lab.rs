@@ -15,8 +15,7 @@ use cnsmo_agent::{
     effective::Effective,
 };
 use cnsmo_proto::model::{
-    Action, Direction, FirewallPolicy, Labels, Name, PolicyDefaults, PortRange, Protocol, Rule,
-    protocol,
+    Action, Direction, FirewallPolicy, Name, PolicyDefaults, PortRange, Protocol, Rule, protocol,
 };
 use cnsmo_tests::{Netns, PinDir, RunDir};
 
@@ -108,7 +107,7 @@ impl Lab {
     }
 
     pub(super) fn listen(&self, netns: &Netns, address: IpAddr, port: u16) -> TcpListener {
-        netns.run(|| TcpListener::bind((address, port))).unwrap().unwrap()
+        listen(netns, address, port)
     }
 
     pub(super) fn connect(
@@ -117,14 +116,12 @@ impl Lab {
         to: SocketAddr,
         limit: Duration,
     ) -> io::Result<TcpStream> {
-        netns.run(|| TcpStream::connect_timeout(&to, limit)).unwrap()
+        connect(netns, to, limit)
     }
 
     /// A UDP socket that waits [`PATIENCE`] for an answer.
     pub(super) fn udp(&self, netns: &Netns, address: IpAddr, port: u16) -> UdpSocket {
-        let socket = netns.run(|| UdpSocket::bind((address, port))).unwrap().unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        socket
+        socket(netns, address, port)
     }
 
     /// Whether a datagram from a new socket of the peer reaches `socket` in the VM.
@@ -133,6 +130,21 @@ impl Lab {
         sender.send_to(b"knock", socket.local_addr().unwrap()).unwrap();
         arrives(socket)
     }
+}
+
+pub(super) fn listen(netns: &Netns, address: IpAddr, port: u16) -> TcpListener {
+    netns.run(|| TcpListener::bind((address, port))).unwrap().unwrap()
+}
+
+pub(super) fn connect(netns: &Netns, to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    netns.run(|| TcpStream::connect_timeout(&to, limit)).unwrap()
+}
+
+/// A UDP socket that waits [`PATIENCE`] for an answer.
+pub(super) fn socket(netns: &Netns, address: IpAddr, port: u16) -> UdpSocket {
+    let socket = netns.run(|| UdpSocket::bind((address, port))).unwrap().unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket
 }
 
 /// Whether a datagram is there within [`SILENCE`].
@@ -153,7 +165,7 @@ pub(super) fn name(text: &str) -> Name {
 
 /// A rule about a protocol and its destination ports, for any address.
 pub(super) fn rule(text: &str, action: Action, direction: Direction, protocol: Protocol) -> Rule {
-    Rule { name: name(text), action, direction, from: vec![], to: vec![], peer: None, protocol }
+    Rule { protocol, ..Rule::new(name(text), action, direction) }
 }
 
 pub(super) fn tcp(port: u16) -> Protocol {
@@ -179,10 +191,10 @@ pub(super) fn allow_out(text: &str, protocol: Protocol) -> Rule {
 
 pub(super) fn spec(ingress: Action, egress: Action, rules: Vec<Rule>) -> FirewallPolicy {
     FirewallPolicy {
-        target: Labels::default(),
         priority: 100,
         defaults: PolicyDefaults { ingress: Some(ingress), egress: Some(egress) },
         rules,
+        ..FirewallPolicy::default()
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use cnsmo_service::channel;
-use cnsmo_tests::{Process, RunDir};
+use cnsmo_tests::{Netns, PinDir, Process, RunDir};
 use serde_json::Value;
 use tonic::transport::Channel;
 
@@ -115,6 +115,20 @@ impl Core {
         let path = file.to_str().unwrap();
         self.cnsmo(&["token", "create", "--role", role, "--name", name, "--output", path]);
         file
+    }
+
+    /// The agent of a VM, which guards its `eth0`; connected to this core.
+    pub(super) fn agent(&self, vm: &Netns, pins: &PinDir, name: &str, more: &[&str]) -> Process {
+        let mut command = vm.command(program("cnsmo-agent")).unwrap();
+        command.arg("--core").arg(self.address.to_string());
+        command.arg("--token-file").arg(self.token("agent", name));
+        command.arg("--state-dir").arg(self.folder().join(name));
+        command.arg("--bpffs").arg(pins.path()).env_remove("CNSMO_LOG");
+        command.args(["--node", name, "--interface", "eth0", "--flows", "4096"]).args(more);
+        let log = self.folder().join(format!("{name}.log"));
+        let mut agent = Process::spawn(name, &mut command, &log).unwrap();
+        agent.wait_for("connected to the core", PATIENCE).unwrap();
+        agent
     }
 
     /// The folder of an identity that the core has just admitted.

@@ -7,11 +7,11 @@ use std::{
     process::Command,
 };
 
-use cnsmo_tests::{Netns, PinDir, Process, sweep};
+use cnsmo_tests::{PinDir, sweep};
 
 use super::{
     lab::{Lab, PATIENCE as PACKETS, PEER4, SILENCE, VM4},
-    programs::{Core, PATIENCE, program, run, until},
+    programs::{Core, program, run, until},
 };
 
 const FILE: &str = "
@@ -56,22 +56,9 @@ async fn s01_one_file_deploys_everything_and_again_changes_nothing() {
         command
     });
     let pins = PinDir::new("s01-peer");
-    let agent = |netns: &Netns, name: &str, pins: &PinDir, label: &str| {
-        let mut command = netns.command(program("cnsmo-agent")).unwrap();
-        command.arg("--core").arg(core.address().to_string());
-        command.arg("--token-file").arg(core.token("agent", name));
-        command.arg("--state-dir").arg(core.folder().join(name));
-        command.arg("--bpffs").arg(pins.path()).env_remove("CNSMO_LOG");
-        command.args(["--node", name, "--label", label]);
-        command.args(["--interface", "eth0", "--flows", "4096"]);
-        let log = core.folder().join(format!("{name}.log"));
-        let mut agent = Process::spawn(name, &mut command, &log).unwrap();
-        agent.wait_for("connected to the core", PATIENCE).unwrap();
-        agent
-    };
     let agents = [
-        agent(&lab.vm, "vm1", &lab.pins, "role=web"),
-        agent(&lab.peer, "vm2", &pins, "role=client"),
+        core.agent(&lab.vm, &lab.pins, "vm1", &["--label", "role=web"]),
+        core.agent(&lab.peer, &pins, "vm2", &["--label", "role=client"]),
     ];
     let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
     let server = lab.listen(&lab.vm, any, 8080);

@@ -23,6 +23,18 @@ fn command_of(pid: u64) -> String {
     line.replace('\0', " ").trim().to_owned()
 }
 
+fn agent(lab: &Lab, core: &Core, log: &str) -> Process {
+    let mut command = lab.vm.command(program("cnsmo-agent")).unwrap();
+    command.arg("--core").arg(core.address().to_string());
+    command.arg("--state-dir").arg(core.folder().join("vm1"));
+    command.arg("--token-file").arg(core.folder().join("agent-vm1.token"));
+    command.arg("--bpffs").arg(lab.pins.path()).env_remove("CNSMO_LOG");
+    command.args(["--node", "vm1", "--interface", "eth0", "--flows", "4096"]);
+    let mut agent = Process::spawn("cnsmo-agent", &mut command, &core.folder().join(log)).unwrap();
+    agent.wait_for("connected to the core", PATIENCE).unwrap();
+    agent
+}
+
 #[tokio::test]
 async fn s06_services_are_spawned_and_deleted_locally_and_remotely() {
     sweep();
@@ -32,15 +44,8 @@ async fn s06_services_are_spawned_and_deleted_locally_and_remotely() {
         command.args(["--listen", &SocketAddr::new(PEER4, 0).to_string()]);
         command
     });
-    let mut command = lab.vm.command(program("cnsmo-agent")).unwrap();
-    command.arg("--core").arg(core.address().to_string());
-    command.arg("--token-file").arg(core.token("agent", "vm1"));
-    command.arg("--state-dir").arg(core.folder().join("vm1"));
-    command.arg("--bpffs").arg(lab.pins.path()).env_remove("CNSMO_LOG");
-    command.args(["--node", "vm1", "--interface", "eth0", "--flows", "4096"]);
-    let log = core.folder().join("agent.log");
-    let mut agent = Process::spawn("cnsmo-agent", &mut command, &log).unwrap();
-    agent.wait_for("connected to the core", PATIENCE).unwrap();
+    core.token("agent", "vm1");
+    let _agent = agent(&lab, &core, "agent.log");
 
     // On the core's machine.
     let said = core.cnsmo(&["spawn", "near", "--node", "vm1", "--", "/bin/sleep", "601"]);
@@ -85,4 +90,96 @@ async fn s06_services_are_spawned_and_deleted_locally_and_remotely() {
     let deleted = done(&["delete", "deployment", "far"]);
     assert_eq!(deleted.0, Some(0), "{}", deleted.1);
     until("the end of the other", async || running(&core, "far").is_empty().then_some(())).await;
+}
+
+/// As many as a VM lets follow the output of its services.
+const FOLLOWERS_MAX: usize = 8;
+/// Says its process and a number, ten times a second.
+const COUNTS: &str = "n=0; while :; do n=$((n+1)); echo \"process $$ line $n\"; sleep 0.1; done";
+
+/// A process that follows the output of `counts` through the core, into a file of this name.
+fn follower(core: &Core, name: &str) -> Process {
+    let mut command = Command::new(program("cnsmo"));
+    command.env("CNSMO_SOCKET", core.socket());
+    command.args(["logs", "counts", "--tail", "2", "--follow"]);
+    Process::spawn(name, &mut command, &core.folder().join(name)).unwrap()
+}
+
+/// Of the lines that a follower has printed, the number and the process of each.
+fn lines(follower: &Process) -> Vec<(u64, u64)> {
+    let output = follower.output().unwrap();
+    // The last line may be half written.
+    let whole = output.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    let line = |line: &str| {
+        let (process, number) = line.strip_prefix("process ")?.split_once(" line ")?;
+        Some((process.parse().unwrap(), number.parse().unwrap()))
+    };
+    whole.lines().filter_map(line).collect()
+}
+
+#[tokio::test]
+async fn s06_output_is_followed_through_the_core_up_to_its_end() {
+    sweep();
+    let lab = Lab::new("s06f");
+    let core = Core::start_by("s06f", |path: PathBuf| {
+        let mut command = lab.peer.command(path).unwrap();
+        command.args(["--listen", &SocketAddr::new(PEER4, 0).to_string()]);
+        command
+    });
+    core.token("agent", "vm1");
+    let mut agents = vec![agent(&lab, &core, "first.log")];
+    core.cnsmo(&["spawn", "counts", "--node", "vm1", "--", "/bin/sh", "-c", COUNTS]);
+    let mut first = follower(&core, "follower-0");
+    first.wait_for("line 9\n", PATIENCE).unwrap();
+
+    // Another process of the instance: nothing is left out, and it goes on.
+    core.cnsmo(&["service", "kill", "counts", "--node", "vm1"]);
+    let told = until("lines of another process", async || {
+        let told = lines(&first);
+        (told.last()?.0 != told[0].0 && told.last()?.1 >= 3).then_some(told)
+    })
+    .await;
+    for pair in told.windows(2) {
+        let ((before, n), (after, m)) = (pair[0], pair[1]);
+        assert!(m == if before == after { n + 1 } else { 1 }, "{pair:?} in {told:?}");
+    }
+
+    // There are few; one whose reader goes away makes room.
+    let mut others: Vec<_> = (1..FOLLOWERS_MAX)
+        .map(|n| {
+            let mut one = follower(&core, &format!("follower-{n}"));
+            one.wait_for(" line ", PATIENCE).unwrap();
+            one
+        })
+        .collect();
+    let mut refused = follower(&core, "refused");
+    assert!(!refused.wait(PATIENCE).unwrap().success());
+    assert!(refused.output().unwrap().contains("8 followers already"), "{}", refused.tail());
+    others.pop().unwrap().kill().unwrap();
+    let another = until("room for another one", async || {
+        let mut one = follower(&core, "another");
+        one.wait_for(" line ", PATIENCE).is_ok().then_some(one)
+    });
+    others.push(another.await);
+
+    // The VM is lost: its followers are told.
+    agents.pop().unwrap().kill().unwrap();
+    for one in others.iter_mut().chain([&mut first]) {
+        assert!(!one.wait(PATIENCE).unwrap().success());
+        let output = one.output().unwrap();
+        assert!(output.contains("connection of node vm1 was lost"), "{}", one.tail());
+    }
+    let mut absent = follower(&core, "absent");
+    assert!(!absent.wait(PATIENCE).unwrap().success(), "{}", absent.tail());
+
+    // It is back, with the same process; the end of the instance is the end of its output.
+    agents.push(agent(&lab, &core, "second.log"));
+    let mut last = until("the instance", async || {
+        let mut one = follower(&core, "last");
+        one.wait_for(" line ", PATIENCE).is_ok().then_some(one)
+    })
+    .await;
+    assert_eq!(lines(&last)[0].0, told.last().unwrap().0);
+    core.cnsmo(&["delete", "deployment", "counts", "--wait"]);
+    assert!(last.wait(PATIENCE).unwrap().success(), "{}", last.tail());
 }

@@ -6,7 +6,6 @@ use std::{
     fs,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpStream},
-    path::PathBuf,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -22,9 +21,11 @@ use nix::{
 };
 use serde_json::Value;
 
-use super::programs::{Core, PATIENCE, program, until};
+use super::{
+    programs::{Core, PATIENCE, until},
+    switch::Switch,
+};
 
-const CORE: Ipv4Addr = Ipv4Addr::new(10, 62, 0, 1);
 const VIRTUAL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 92, 0, 80)), 80);
 /// Connections of the load that are open at once.
 const CALLERS: usize = 6;
@@ -74,51 +75,23 @@ spec:
     stopTimeout: 1s
 ";
 
-/// VMs on one switch; the fourth has the clients, and is behind no balancer.
+/// Three VMs with instances; the fourth has the clients, and is behind no balancer.
 struct Fleet {
     agents: Vec<Process>,
     core: Core,
-    vms: Vec<(Netns, PinDir)>,
-    switch: Netns,
+    switch: Switch,
 }
 
 impl Fleet {
     fn new() -> Self {
-        let switch = Netns::new("s15b-switch").unwrap();
-        switch.ip(&["link", "add", "br0", "type", "bridge"]).unwrap();
-        switch.ip(&["addr", "add", &format!("{CORE}/24"), "dev", "br0"]).unwrap();
-        switch.ip(&["link", "set", "br0", "up"]).unwrap();
-        let vm = |n: usize| {
-            let netns = Netns::new(&format!("s15b-vm{n}")).unwrap();
-            let port = format!("vm{n}");
-            Netns::veth((&netns, "eth0"), (&switch, &port)).unwrap();
-            switch.ip(&["link", "set", &port, "master", "br0"]).unwrap();
-            netns.ip(&["addr", "add", &format!("10.62.0.{}/24", n + 10), "dev", "eth0"]).unwrap();
-            (netns, PinDir::new(&format!("s15b-vm{n}")))
-        };
-        let vms: Vec<_> = (1..=4).map(vm).collect();
-        let core = Core::start_by("s15b", |path: PathBuf| {
-            let mut command = switch.command(path).unwrap();
-            command.args(["--listen", &SocketAddr::new(CORE.into(), 0).to_string()]);
-            command.args(["--heartbeat", "200ms", "--lease", "2s"]);
-            command
-        });
+        let switch = Switch::new("s15b", 4);
+        let core = switch.core("s15b", &["--heartbeat", "200ms", "--lease", "2s"]);
         let agent = |(n, (netns, pins)): (usize, &(Netns, PinDir))| {
-            let name = format!("vm{n}");
-            let mut command = netns.command(program("cnsmo-agent")).unwrap();
-            command.arg("--core").arg(core.address().to_string());
-            command.arg("--token-file").arg(core.token("agent", &name));
-            command.arg("--state-dir").arg(core.folder().join(&name));
-            command.arg("--bpffs").arg(pins.path()).env_remove("CNSMO_LOG");
-            command.args(["--interface", "eth0", "--flows", "4096", "--node", &name]);
-            command.args(["--label", if n == 4 { "role=client" } else { "role=web" }]);
-            let log = core.folder().join(format!("{name}.log"));
-            let mut agent = Process::spawn(&name, &mut command, &log).unwrap();
-            agent.wait_for("connected to the core", PATIENCE).unwrap();
-            agent
+            let role = if n == 4 { "role=client" } else { "role=web" };
+            core.agent(netns, pins, &format!("vm{n}"), &["--label", role])
         };
-        let agents = (1..).zip(&vms).map(agent).collect();
-        Self { agents, core, vms, switch }
+        let agents = (1..).zip(&switch.vms).map(agent).collect();
+        Self { agents, core, switch }
     }
 
     async fn complete(&self, count: u64) -> Vec<Value> {
@@ -147,7 +120,7 @@ impl Fleet {
     }
 
     fn open(&self) -> Call {
-        self.vms[3].0.run(Call::open).unwrap().unwrap()
+        self.switch.vms[3].0.run(Call::open).unwrap().unwrap()
     }
 
     fn pid(&self, instance: &Value) -> Pid {
@@ -256,7 +229,7 @@ async fn s15_instances_are_backends_while_they_are_ready_and_leave_without_a_res
     let shown = fleet.core.cnsmo(&["describe", "lb", "front"]);
     assert!(five.iter().all(|one| shown.contains(one["name"].as_str().unwrap())), "{shown}");
 
-    let load = Load::start(&fleet.vms[3].0);
+    let load = Load::start(&fleet.switch.vms[3].0);
     until("all five", async || (load.seen.lock().unwrap().len() == 5).then_some(())).await;
     // One call on each instance goes on all the time.
     let mut calls = Vec::<Call>::new();
@@ -294,7 +267,7 @@ async fn s15_instances_are_backends_while_they_are_ready_and_leave_without_a_res
     fleet.core.kill();
     calls.iter_mut().for_each(|call| call.talk().unwrap());
     load.take_seen();
-    let switch = &fleet.switch;
+    let switch = &fleet.switch.netns;
     let address = fleet.core.address();
     fleet.core.start_again_by(|path| {
         let mut command = switch.command(path).unwrap();
@@ -308,7 +281,7 @@ async fn s15_instances_are_backends_while_they_are_ready_and_leave_without_a_res
     assert!(good > 100 && bad.is_empty(), "{good} calls were well, the others: {bad:?}");
 
     // One that is killed breaks its calls, and the load can tell.
-    let load = Load::start(&fleet.vms[3].0);
+    let load = Load::start(&fleet.switch.vms[3].0);
     until("all four", async || (load.take_seen().len() >= 2).then_some(())).await;
     let one = four.iter().find(|one| one["name"] == calls[0].instance.as_str()).unwrap();
     kill(fleet.pid(one), Signal::SIGKILL).unwrap();
@@ -327,6 +300,6 @@ async fn s15_instances_are_backends_while_they_are_ready_and_leave_without_a_res
         left.as_array().unwrap().is_empty().then_some(())
     })
     .await;
-    assert!(fleet.vms[3].0.run(Call::open).unwrap().is_err());
+    assert!(fleet.switch.vms[3].0.run(Call::open).unwrap().is_err());
     fleet.agents.clear();
 }

@@ -51,9 +51,9 @@ struct Fleet {
 }
 
 impl Fleet {
-    fn new() -> Self {
-        let lab = Lab::new("s15");
-        let core = Core::start_by("s15", |path: PathBuf| {
+    fn new(name: &str) -> Self {
+        let lab = Lab::new(name);
+        let core = Core::start_by(name, |path: PathBuf| {
             let mut command = lab.peer.command(path).unwrap();
             command.args(["--listen", &SocketAddr::new(PEER4, 0).to_string()]);
             command.args(["--heartbeat", "200ms", "--lease", "1s"]);
@@ -128,7 +128,7 @@ async fn fewest_ready(fleet: &Fleet, deployment: &str, version: &str) -> usize {
 #[tokio::test]
 async fn s15_instances_are_placed_scaled_replaced_and_ended_whoever_is_killed() {
     sweep();
-    let fleet = Fleet::new();
+    let fleet = Fleet::new("s15");
     let mut agent = fleet.agent("first.log");
     let refused = [deployment("a", 1, 1, "b"), deployment("b", 1, 1, "a")].concat();
     fs::write(fleet.core.folder().join("circle.yaml"), refused).unwrap();
@@ -202,5 +202,75 @@ async fn s15_instances_are_placed_scaled_replaced_and_ended_whoever_is_killed() 
     assert_eq!(fleet.pids("web").len(), 0);
     fleet.core.cnsmo(&["delete", "deployment", "db"]);
     until("the end of all", async || fleet.pids("db").is_empty().then_some(())).await;
+    drop(agent);
+}
+
+/// Counts its lives in a file of its own, and says which one this is.
+const TALKS: &str = "kind: Deployment
+metadata: {name: talk}
+spec:
+  drainTimeout: 0s
+  process:
+    command:
+      - /bin/sh
+      - -c
+      - |
+        echo x >> lives; n=$(wc -l < lives); trap 'echo \"end $n\"; exit 0' TERM
+        echo \"life $n of $INSTANCE\"; echo \"error $n\" >&2
+        while :; do sleep 0.1; done
+";
+
+#[tokio::test]
+async fn s15_what_an_instance_writes_is_read_over_its_restarts_and_the_agents() {
+    sweep();
+    let fleet = Fleet::new("s15-logs");
+    let mut agent = fleet.agent("first.log");
+    fleet.apply(TALKS);
+    let all = fleet.complete("talk", 1).await;
+    let name = all[0]["name"].as_str().unwrap().to_owned();
+    let life = |n: u32| format!("life {n} of {name}");
+    let logs = |arguments: &[&str]| fleet.core.cnsmo(&[&["logs", "talk"][..], arguments].concat());
+    let says = async |expected: Vec<String>| {
+        let expected = expected.join("\n") + "\n";
+        until(&expected, async || (logs(&[]) == expected).then_some(())).await;
+    };
+    // Standard output, then error.
+    says(vec![life(1), "error 1".into()]).await;
+
+    // What an earlier life said stays, up to its last word.
+    let restart = ["service", "restart", "talk", "--node", "vm1", "--instance", &name];
+    fleet.core.cnsmo(&restart);
+    let two = vec![life(1), "end 1".into(), life(2), "error 1".into(), "error 2".into()];
+    says(two.clone()).await;
+
+    // The next agent has it all.
+    agent.kill().unwrap();
+    drop(agent);
+    let agent = fleet.agent("second.log");
+    until("the next agent", async || {
+        let mut command = Command::new(program("cnsmo"));
+        command.env("CNSMO_SOCKET", fleet.core.socket()).args(["logs", "talk"]);
+        command.output().unwrap().status.success().then_some(())
+    })
+    .await;
+    says(two).await;
+    fleet.core.cnsmo(&restart);
+    let three: Vec<_> = (1..=3).map(|n| format!("error {n}")).collect();
+    let said = [life(1), "end 1".into(), life(2), "end 2".into(), life(3)];
+    says([said.to_vec(), three].concat()).await;
+
+    assert_eq!(logs(&["--tail", "1", "--instance", &name]), format!("{}\nerror 3\n", life(3)));
+    let last = logs(&["--tail", "1", "-o", "json"]);
+    let last: Vec<Value> = last.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(last[0]["stream"] == "stdout" && last[1]["stream"] == "stderr", "{last:?}");
+    assert_eq!(last[1]["text"], "error 3");
+    assert!(last.iter().all(|line| line["time"].as_str().is_some_and(|time| time.contains('T'))));
+
+    fleet.core.cnsmo(&["delete", "deployment", "talk", "--wait"]);
+    let mut gone = Command::new(program("cnsmo"));
+    let gone = gone.env("CNSMO_SOCKET", fleet.core.socket()).args(["logs", "talk"]);
+    let gone = gone.output().unwrap();
+    let text = String::from_utf8(gone.stderr).unwrap();
+    assert!(!gone.status.success() && text.contains("no instance of talk"), "{text}");
     drop(agent);
 }

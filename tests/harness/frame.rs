@@ -238,3 +238,145 @@ fn damage(random: &mut Random, packet: &mut Vec<u8>) {
         }
     }
 }
+
+/// Frames of every kind of damage that the parser meets: cut after each byte, each length field wrong in each way that
+/// matters, tags and extension headers nested up to more than is read, fragments that overlap.
+pub fn malformed() -> Vec<Vec<u8>> {
+    let mut frames = Vec::new();
+    for packet in well_formed() {
+        let whole = ethernet(&[0x8100], &packet);
+        frames.extend((0..=whole.len()).map(|length| whole[..length].to_vec()));
+        for (at, width) in length_fields(&packet) {
+            for value in wrong_lengths(packet.len(), width) {
+                let mut packet = packet.clone();
+                match width {
+                    2 => packet[at..at + 2].copy_from_slice(&value.to_be_bytes()),
+                    _ => packet[at] = value as u8,
+                }
+                frames.push(ethernet(&[], &packet));
+            }
+        }
+        for depth in 0..5 {
+            frames.push(ethernet(&vec![0x8100; depth], &packet));
+            frames.push(ethernet(&vec![0x88a8; depth], &packet));
+        }
+    }
+    frames.extend(chains().iter().chain(&overlapping()).map(|packet| ethernet(&[], packet)));
+    frames
+}
+
+const HOSTS_V4: Ends = Ends::V4([10, 0, 1, 1], [10, 0, 0, 5]);
+
+fn hosts_v6() -> Ends {
+    let (mut src, mut dst) = ([0; 16], [0; 16]);
+    (src[0], src[1], src[7], src[15]) = (0xfd, 0x77, 1, 1);
+    (dst[0], dst[1], dst[15]) = (0xfd, 0x77, 5);
+    Ends::V6(src, dst)
+}
+
+/// One packet of every kind, both families.
+fn well_formed() -> Vec<Vec<u8>> {
+    let mut packets = Vec::new();
+    for ends in [HOSTS_V4, hosts_v6()] {
+        let (icmp_proto, echo, error) =
+            if matches!(ends, Ends::V4(..)) { (1, 8, 3) } else { (58, 128, 1) };
+        let quoted = ip(ends.reversed(), 17, &udp(53, 40_000, b""));
+        packets.extend([
+            ip(ends, 6, &tcp(40_000, 80, 2, b"data")),
+            ip(ends, 17, &udp(40_000, 53, b"question")),
+            ip(ends, icmp_proto, &icmp(echo, 0, [0, 1, 0, 1], b"ping")),
+            ip(ends, icmp_proto, &icmp(error, 1, [0; 4], &quoted)),
+            ip(ends, 132, &[0; 12]),
+            ip(ends, 47, &[0; 8]),
+        ]);
+    }
+    let Ends::V6(src, dst) = hosts_v6() else { return packets };
+    let chain =
+        [&[60, 0, 1, 4, 0, 0, 0, 0, 17, 0, 1, 4, 0, 0, 0, 0][..], &udp(1, 53, b"")].concat();
+    packets.push(ipv6(src, dst, 0, 64, &chain));
+    packets.push(ipv4([10, 0, 1, 1], [10, 0, 0, 5], 17, 0, &[1; 40], &udp(1, 53, b"")));
+    packets
+}
+
+/// Places and widths of what says how long something is, or which version.
+fn length_fields(packet: &[u8]) -> Vec<(usize, usize)> {
+    let (mut fields, proto, l4) = if packet[0] >> 4 == 4 {
+        (vec![(0, 1), (2, 2)], packet[9], usize::from(packet[0] & 15) * 4)
+    } else {
+        (vec![(0, 1), (4, 2)], packet[6], 40)
+    };
+    fields.extend(match proto {
+        // Data offset.
+        6 => vec![(l4 + 12, 1)],
+        17 => vec![(l4 + 4, 2)],
+        // Version and header length of what is quoted, and its own length.
+        1 | 58 if packet.len() > l4 + 16 => vec![(l4 + 8, 1), (l4 + 10, 2), (l4 + 12, 2)],
+        // Of two extension headers.
+        0 => vec![(l4 + 1, 1), (l4 + 9, 1)],
+        _ => vec![],
+    });
+    fields
+}
+
+/// Of a field with so many bytes: none, one header's, the true one, too much; and nibbles of versions and header lengths.
+fn wrong_lengths(length: usize, width: usize) -> Vec<u16> {
+    if width == 1 {
+        let nibbles = [0x40, 0x44, 0x45, 0x46, 0x4f, 0x50, 0x5f, 0x60, 0x6f, 0xf0];
+        return (0..8).chain(nibbles).chain([0xff]).collect();
+    }
+    let around = |n: usize| [n.saturating_sub(1), n, n + 1];
+    [0, 8, 20, length, 0xfffe].into_iter().flat_map(around).map(|n| n as u16).collect()
+}
+
+/// IPv6 extension headers of one kind, none to more than are followed, and ones that name themselves as what follows.
+fn chains() -> Vec<Vec<u8>> {
+    let Ends::V6(src, dst) = hosts_v6() else { return Vec::new() };
+    let mut packets = Vec::new();
+    for header in [0, 43, 44, 51, 60] {
+        for depth in 0..10 {
+            for last in [17, 6, 59, header] {
+                let mut payload = Vec::new();
+                for n in (0..depth).rev() {
+                    let next = if n == 0 { last } else { header };
+                    payload.extend([next, u8::from(header == 51), 0, 0, 0, 0, 0, 0]);
+                    payload.extend(if header == 51 { &[0; 4][..] } else { &[] });
+                }
+                payload.extend(tcp(40_000, 80, 2, b""));
+                let first = if depth == 0 { last } else { header };
+                packets.push(ipv6(src, dst, first, 64, &payload));
+            }
+        }
+    }
+    packets
+}
+
+/// Fragments of one datagram that overlap, come twice, in the wrong order and with other headers.
+fn overlapping() -> Vec<Vec<u8>> {
+    const MORE: u16 = 0x2000;
+    let segment = tcp(40_000, 80, 2, &[0; 20]);
+    let other = tcp(40_000, 22, 2, &[0; 20]);
+    let datagram = udp(40_000, 53, &[0; 32]);
+    let mut packets = Vec::new();
+    for (proto, first, again) in [(6, &segment, &other), (17, &datagram, &other)] {
+        for (offset, bytes) in [
+            (2, &first[16..]),
+            (MORE, &first[..]),
+            (MORE | 1, &again[8..]),
+            (MORE | 1, &again[..8]),
+            (MORE, &again[..]),
+            (MORE, &first[..8]),
+            (2, &first[16..]),
+            (MORE | 2, &again[..]),
+            (0x1fff, &first[..8]),
+            (MORE | 0x1fff, &first[..]),
+            (0, &first[..]),
+        ] {
+            packets.push(ipv4([10, 0, 1, 1], [10, 0, 0, 5], proto, offset, &[], bytes));
+            let Ends::V6(src, dst) = hosts_v6() else { continue };
+            let [high, low] = ((offset & 0x1fff) << 3 | offset >> 13 & 1).to_be_bytes();
+            let front = [&[proto, 0, high, low, 0, 0, 0, 9][..], bytes].concat();
+            packets.push(ipv6(src, dst, 44, 64, &front));
+        }
+    }
+    packets
+}

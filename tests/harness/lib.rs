@@ -5,6 +5,7 @@ pub mod frame;
 pub mod netns;
 pub mod postgres;
 pub mod process;
+pub mod usage;
 
 pub use self::core::CoreProcess;
 pub use netns::{Netns, PinDir, RunDir, sweep, unique};

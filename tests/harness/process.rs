@@ -61,13 +61,18 @@ impl Process {
     pub fn terminate(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
         let pid = Pid::from_raw(i32::try_from(self.child.id())?);
         signal::kill(pid, Signal::SIGTERM).with_context(|| format!("stopping {}", self.name))?;
+        self.wait(limit).context("after SIGTERM")
+    }
+
+    /// Waits for its end; an error if there is none in time.
+    pub fn wait(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
         let end = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
             if Instant::now() > end {
-                bail!("{} still runs {limit:?} after SIGTERM", self.name);
+                bail!("{} still runs after {limit:?}", self.name);
             }
             pause(POLL);
         }

@@ -2,6 +2,7 @@
 
 pub(crate) mod driver;
 mod fw;
+mod idle;
 mod lb;
 mod state;
 mod vpn;
@@ -27,6 +28,8 @@ pub(crate) struct Options {
 enum Section {
     /// The firewall's data path and compiler
     Fw,
+    /// What core and agent take while nothing happens
+    Idle,
     /// The load balancer on a gateway, beside a proxy and the kernel's address translation
     Lb,
     /// The core, beside etcd
@@ -100,6 +103,7 @@ pub(crate) fn main(options: &Options) -> anyhow::Result<()> {
     {
         rows.extend(match section {
             Section::Fw => fw::measure()?,
+            Section::Idle => idle::measure()?,
             Section::Lb => lb::measure()?,
             Section::State => state::measure()?,
             Section::Vpn => vpn::measure()?,

@@ -10,6 +10,7 @@ mod checks;
 mod ci;
 mod codegen;
 mod fleet;
+mod fuzz;
 mod interrupt;
 #[path = "../../tests/harness/netns.rs"]
 #[expect(unreachable_pub, reason = "shared with the library of the tests, where it is public")]
@@ -34,6 +35,13 @@ mod swarm;
 mod test;
 mod tidy;
 mod traffic;
+#[path = "../../tests/harness/usage.rs"]
+#[expect(
+    unreachable_pub,
+    dead_code,
+    reason = "shared with the library of the tests, where it is public"
+)]
+mod usage;
 mod vm;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -55,6 +63,8 @@ enum Task {
     Test(test::Options),
     /// Run the kernel tests inside a Debian kernel under QEMU
     Vm(vm::Options),
+    /// Look for inputs that break a property, guided by coverage
+    Fuzz(fuzz::Options),
     /// Measure ours beside the peers
     Bench(bench::Options),
     /// Have thousands of agents on one core, and show what that costs
@@ -88,11 +98,15 @@ struct Json {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = fuzz::as_compiler() {
+        return code;
+    }
     let arguments = Arguments::parse();
     let result = interrupt::install().and_then(|()| match arguments.command {
         Task::Run(options) => run::main(&options),
         Task::Test(options) => test::main(&options),
         Task::Vm(options) => vm::main(&options),
+        Task::Fuzz(options) => fuzz::main(&options),
         Task::Bench(options) => bench::main(&options),
         Task::Swarm(options) => swarm::main(&options),
         Task::Setup => setup::setup(setup::Scope::All),

@@ -32,6 +32,8 @@ const PYTHON_REQUIREMENTS: &str = "examples/python/requirements.txt";
 const POSTGRES: &str = "/usr/lib/postgresql/15/bin/postgres";
 /// Read by the package's scripts: tests start servers of their own, and the machine needs none.
 const POSTGRES_CLUSTERS: &str = "/etc/postgresql-common/createcluster.d";
+/// Not on the PATH. Its package does not make it the machine's own.
+const SYSTEMD: &str = "/lib/systemd/systemd";
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// How much of the project is wanted.
@@ -76,9 +78,12 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Test, "iperf3", "iperf3", "load of the tests"),
     tool(Scope::Test, "nc", "netcat-openbsd", "client of the tests"),
     tool(Scope::Test, POSTGRES, "postgresql-15", "second engine of the core's state"),
+    tool(Scope::Test, SYSTEMD, "systemd", "runs units in the tests"),
+    tool(Scope::Test, "dbus-daemon", "dbus-daemon", "bus of the tests' systemd"),
     tool(Scope::Test, "wireguard-go", "wireguard-go", "peer of the tests and benchmarks"),
     tool(Scope::All, "qemu-system-x86_64", "qemu-system-x86", "other kernels"),
     tool(Scope::All, "dpkg-deb", "dpkg", "unpacking kernels"),
+    tool(Scope::All, "xz", "xz-utils", "unpacking their modules"),
 ];
 
 /// Compiler of the eBPF programs, where rustup has no nightly with the source of `core`.

@@ -21,7 +21,7 @@ use crate::{
     interrupt,
     netns::RunDir,
     process::{Process, pause},
-    progress,
+    progress, usage,
 };
 
 const CORE: &str = "cnsmo-core";
@@ -172,9 +172,9 @@ impl Swarm {
 
     /// Share of one processor that the core takes while nothing changes.
     fn idle_share(&self) -> anyhow::Result<f64> {
-        let (start, before) = (Instant::now(), processor_time(self.core.id())?);
+        let (start, before) = (Instant::now(), usage::processor_time(self.core.id())?);
         pause(IDLE);
-        let used = processor_time(self.core.id())? - before;
+        let used = usage::processor_time(self.core.id())? - before;
         Ok(used.as_secs_f64() / start.elapsed().as_secs_f64())
     }
 
@@ -232,24 +232,9 @@ pub(crate) fn percentile_99(samples: &mut [f64]) -> f64 {
     samples.get(samples.len() * 99 / 100).copied().unwrap_or(f64::NAN)
 }
 
-/// Resident memory in bytes, as `VmRSS` in proc_pid_status(5).
+/// Resident memory in bytes.
 pub(crate) fn memory(process: u32) -> anyhow::Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{process}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).context("no VmRSS")?;
-    Ok(kib.trim().parse::<u64>()? * 1_024)
-}
-
-/// In user mode and in the kernel, as `utime` and `stime` in proc_pid_stat(5).
-fn processor_time(process: u32) -> anyhow::Result<Duration> {
-    let stat = fs::read_to_string(format!("/proc/{process}/stat"))?;
-    // The name before may hold anything.
-    let (_, fields) = stat.rsplit_once(')').context("no name")?;
-    let mut fields = fields.split_whitespace().skip(11);
-    let mut ticks =
-        || -> anyhow::Result<u64> { Ok(fields.next().context("too few fields")?.parse()?) };
-    // USER_HZ is 100 on all architectures that the data path runs on.
-    Ok(Duration::from_millis((ticks()? + ticks()?) * 10))
+    Ok(usage::memory(process)?.resident)
 }
 
 /// Each agent is a file descriptor in both processes, which inherit the limit.

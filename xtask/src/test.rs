@@ -48,8 +48,9 @@ pub(crate) fn everything(with_vm: bool) -> anyhow::Result<()> {
     shell::run(cargo().args(["test", "--locked", "--package=cnsmo-tests"]))?;
     if with_vm {
         vm::run(vm::Kernel::V6_1)?;
+        vm::run(vm::Kernel::V6_12)?;
     }
-    let layers = if with_vm { "unit, namespaces, Debian 6.1" } else { "unit, namespaces" };
+    let layers = if with_vm { "unit, namespaces, Debian 6.1 and 6.12" } else { "unit, namespaces" };
     println!("\nall tests pass: {layers} ({:.0} s)", start.elapsed().as_secs_f32());
     Ok(())
 }

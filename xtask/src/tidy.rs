@@ -36,6 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "cnsmo-service",
         ],
     ),
+    ("cnsmo-fuzz", &["cnsmo-agent", "cnsmo-common", "cnsmo-ebpf", "cnsmo-proto", "cnsmo-tests"]),
     ("xtask", &[]),
 ];
 
@@ -166,7 +167,11 @@ fn names_aya(line: &str) -> bool {
 fn rust_sources() -> anyhow::Result<Vec<PathBuf>> {
     let mut sources = Vec::new();
     for (package, _) in ARROWS {
-        let folder = root().join(if *package == "cnsmo-tests" { "tests" } else { package });
+        let folder = root().join(match *package {
+            "cnsmo-tests" => "tests",
+            "cnsmo-fuzz" => "tests/fuzz",
+            package => package,
+        });
         sources.extend(shell::files(&folder)?);
     }
     sources.retain(|path| {

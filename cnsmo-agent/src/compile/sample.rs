@@ -78,11 +78,12 @@ fn specificity(rule: &Rule) -> u32 {
 /// These rules as one policy called `sample`.
 pub fn effective(rules: Vec<Rule>) -> Effective {
     let policy = Some(name("sample"));
-    let own = |rule| OwnedRule { policy: policy.clone(), rule };
+    let own = |rule| OwnedRule { policy: policy.clone(), rule, audit: false };
     Effective {
         open: false,
         ingress: Action::Deny,
         egress: Action::Allow,
+        audit: [false; 2],
         rules: rules.into_iter().map(own).collect(),
         tunnel: None,
         balancers: Vec::new(),
@@ -91,15 +92,7 @@ pub fn effective(rules: Vec<Rule>) -> Effective {
 
 /// A rule called `r<n>` that allows everything in one direction.
 pub fn rule(n: usize, direction: Direction) -> Rule {
-    Rule {
-        name: name(&format!("r{n}")),
-        action: Action::Allow,
-        direction,
-        from: vec![],
-        to: vec![],
-        peer: None,
-        protocol: Protocol::Any,
-    }
+    Rule::new(name(&format!("r{n}")), Action::Allow, direction)
 }
 
 /// Remote networks, local networks, and protocol of a rule.

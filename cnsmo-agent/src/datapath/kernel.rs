@@ -8,6 +8,7 @@ mod balance;
 mod check;
 mod load;
 mod log;
+mod records;
 mod sys;
 
 use std::{
@@ -16,6 +17,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
+    sync::{Arc, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -27,24 +29,31 @@ use aya::{
 use balance::{Balancers, Plan};
 use cnsmo_common::{
     balance::FILTER_WORDS,
-    control::{Control, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS, switch},
+    control::{Control, LIMITS_MAX, Limit, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS, switch},
     flow::{Flow, FlowKey, flag, state},
     probe::{BENCH_HEADERS, Header, TRACE_LEN},
+    record::budget,
     stat,
 };
 use cnsmo_proto::{
-    model::{Action, Direction, Name},
+    model::{Direction, Name},
     pb::{agent as pb, policy::RuleCounter},
 };
 use ipnet::IpNet;
 use log::ProgramLog;
 use prost::Message as _;
+use records::{Halves, Names, Records};
 use sys::{Batches, GracePeriod, Mapped};
 
 use super::{ApplyError, Attachment, Count, Datapath, Status};
 use crate::{
-    compile::{Compiled, Limits, compile},
+    compile::{
+        Compiled, Limits,
+        actions::{actions, limits, live},
+        compile,
+    },
     effective::{Balancer, Effective, TunnelDevice},
+    flows::FlowLog,
 };
 
 /// The compiled programs.
@@ -147,10 +156,13 @@ pub struct Kernel {
     options: Options,
     ebpf: Ebpf,
     log: ProgramLog,
+    /// Packets of [`Status::established_full`] beyond which the log hears of it again.
+    tell_full_beyond: u64,
     control: Mapped<Control>,
     /// IPv4, IPv6.
     blobs: [Mapped<u64>; 2],
     rules: Mapped<RuleAction>,
+    limits: Mapped<Limit>,
     trace: Mapped<Header>,
     results: Mapped<u32>,
     position: Mapped<u32>,
@@ -164,6 +176,10 @@ pub struct Kernel {
     live: LiveParts,
     /// Of the live rules, by index.
     names: Vec<Option<(Name, Name)>>,
+    /// As `names`, of both halves, for who reads the records.
+    halves: Halves,
+    /// `None`: nobody reads them, and there are none.
+    records: Option<Records>,
     /// What rules had counted when their half was retired.
     retired: BTreeMap<(Name, Name), Count>,
     attachments: Vec<Attachment>,
@@ -190,6 +206,14 @@ impl Kernel {
         kernel.set_times(fresh);
         kernel.retired = read_retired(&kernel.retired_path());
         Ok(kernel)
+    }
+
+    /// Has packets that are dropped, logged or let pass on trial told to `log`, and those that are rejected answered.
+    pub fn record(&mut self, log: Arc<FlowLog>) -> Result<(), KernelError> {
+        let ring = load::records(&mut self.ebpf)?;
+        let budgets = load::map_own(&self.ebpf, "BUDGETS", budget::COUNT as usize)?;
+        self.records = Some(Records::start(ring, budgets, Arc::clone(&self.halves), log)?);
+        Ok(())
     }
 
     /// Changes timeouts and switches. The policy in force stays.
@@ -305,27 +329,26 @@ impl Kernel {
     }
 
     /// Whether the live half already is `compiled`.
-    fn is_live(&self, compiled: &Compiled, rules: &[RuleAction], next: LiveParts) -> bool {
+    fn is_live(&self, policy: &Effective, compiled: &Compiled, next: LiveParts) -> bool {
         let at = self.half_words() * usize::from(self.live.half);
         let parts = LiveParts { half: self.live.half, generation: self.live.generation, ..next };
         self.live.generation != 0
             && parts == self.live
             && self.blobs[0].holds(at, &compiled.v4.words)
             && self.blobs[1].holds(at, &compiled.v6.words)
-            && self.rules.holds(self.first_rule(self.live.half), rules)
+            && self.rules.holds(
+                self.first_rule(self.live.half),
+                &actions(policy, self.first_slot(self.live.half)),
+            )
+            && self.limits.holds(first_limit(self.live.half), &limits(policy))
     }
 
     fn first_rule(&self, half: u8) -> usize {
         self.options.rules_max as usize * usize::from(half)
     }
 
-    fn actions(&self, policy: &Effective, half: u8) -> Vec<RuleAction> {
-        let first = SLOT_FIRST + self.first_rule(half) as u32;
-        let action = |(slot, owned): (u32, &crate::effective::OwnedRule)| RuleAction {
-            slot,
-            allow: u32::from(owned.rule.action == Action::Allow),
-        };
-        (first..).zip(&policy.rules).map(action).collect()
+    fn first_slot(&self, half: u8) -> u32 {
+        SLOT_FIRST + self.first_rule(half) as u32
     }
 
     /// Writes the idle half, tries it in the kernel, then makes it live by one store.
@@ -337,7 +360,7 @@ impl Kernel {
     ) -> Result<(), KernelError> {
         let half = next.half;
         let at = self.half_words() * usize::from(half);
-        let actions = self.actions(policy, half);
+        let actions = actions(policy, self.first_slot(half));
         for (blob, family) in self.blobs.iter().zip([&compiled.v4, &compiled.v6]) {
             blob.write(at, &family.words);
             if !blob.holds(at, &family.words) {
@@ -345,6 +368,7 @@ impl Kernel {
             }
         }
         self.rules.write(self.first_rule(half), &actions);
+        self.limits.write(first_limit(half), &limits(policy));
         self.store(std::mem::offset_of!(Control, probe), next.pack().0);
         self.check(policy)?;
         for action in &actions {
@@ -360,6 +384,7 @@ impl Kernel {
             // What this policy cuts must not come back as a connection older than the firewall.
             self.store(std::mem::offset_of!(Control, pickup_until), 0);
         }
+        self.publish_names(next, policy);
         self.store(std::mem::offset_of!(Control, live), next.pack().0);
         self.grace.settle();
         self.retire(policy);
@@ -367,6 +392,14 @@ impl Kernel {
         self.names = names(policy);
         write_retired(&self.retired_path(), &self.retired);
         Ok(())
+    }
+
+    /// For who reads the records of packets that `live` judges.
+    fn publish_names(&self, live: LiveParts, policy: &Effective) {
+        let first_slot = self.first_slot(live.half);
+        let names = Names { generation: live.generation, first_slot, rules: names(policy) };
+        let mut halves = self.halves.lock().unwrap_or_else(PoisonError::into_inner);
+        halves[usize::from(live.half)] = names;
     }
 
     /// A hook goes with its device: attaches to devices that were made anew under their names.
@@ -563,8 +596,26 @@ impl Kernel {
         self.retired.retain(|name, _| kept.contains(name));
     }
 
+    fn established_full(&self) -> u64 {
+        sum(&self.stat_counts, stat::STAT_ESTABLISHED_FULL).packets
+    }
+
+    /// Says so in the log when flows found no room, and again each time that they have become twice as many.
+    fn tell_full(&mut self) {
+        let packets = self.established_full();
+        if packets > self.tell_full_beyond {
+            let flows = self.options.flows;
+            tracing::warn!(
+                packets,
+                flows,
+                "the table of established flows is full: later ones work, but a flood may cut them; raise --flows"
+            );
+            self.tell_full_beyond = packets.saturating_mul(2);
+        }
+    }
+
     fn live_counts(&self) -> BTreeMap<(Name, Name), Count> {
-        let first = SLOT_FIRST + self.first_rule(self.live.half) as u32;
+        let first = self.first_slot(self.live.half);
         let named = (first..).zip(&self.names);
         named
             .filter_map(|(slot, name)| Some((name.clone()?, sum(&self.rule_counts, slot))))
@@ -620,17 +671,12 @@ impl Kernel {
         }
         self.moved |= self.set_network(policy.tunnel.as_ref());
         self.add_balancers(plan)?;
-        let next = LiveParts {
-            half: self.live.half ^ 1,
-            default_allow: [policy.ingress == Action::Allow, policy.egress == Action::Allow],
-            open: policy.open,
-            trees_v4: compiled.v4.trees,
-            trees_v6: compiled.v6.trees,
-            // 0 stands for "never".
-            generation: self.live.generation.checked_add(1).unwrap_or(1),
-        };
-        if !self.moved && self.is_live(compiled, &self.actions(policy, self.live.half), next) {
+        // 0 stands for "never".
+        let generation = self.live.generation.checked_add(1).unwrap_or(1);
+        let next = live(policy, compiled, self.live.half ^ 1, generation);
+        if !self.moved && self.is_live(policy, compiled, next) {
             self.names = names(policy);
+            self.publish_names(self.live, policy);
         } else {
             self.switch(policy, compiled, next)?;
             self.moved = false;
@@ -700,6 +746,7 @@ impl Datapath for Kernel {
             rules: self.names.len() as u64,
             counters,
             drops,
+            established_full: self.established_full(),
             backend_flows,
             program_ids: self.program_ids(),
         }
@@ -709,6 +756,9 @@ impl Datapath for Kernel {
         self.follow_devices();
         self.follow_tunnel();
         self.log.poll();
+        if let Some(records) = &self.records {
+            records.refill();
+        }
         let control = self.control.read(0, 1)[0];
         let now = self.clock.now() as u32;
         for result in [self.flows_v4.sweep(now, &control), self.flows_v6.sweep(now, &control)] {
@@ -717,6 +767,7 @@ impl Datapath for Kernel {
             }
         }
         self.narrow_filters();
+        self.tell_full();
     }
 }
 
@@ -738,6 +789,10 @@ fn timeouts() -> [u32; TIMEOUTS] {
         seconds[usize::from(state)] = timeout;
     }
     seconds
+}
+
+fn first_limit(half: u8) -> usize {
+    LIMITS_MAX as usize * usize::from(half)
 }
 
 /// 0: there is no such device.

@@ -255,13 +255,14 @@ fn guard(device: Device, config: Option<&TunnelConfig>) -> TunnelDevice {
 }
 
 fn differ_in_backends_only(one: &Effective, other: &Effective) -> bool {
-    let Effective { open, ingress, egress, rules, tunnel, balancers } = one;
+    let Effective { open, ingress, egress, audit, rules, tunnel, balancers } = one;
     let same = |(a, b): (&Balancer, &Balancer)| {
         let Balancer { name, addresses, ports, algorithm, gateway, backends: _ } = a;
         (name, addresses, ports, algorithm, gateway)
             == (&b.name, &b.addresses, &b.ports, &b.algorithm, &b.gateway)
     };
-    (open, ingress, egress, tunnel) == (&other.open, &other.ingress, &other.egress, &other.tunnel)
+    (open, ingress, egress, audit, tunnel)
+        == (&other.open, &other.ingress, &other.egress, &other.audit, &other.tunnel)
         && balancers.len() == other.balancers.len()
         && balancers.iter().zip(&other.balancers).all(same)
         && *rules == other.rules

@@ -430,7 +430,13 @@ impl Enforcer {
             let nothing = DesiredSet::default();
             let open = Plan::new(&nothing, None, &self.always(), &View::new()).effective;
             let (ingress, egress) = (Action::Deny, Action::Deny);
-            return self.plane.close(Effective { open: false, ingress, egress, ..open });
+            return self.plane.close(Effective {
+                open: false,
+                ingress,
+                egress,
+                audit: [false; 2],
+                ..open
+            });
         };
         let (set, left_out) = self.parts.restrict(set, self.enforced.as_ref());
         let mut plan = Plan::new(&set, self.node.get(), &self.always(), &self.health);

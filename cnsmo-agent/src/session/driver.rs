@@ -10,13 +10,13 @@ use cnsmo_proto::{
     model::Labels,
     pb::agent::{
         Ack, Announcement, ConnectRequest, ConnectResponse,
-        agent_service_client::AgentServiceClient,
+        agent_service_client::AgentServiceClient, command::Command,
     },
 };
 use cnsmo_service::{
     backoff::{Backoff, jittered},
     channel::{ConnectError, CoreAddress, connect},
-    host::News,
+    host::{News, follow::Followers},
     identity::{Credentials, EnrollError},
     lifecycle::{Lifecycle, Phase},
     supervise::{Chain, Stop},
@@ -285,6 +285,7 @@ impl Stream<'_> {
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         }
         let mut commands = FuturesUnordered::new();
+        let followers = Followers::new(self.services.local());
         let mut services = self.services.follow();
         let present = News { states: services.present(), removed: Vec::new() };
         self.send(Session::instances(self.services.report(present, true))).await?;
@@ -305,8 +306,13 @@ impl Stream<'_> {
                             self.send(Session::result(busy)).await?;
                         }
                         Event::Command { id, command } => {
-                            let local = self.services.local();
-                            commands.push(async move { local.answer(id, command).await });
+                            let (services, followers) = (self.services.clone(), followers.clone());
+                            commands.push(async move {
+                                match command {
+                                    Command::Follow(follow) => followers.answer(id, follow).await,
+                                    command => services.answer(id, command).await,
+                                }
+                            });
                         }
                         Event::GoAway(delay) => return Err(Ended::GoAway(delay)),
                         Event::Welcomed(_) => return Err(ProtocolError::SecondWelcome.into()),

@@ -46,6 +46,12 @@ impl Group {
         fs::File::options().write(true).open(self.0.join("cgroup.procs")).ok()
     }
 
+    /// Whether a process is in it.
+    pub(super) fn holds(&self, pid: i32) -> bool {
+        let all = fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default();
+        all.lines().any(|one| one.parse() == Ok(pid))
+    }
+
     /// Ends all that is in it. Before Linux 5.14 this does nothing.
     pub(super) fn kill(&self) {
         if let Err(error) = fs::write(self.0.join("cgroup.kill"), "1") {

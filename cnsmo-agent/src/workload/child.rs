@@ -10,7 +10,7 @@ use std::{
     os::{
         fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
         unix::{
-            fs::{DirBuilderExt as _, OpenOptionsExt as _},
+            fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
             process::{CommandExt as _, ExitStatusExt as _},
         },
     },
@@ -26,7 +26,7 @@ use nix::{
 };
 use tokio::io::unix::AsyncFd;
 
-use super::{cgroup::Group, launch::Launch};
+use super::{cgroup::Group, launch::Launch, notify::descends};
 
 const RECORD: &str = "process";
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -56,6 +56,11 @@ impl Folder {
         }
     }
 
+    /// Whether it was made and not removed.
+    pub(super) fn exists(&self) -> bool {
+        self.path.exists()
+    }
+
     /// Output of a stream.
     pub(super) fn log(&self, stream: &str) -> PathBuf {
         self.path.join(format!("{stream}.log"))
@@ -64,6 +69,21 @@ impl Folder {
     /// What the child was made of, as it was sent.
     pub(super) fn message(&self) -> PathBuf {
         self.path.join("instance")
+    }
+
+    /// That a unit is the instance's.
+    pub(super) fn unit(&self) -> PathBuf {
+        self.path.join("unit")
+    }
+
+    /// Where the announcements of the child arrive.
+    pub(super) fn mailbox(&self) -> PathBuf {
+        self.path.join("notify")
+    }
+
+    /// Whether a process is one of the instance's, whose first one is `root`.
+    pub(super) fn holds(&self, pid: i32, root: i32) -> bool {
+        self.group.as_ref().is_some_and(|group| group.holds(pid)) || descends(pid, root)
     }
 
     pub(super) fn remove(&self) -> io::Result<()> {
@@ -86,7 +106,12 @@ impl Folder {
 
     /// The user of the instance passes through to its working folder; only root lists what is in between.
     pub(super) fn make(&self) -> io::Result<()> {
-        fs::DirBuilder::new().mode(0o711).recursive(true).create(&self.path)
+        fs::create_dir_all(&self.path)?;
+        // Whatever the agent's umask is.
+        for folder in self.path.ancestors().take(2) {
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o711))?;
+        }
+        Ok(())
     }
 }
 
@@ -255,9 +280,9 @@ fn open_record(folder: &Folder) -> io::Result<File> {
     Ok(file)
 }
 
-/// A program run as the instance is, in its folder, without a record and output.
-pub(super) fn beside(folder: &Folder, launch: &Launch, command: &[String]) -> io::Result<Command> {
-    let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+/// The program of an exec probe, run as the instance is, in its folder, without a record and output.
+pub(super) fn beside(folder: &Folder, launch: &Launch) -> io::Result<Command> {
+    let (program, arguments) = launch.check.split_first().ok_or(io::ErrorKind::InvalidInput)?;
     let mut command = Command::new(program);
     command.args(arguments).current_dir(directory(folder, launch)?);
     command.env_clear().envs(&launch.environment);
@@ -280,7 +305,8 @@ fn command(folder: &Folder, launch: &Launch, record: &File) -> io::Result<Comman
     Ok(command)
 }
 
-fn directory(folder: &Folder, launch: &Launch) -> io::Result<PathBuf> {
+/// Where it runs; a folder of its own is made.
+pub(super) fn directory(folder: &Folder, launch: &Launch) -> io::Result<PathBuf> {
     if let Some(directory) = &launch.directory {
         return Ok(directory.clone());
     }

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
-use cnsmo_proto::model::{Instance, Limits, Process, port_variable};
+use cnsmo_proto::model::{Check, Instance, Limits, port_variable};
 use nix::unistd::{Gid, Group, Uid, User};
 
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -10,10 +10,12 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// What is executed, as whom and where.
 #[derive(Clone, Debug)]
 pub(super) struct Launch {
-    /// Program and arguments.
+    /// Program and arguments; empty: a unit that is there.
     pub(super) command: Vec<String>,
     /// All of it.
     pub(super) environment: BTreeMap<String, String>,
+    /// Of the command of an exec probe.
+    pub(super) check: Vec<String>,
     /// None: the agent's.
     pub(super) user: Option<Uid>,
     /// None: the agent's.
@@ -26,7 +28,7 @@ pub(super) struct Launch {
 
 impl Launch {
     /// Looks names up on this VM.
-    pub(super) fn new(instance: &Instance, process: &Process) -> Result<Self, String> {
+    pub(super) fn new(instance: &Instance) -> Result<Self, String> {
         let mut variables = BTreeMap::from([
             ("INSTANCE".to_owned(), instance.name.to_string()),
             ("DEPLOYMENT".to_owned(), instance.deployment.to_string()),
@@ -34,16 +36,26 @@ impl Launch {
         ]);
         let ports = instance.template.ports.iter();
         variables.extend(ports.map(|port| (port_variable(&port.name), port.port.to_string())));
-        let command = process.command.iter().map(|text| expand(text, &variables)).collect();
-        let given = process.environment.iter();
+        let driver = &instance.template.driver;
+        let all = |texts: &[String]| texts.iter().map(|text| expand(text, &variables)).collect();
+        let check = match driver.readiness().map(|probe| &probe.check) {
+            Some(Check::Exec(command)) => all(command),
+            Some(Check::Tcp(_) | Check::Http { .. } | Check::Announced) | None => Vec::new(),
+        };
+        let process = driver.process();
+        let command = process.map_or_else(Vec::new, |process| all(&process.command));
+        let given = process.iter().flat_map(|process| &process.environment);
         let given: Vec<_> =
             given.map(|(key, text)| (key.clone(), expand(text, &variables))).collect();
         let mut environment = variables;
         environment.insert("PATH".to_owned(), PATH.to_owned());
         environment.extend(given);
-        let (user, group) = account(process.user.as_deref(), process.group.as_deref())?;
-        let directory = process.directory.as_ref().map(PathBuf::from);
-        Ok(Self { command, environment, user, group, directory, limits: process.limits })
+        let (user, group) = process
+            .map_or((None, None), |process| (process.user.as_deref(), process.group.as_deref()));
+        let (user, group) = account(user, group)?;
+        let directory = process.and_then(|process| process.directory.as_ref().map(PathBuf::from));
+        let limits = process.map(|process| process.limits).unwrap_or_default();
+        Ok(Self { command, environment, check, user, group, directory, limits })
     }
 }
 

@@ -1,10 +1,18 @@
 //! Real children of this process.
 
-use std::{net::TcpListener, time::Instant};
+mod units;
+mod user;
+
+use std::{
+    net::TcpListener,
+    os::{linux::net::SocketAddrExt as _, unix::net},
+    time::Instant,
+};
 
 use cnsmo_proto::pb::deployment as pb;
 use cnsmo_service::{
     host::Status,
+    lifecycle::State,
     supervise::{Limits, Stopper, stop_pair},
 };
 use nix::{
@@ -67,6 +75,10 @@ struct Agent {
 
 impl Agent {
     fn start(folder: &Path, wanted: &[pb::Instance]) -> Self {
+        Self::with(Systemd::new(Some("unix:path=/no/such/bus".into())), folder, wanted)
+    }
+
+    fn with(systemd: Systemd, folder: &Path, wanted: &[pb::Instance]) -> Self {
         let second = Duration::from_secs(1);
         let host = Host::new(Limits {
             first_delay: second,
@@ -77,7 +89,7 @@ impl Agent {
         });
         let (sender, receiver) = watch::channel(None);
         let (stopper, stop) = stop_pair();
-        let workloads = Workloads::new(host.clone(), folder);
+        let workloads = Workloads::new(host.clone(), folder, systemd);
         let running = tokio::spawn(workloads.run(receiver, stop));
         let agent = Self { host, wanted: sender, stopper, running };
         agent.want(wanted);
@@ -107,6 +119,16 @@ impl Agent {
             assert!(Instant::now() < end, "{what}: {all:?}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    async fn told(&self, name: &str, phase: Phase, text: &str) {
+        let is = |all: &[Status]| {
+            all.iter().any(|one| {
+                let State { phase: now, message, .. } = &one.state;
+                one.about.instance == name && *now == phase && message.contains(text)
+            })
+        };
+        self.until(&format!("{name}: {phase}, {text}"), is).await;
     }
 
     async fn ready(&self) -> u32 {
@@ -227,5 +249,94 @@ async fn what_cannot_run_says_why_and_what_hears_no_signal_is_killed() {
     agent.want(&[]);
     agent.until("nothing", <[Status]>::is_empty).await;
     assert!(!lives(pid));
+    agent.leave().await;
+}
+
+/// Says what it finds in the file `say` of its folder.
+const SAYS: &str = "
+import os, socket, time
+to = '\\0' + os.environ['NOTIFY_SOCKET'][1:]
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+    while True:
+        try:
+            text = open('say').read()
+            os.remove('say')
+            s.sendto(text.encode(), to)
+        except FileNotFoundError:
+            time.sleep(0.02)
+";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_announces_itself_and_the_next_agent_knows_and_hears_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let announced = Some(pb::probe::Probe::Announced(true));
+    let process = pb::Process {
+        command: ["/usr/bin/python3", "-c", SAYS].map(ToOwned::to_owned).to_vec(),
+        user: "nobody".into(),
+        readiness: Some(pb::Probe { probe: announced, ..pb::Probe::default() }),
+        ..pb::Process::default()
+    };
+    let one = instance("test-1", process, free_port());
+    let own = folder.path().join("instances/test.test-1");
+    let say = |text: &str| {
+        let file = own.join("work/say");
+        fs::write(file.with_extension("new"), text).unwrap();
+        fs::rename(file.with_extension("new"), file).unwrap();
+    };
+    let is = |phase: Phase, text: &'static str| {
+        move |all: &[Status]| all[0].state.phase == phase && all[0].state.message == text
+    };
+    let agent = Agent::start(folder.path(), std::slice::from_ref(&one));
+    agent.until("running", |all| !all.is_empty() && all[0].pid != 0).await;
+    // Somebody else says so: this process, though it knows the name of the socket.
+    let kept = fs::read_to_string(own.join("notify")).unwrap();
+    let name = kept.split(' ').next().unwrap();
+    let address = net::SocketAddr::from_abstract_name(name).unwrap();
+    let other = net::UnixDatagram::unbound().unwrap();
+    other.send_to_addr(b"READY=1", &address).unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(agent.host.list()[0].state.phase, Phase::Starting);
+
+    say("STATUS=warm\nREADY=1");
+    agent.until("announced", is(Phase::Ready, "warm")).await;
+    let pid = agent.host.list()[0].pid;
+    agent.leave().await;
+    // It does not say so again, and need not.
+    let agent = Agent::start(folder.path(), std::slice::from_ref(&one));
+    assert_eq!(agent.ready().await, pid);
+    say("STOPPING=1\nSTATUS=no more");
+    agent.until("stopping", is(Phase::Degraded, "it says: no more")).await;
+    say("READY=1\nSTATUS=");
+    agent.until("again", is(Phase::Ready, "")).await;
+    assert_eq!(agent.host.list()[0].pid, pid);
+    agent.want(&[]);
+    agent.until("nothing", <[Status]>::is_empty).await;
+    agent.leave().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_that_announces_nothing_fails_and_an_exec_probe_knows_the_variables() {
+    let folder = tempfile::tempdir().unwrap();
+    let sleeps = |probe, start_timeout| pb::Process {
+        command: ["/bin/sleep", "1000"].map(ToOwned::to_owned).to_vec(),
+        readiness: Some(pb::Probe { probe: Some(probe), ..pb::Probe::default() }),
+        start_timeout: Some(start_timeout),
+        ..pb::Process::default()
+    };
+    let second = |seconds| prost_types::Duration { seconds, nanos: 0 };
+    let port = free_port();
+    let command = ["/usr/bin/test", "${PORT_MAIN}.${NODE}", "=", &format!("{port}.vm1")];
+    let command = command.map(ToOwned::to_owned).to_vec();
+    let exec = pb::probe::Probe::Exec(pb::ExecProbe { command });
+    let all = [
+        instance("mute", sleeps(pb::probe::Probe::Announced(true), second(1)), free_port()),
+        instance("asked", sleeps(exec, second(60)), port),
+    ];
+    let agent = Agent::start(folder.path(), &all);
+    let why = "not ready within 1s: it has not announced that it is ready";
+    agent.told("mute", Phase::Failed, why).await;
+    agent.told("asked", Phase::Ready, "").await;
+    agent.want(&[]);
+    agent.until("nothing", <[Status]>::is_empty).await;
     agent.leave().await;
 }

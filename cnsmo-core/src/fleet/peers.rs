@@ -154,9 +154,9 @@ impl Fleet {
             }
             rules.push(with(rule, networks));
         }
-        let FirewallPolicy { target, priority, defaults, .. } = policy;
-        let (target, priority, defaults) = (target.clone(), *priority, *defaults);
-        Ok((&FirewallPolicy { target, priority, defaults, rules }).into())
+        let FirewallPolicy { target, priority, defaults, mode, .. } = policy;
+        let (target, priority, defaults, mode) = (target.clone(), *priority, *defaults, *mode);
+        Ok((&FirewallPolicy { target, priority, defaults, mode, rules }).into())
     }
 
     fn stand(&self, peer: &Peer, state: &State) -> Stand {
@@ -207,16 +207,12 @@ fn with(rule: &Rule, networks: Vec<IpNet>) -> Rule {
 /// has, one that is silent towards the core need not be so towards others.
 fn is_there(phase: Phase) -> bool {
     match phase {
-        Phase::Starting
-        | Phase::Ready
-        | Phase::Degraded
-        | Phase::Unreachable
-        | Phase::Draining => true,
-        Phase::Unspecified
-        | Phase::Installing
-        | Phase::Stopped
-        | Phase::Failed
-        | Phase::Lost => false,
+        Phase::Starting | Phase::Ready | Phase::Degraded | Phase::Unreachable | Phase::Draining => {
+            true
+        }
+        Phase::Unspecified | Phase::Installing | Phase::Stopped | Phase::Failed | Phase::Lost => {
+            false
+        }
     }
 }
 

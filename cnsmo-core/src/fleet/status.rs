@@ -7,7 +7,7 @@ use cnsmo_proto::{
     pb::{
         balancer::{LoadBalancer, LoadBalancerStatus, NodeBalancerStatus},
         catalog::Phase as InstancePhase,
-        deployment::{Deployment, DeploymentStatus, InstanceStatus},
+        deployment::{AvoidedNode, Deployment, DeploymentStatus, InstanceStatus},
         meta::{Condition, Metadata, condition::Status as Truth},
         network::{Network, NetworkStatus, Refused},
         node::{self, NodeStatus, node_status::Phase},
@@ -18,9 +18,11 @@ use cnsmo_proto::{
 
 use super::{Agent, Fleet, Instance, MEMBER, Revision, Spec, State, Topic, wall_clock};
 use crate::{
+    identity::from_ms,
     orchestrator::shortage,
     state::{
-        Node, Placed, StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, template,
+        Avoided, Node, Placed, StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy,
+        template,
     },
 };
 
@@ -206,6 +208,7 @@ impl Fleet {
             updated: count(wanted().filter(|(_, one)| one.template == current).count()),
             instances,
             conditions: Vec::new(),
+            avoided: avoided(name, state),
         };
         let needs = self.needs(deployment);
         let judgements = [
@@ -233,6 +236,7 @@ impl Fleet {
             generation: *generation,
             ports: ports.clone(),
             phase_time: seen.and_then(|seen| seen.phase_time),
+            failing_since: time(placed.fail_ms),
         }
     }
 
@@ -274,6 +278,9 @@ impl Fleet {
         let world = self.world(state, crate::identity::to_ms(wall_clock()));
         match shortage(&world, &deployment.metadata.name) {
             Some(why) => (Truth::True, "NoPlace", format!("{text}; {why}")),
+            None if status.instances.iter().any(|one| one.failing_since.is_some()) => {
+                (Truth::True, "Failing", format!("{text}; {}", failing(deployment, status)))
+            }
             None if placed > updated => (Truth::True, "Replacing", text),
             None => (Truth::True, "Starting", text),
         }
@@ -431,6 +438,41 @@ fn why_not(topic: &Topic, agent: &Agent) -> Option<(&'static str, String)> {
 type Judgement = (Truth, &'static str, String);
 
 /// The worst of all nodes makes the condition.
+/// None: 0, or too late for a message.
+fn time(ms: u64) -> Option<prost_types::Timestamp> {
+    Some(ms).filter(|ms| *ms > 0).and_then(|ms| from_ms(ms).ok()).map(Into::into)
+}
+
+/// VMs on which instances of a deployment kept failing.
+fn avoided(deployment: &str, state: &State) -> Vec<AvoidedNode> {
+    let from = (deployment.to_owned(), String::new());
+    let mine = state.avoided().range(from..).take_while(|((of, _), _)| of == deployment);
+    let node = |((_, node), avoided): (&(String, String), &Avoided)| AvoidedNode {
+        node: node.clone(),
+        until: time(avoided.until_ms),
+        times: avoided.times,
+    };
+    mine.map(node).collect()
+}
+
+/// Which instance fails, why, and what will become of it.
+fn failing(deployment: &StoredDeployment, status: &DeploymentStatus) -> String {
+    let mut failing = status.instances.iter().filter(|one| one.failing_since.is_some());
+    let Some(InstanceStatus { name, node, message, .. }) = failing.next() else {
+        return String::new();
+    };
+    let more = match failing.count() {
+        0 => String::new(),
+        n => format!(", and {n} more"),
+    };
+    let then = match deployment.model.placement.reschedule_after {
+        Some(after) => format!("after {after:?} it goes to another VM, if there is one"),
+        None => "it stays there".to_owned(),
+    };
+    let message = if message.is_empty() { "it is being started again" } else { message };
+    format!("{name} fails on {node}: {message}{more}; {then}")
+}
+
 fn available(deployment: &StoredDeployment, status: &DeploymentStatus) -> Judgement {
     let DeploymentStatus { desired, ready, .. } = *status;
     let least =

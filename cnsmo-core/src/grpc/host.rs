@@ -1,5 +1,7 @@
 //! `HostService` of all hosts: this core's own services here, those of the VMs through the streams of their agents.
 
+mod follow;
+
 use std::time::Duration;
 
 use cnsmo_proto::pb::{
@@ -40,7 +42,7 @@ impl Hosts {
             let command = Command::List(ListServicesRequest { node: node.clone() });
             match self.links.ask(&node, command, PATIENCE).await {
                 Ok(Outcome::Services(all)) => all.services,
-                Ok(Outcome::Status(_) | Outcome::Features(_) | Outcome::Logs(_)) => Vec::new(),
+                Ok(_) => Vec::new(),
                 Err(status) => {
                     tracing::debug!(node, %status, "services are not listed");
                     Vec::new()
@@ -91,27 +93,27 @@ impl Steer for Hosts {
         if node.is_empty() || node == own::NODE {
             return self.own.logs(request);
         }
-        check_follow(&request)?;
         let links = self.links.clone();
+        if request.follow {
+            return Ok(follow::follow(links, node, request));
+        }
         Ok(Box::pin(stream::once(async move {
             match links.ask(&node, Command::Logs(request), PATIENCE).await? {
                 Outcome::Logs(logs) => Ok(logs),
-                Outcome::Status(_) | Outcome::Features(_) | Outcome::Services(_) => {
-                    Err(Status::internal("the agent answers something else than it was asked"))
-                }
+                _ => Err(other_answer()),
             }
         })))
     }
 }
 
-/// What is asked of an agent is one answer; who follows has to ask on the VM.
-fn check_follow(request: &ReadLogsRequest) -> Result<(), Status> {
-    let text = "follow: is possible on the VM itself, at its agent's socket";
-    if request.follow { Err(Status::failed_precondition(text)) } else { Ok(()) }
+fn other_answer() -> Status {
+    Status::internal("the agent answers something else than it was asked")
 }
 
 fn node_of(command: &Command) -> &str {
     let id = match command {
+        // Of no service; asked by another way.
+        Command::Records(_) => return "",
         Command::List(ListServicesRequest { node }) => return node,
         Command::Start(StartRequest { id })
         | Command::Stop(StopRequest { id, .. })
@@ -120,6 +122,10 @@ fn node_of(command: &Command) -> &str {
         | Command::Status(GetStatusRequest { id })
         | Command::Features(GetFeaturesRequest { id })
         | Command::Logs(ReadLogsRequest { id, .. }) => id,
+        Command::Follow(follow) => match &follow.logs {
+            Some(ReadLogsRequest { id, .. }) => id,
+            None => return "",
+        },
     };
     id.as_ref().map_or("", |ServiceId { node, .. }| node)
 }

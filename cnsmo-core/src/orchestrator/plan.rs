@@ -7,7 +7,7 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{Deployment, Driver, Labels, Port},
+    model::{Deployment, Driver, Labels, Port, UNIT_TIMEOUT, Unit},
     pb::{
         catalog::Phase,
         deployment::{self as pb, Instance, instance::Goal},
@@ -15,7 +15,7 @@ use cnsmo_proto::{
 };
 
 use super::Observed;
-use crate::state::{Placed, Step, StoredDeployment, template};
+use crate::state::{Avoided, Placed, Step, StoredDeployment, template};
 
 /// Ports given to instances whose deployment names none: below those that Linux gives to connections (32768 on).
 const PORTS: std::ops::RangeInclusive<u16> = 20_000..=29_999;
@@ -23,6 +23,10 @@ const PORTS: std::ops::RangeInclusive<u16> = 20_000..=29_999;
 const NEVER_SEEN: Duration = Duration::from_secs(60);
 /// Beyond all of its own times: after this an instance that shall end is given up.
 const END_GRACE: Duration = Duration::from_secs(60);
+/// For which a VM is avoided where an instance kept failing; each time in a row for twice as long. So a deployment that fails
+/// everywhere does not go round and round.
+const AVOID_FIRST: Duration = Duration::from_secs(600);
+const AVOID_LONGEST: Duration = Duration::from_secs(4 * 3_600);
 
 /// A VM.
 #[derive(Clone, Debug, PartialEq)]
@@ -42,6 +46,8 @@ pub struct World<'a> {
     pub deployments: &'a BTreeMap<String, StoredDeployment>,
     /// By deployment and name.
     pub placements: &'a BTreeMap<(String, String), Placed>,
+    /// By deployment and VM.
+    pub avoided: &'a BTreeMap<(String, String), Avoided>,
     /// By name.
     pub hosts: BTreeMap<&'a str, Host<'a>>,
     /// In the catalogue.
@@ -62,11 +68,24 @@ pub fn plan(world: &World<'_>, mut name: impl FnMut(&str) -> String) -> Steps {
             steps.extend(orphan(world, placed));
         }
     }
+    let forgiven = world.avoided.iter().filter(|((deployment, node), avoided)| {
+        let stored = world.deployments.get(deployment);
+        let is_current = stored.is_some_and(|stored| template(&stored.spec) == avoided.template);
+        // Remembered for as long again: then the next time is a first one.
+        let end = avoided.until_ms + millis(avoid(avoided.times));
+        !is_current || !world.hosts.contains_key(node.as_str()) || world.now_ms > end
+    });
+    steps.extend(forgiven.map(|((deployment, node), _)| {
+        let (deployment, node) = (deployment.clone(), node.clone());
+        Step::Forgive { deployment, node }
+    }));
     for (deployment, stored) in world.deployments {
         let mut planner = Planner::new(world, deployment, stored, &mut steps);
         planner.end();
+        planner.note_failures();
         planner.thin_out();
         planner.replace();
+        planner.reschedule(&mut taken, &mut name);
         planner.fill(&mut taken, &mut name);
     }
     steps
@@ -85,7 +104,9 @@ pub fn shortage(world: &World<'_>, deployment: &str) -> Option<&'static str> {
     let is_free = |node: &str| has_room.has_room(node, deployment, &stored.model);
     match (missing, candidates.clone().next().is_some(), candidates.any(|(n, _)| is_free(n))) {
         (true, false, _) => Some("no VM that is reachable and not draining is selected"),
-        (true, true, false) => Some("every selected VM has its limit, or its ports are in use"),
+        (true, true, false) => {
+            Some("every selected VM has its limit, or its ports or units are in use")
+        }
         _ => None,
     }
 }
@@ -106,6 +127,12 @@ fn remove(placed: &Placed) -> Step {
 fn drain(placed: &Placed, reason: &'static str) -> Step {
     let (deployment, name) = (placed.instance.deployment.clone(), placed.instance.name.clone());
     Step::Drain { deployment, name, reason }
+}
+
+/// How long a VM is avoided for the nth time in a row.
+fn avoid(times: u32) -> Duration {
+    let doubled = 2_u32.checked_pow(times.saturating_sub(1)).unwrap_or(u32::MAX);
+    AVOID_FIRST.saturating_mul(doubled).min(AVOID_LONGEST)
 }
 
 fn phase(world: &World<'_>, placed: &Placed) -> Phase {
@@ -130,7 +157,8 @@ fn stop_timeout(instance: &Instance) -> Duration {
         Some(pb::instance::Driver::Process(process)) => Some(process),
         Some(pb::instance::Driver::Systemd(systemd)) => match &systemd.unit {
             Some(pb::systemd::Unit::Process(process)) => Some(&**process),
-            Some(pb::systemd::Unit::Name(_)) | None => None,
+            Some(pb::systemd::Unit::Name(_)) => return UNIT_TIMEOUT,
+            None => None,
         },
         None => None,
     };
@@ -139,6 +167,10 @@ fn stop_timeout(instance: &Instance) -> Duration {
 
 fn time(wire: Option<prost_types::Duration>) -> Duration {
     wire.and_then(|time| time.try_into().ok()).unwrap_or_default()
+}
+
+fn to_ms(time: prost_types::Timestamp) -> u64 {
+    u64::try_from(time.seconds * 1_000 + i64::from(time.nanos) / 1_000_000).unwrap_or(0)
 }
 
 fn millis(time: Duration) -> u64 {
@@ -179,6 +211,10 @@ struct Planner<'a, 's> {
     stored: &'a StoredDeployment,
     needs_met: bool,
     active: Vec<Active<'a>>,
+    /// VMs where instances of this template kept failing, with those of this look.
+    avoided: BTreeSet<&'a str>,
+    /// Placed in this look.
+    placed: usize,
     steps: &'s mut Steps,
 }
 
@@ -190,7 +226,9 @@ impl<'a, 's> Planner<'a, 's> {
         steps: &'s mut Steps,
     ) -> Self {
         let current = template(&stored.spec);
-        let mut planner = Self { world, name, stored, needs_met: false, active: Vec::new(), steps };
+        let (active, avoided, placed) = Default::default();
+        let needs_met = false;
+        let mut planner = Self { world, name, stored, needs_met, active, avoided, placed, steps };
         let observed = world.observed;
         planner.needs_met = stored
             .model
@@ -199,6 +237,11 @@ impl<'a, 's> Planner<'a, 's> {
             .all(|need| observed.ready(need.service.as_str()) >= need.ready);
         let mine = planner.placements().filter(|placed| placed.is_wanted());
         planner.active = mine.filter_map(|placed| planner.judge(placed, &current)).collect();
+        let avoided = world.avoided.range((name.to_owned(), String::new())..);
+        let avoided = avoided
+            .take_while(|((of, _), _)| of == name)
+            .filter(|(_, avoided)| avoided.template == current && avoided.until_ms > world.now_ms);
+        planner.avoided = avoided.map(|((_, node), _)| node.as_str()).collect();
         planner
     }
 
@@ -217,9 +260,7 @@ impl<'a, 's> Planner<'a, 's> {
         }
         let observed = self.world.observed.instance(self.name, &placed.instance.name);
         let is_ready = observed.is_some_and(|instance| instance.phase() == Phase::Ready);
-        let since = observed.and_then(|instance| instance.phase_time).map(|time| {
-            u64::try_from(time.seconds * 1_000 + i64::from(time.nanos) / 1_000_000).unwrap_or(0)
-        });
+        let since = observed.and_then(|instance| instance.phase_time).map(to_ms);
         let soaked = since.is_some_and(|since| {
             self.world.now_ms.saturating_sub(since) >= millis(self.stored.model.rollout.soak)
         });
@@ -267,6 +308,74 @@ impl<'a, 's> Planner<'a, 's> {
         });
         let lost: Vec<_> = lost.map(|placed| drain(placed, "NodeLost")).collect();
         self.steps.extend(lost);
+    }
+
+    /// Since when each is failing. One that is out of sight may be well, and one that was ready for long enough is.
+    fn note_failures(&mut self) {
+        let limit = self.stored.model.placement.reschedule_after;
+        let since = |placed: &Placed| {
+            let seen = self.world.observed.instance(self.name, &placed.instance.name);
+            seen.and_then(|seen| seen.phase_time).map(to_ms)
+        };
+        let news = self.active.iter().filter_map(|Active { placed, .. }| {
+            let phase = phase(self.world, placed);
+            let is_failing = placed.fail_ms > 0;
+            let now = match (phase, limit) {
+                (_, None) | (Phase::Unreachable, _) => false,
+                (Phase::Failed, Some(_)) => true,
+                (Phase::Ready, Some(limit)) => {
+                    let for_ms =
+                        since(placed).map_or(0, |since| self.world.now_ms.saturating_sub(since));
+                    is_failing && for_ms < millis(limit)
+                }
+                (_, Some(_)) => is_failing,
+            };
+            let (deployment, name) = (self.name.to_owned(), placed.instance.name.clone());
+            (now != is_failing).then_some(Step::Fail { deployment, name, is_failing: now })
+        });
+        let news: Vec<_> = news.collect();
+        self.steps.extend(news);
+    }
+
+    /// Those that have been failing for too long go to other VMs, as many at a time as may be missing.
+    fn reschedule(&mut self, taken: &mut Taken<'a>, name: &mut impl FnMut(&str) -> String) {
+        let Some(limit) = self.stored.model.placement.reschedule_after else { return };
+        if !self.needs_met {
+            return;
+        }
+        let coming = |one: &&Active<'_>| !one.is_ready && one.placed.fail_ms == 0;
+        let coming = self.active.iter().filter(coming).count();
+        for _ in coming..self.max_unavailable() {
+            let world = self.world;
+            let is_due = |one: &Active<'_>| {
+                let failing = one.placed.fail_ms > 0
+                    && world.now_ms.saturating_sub(one.placed.fail_ms) >= millis(limit);
+                let is_down = matches!(phase(world, one.placed), Phase::Failed | Phase::Starting);
+                let host = world.hosts.get(one.placed.node());
+                let is_seen = host.is_some_and(|host| host.is_seen);
+                one.fate == Fate::Stays && failing && is_down && is_seen
+            };
+            let Some(index) = self.active.iter().position(is_due) else { return };
+            let placed = self.active[index].placed;
+            let is_new = self.avoided.insert(placed.node());
+            // Where it is, it may recover; nowhere it will not.
+            let Some(to) = self.choose(taken).filter(|node| !self.avoided.contains(node)) else {
+                if is_new {
+                    self.avoided.remove(placed.node());
+                }
+                return;
+            };
+            self.active.remove(index);
+            let key = (self.name.to_owned(), placed.node().to_owned());
+            let before = world.avoided.get(&key).filter(|one| one.template == placed.template);
+            let times = before.map_or(0, |before| before.times).saturating_add(1);
+            let until_ms = world.now_ms + millis(avoid(times));
+            let avoided = Avoided { template: placed.template, until_ms, times };
+            let (deployment, node) = key;
+            self.steps.push(Step::Avoid { deployment, node, avoided });
+            self.steps.push(drain(placed, "Failing"));
+            self.place(to, taken, name);
+        }
     }
 
     /// More than shall be: first those that are not ready, then what is to be replaced anyway, then where the most are, then
@@ -345,7 +454,7 @@ impl<'a, 's> Planner<'a, 's> {
 
     /// What is missing, and for each that moves another one first.
     fn missing(&self) -> usize {
-        (self.desired() + self.surge()).saturating_sub(self.active.len())
+        (self.desired() + self.surge()).saturating_sub(self.active.len() + self.placed)
     }
 
     fn fill(&mut self, taken: &mut Taken<'a>, name: &mut impl FnMut(&str) -> String) {
@@ -354,14 +463,24 @@ impl<'a, 's> Planner<'a, 's> {
         }
         for _ in 0..self.missing() {
             let Some(node) = self.choose(taken) else { return };
-            let ports = taken.give_ports(node, &self.stored.model.template.ports);
-            let instance = self.instance(node, name(self.name), ports);
-            taken.put(self.world, node, self.name, &self.stored.model);
-            self.steps.push(Step::Place(Box::new(instance)));
+            self.place(node, taken, name);
         }
     }
 
-    /// Evenly over the values of the label, then over the VMs, then where the least runs.
+    fn place(
+        &mut self,
+        node: &'a str,
+        taken: &mut Taken<'a>,
+        name: &mut impl FnMut(&str) -> String,
+    ) {
+        let ports = taken.give_ports(node, &self.stored.model.template.ports);
+        let instance = self.instance(node, name(self.name), ports);
+        taken.put(self.world, node, self.name, &self.stored.model);
+        self.placed += 1;
+        self.steps.push(Step::Place(Box::new(instance)));
+    }
+
+    /// Where it did not fail, evenly over the values of the label, then over the VMs, then where the least runs.
     fn choose(&self, taken: &Taken<'a>) -> Option<&'a str> {
         let model = &self.stored.model;
         let group = |host: &Host<'a>| host.labels.as_map().get(&model.placement.spread);
@@ -373,7 +492,8 @@ impl<'a, 's> Planner<'a, 's> {
         });
         let key = |(node, host): &(&&'a str, &Host<'a>)| {
             let in_group = taken.in_group(self.name, group(host).map(String::as_str));
-            (in_group, taken.count(node, Some(self.name)), taken.count(node, None), **node)
+            let counts = (taken.count(node, Some(self.name)), taken.count(node, None));
+            (self.avoided.contains(*node), in_group, counts, **node)
         };
         fits.min_by_key(key).map(|(node, _)| *node)
     }
@@ -406,15 +526,18 @@ struct Taken<'a> {
     groups: BTreeMap<(&'a str, Option<&'a str>), u32>,
     /// Of all instances on the VM, ending ones too.
     ports: BTreeMap<&'a str, BTreeSet<(u32, u16)>>,
+    /// Units that are there once on each VM, by VM, of all instances, ending ones too.
+    units: BTreeMap<&'a str, BTreeSet<&'a str>>,
 }
 
 impl<'a> Taken<'a> {
     fn new(world: &'a World<'a>) -> Self {
-        let (counts, groups, ports) = Default::default();
-        let mut taken = Self { counts, groups, ports };
+        let (counts, groups, ports, units) = Default::default();
+        let mut taken = Self { counts, groups, ports, units };
         for ((deployment, _), placed) in world.placements {
             let used = taken.ports.entry(placed.node()).or_default();
             used.extend(placed.instance.ports.iter().map(|port| (port.protocol, port.port as u16)));
+            taken.units.entry(placed.node()).or_default().extend(placed_unit(&placed.instance));
             if placed.is_wanted()
                 && let Some(stored) = world.deployments.get(deployment)
             {
@@ -435,6 +558,7 @@ impl<'a> Taken<'a> {
         let labels = world.hosts.get(node).map(|host| host.labels.as_map());
         let group = labels.and_then(|labels| labels.get(&model.placement.spread));
         *self.groups.entry((deployment, group.map(String::as_str))).or_default() += 1;
+        self.units.entry(node).or_default().extend(single_unit(&model.template.driver));
     }
 
     fn in_group(&self, deployment: &'a str, group: Option<&'a str>) -> u32 {
@@ -452,14 +576,16 @@ impl<'a> Taken<'a> {
 
     fn has_room(&self, node: &str, deployment: &str, model: &Deployment) -> bool {
         let limit = model.placement.max_per_node;
-        let is_one_unit = matches!(model.template.driver, Driver::Unit(_));
-        let limit = if is_one_unit { 1 } else { limit };
+        let unit = single_unit(&model.template.driver);
+        let is_unit_free =
+            unit.is_none_or(|unit| !self.units.get(node).is_some_and(|used| used.contains(unit)));
         let used = self.ports.get(node);
         let is_free = |port: &Port| {
             let wanted = (u32::from(port.protocol), port.port);
             port.port == 0 || used.is_none_or(|used| !used.contains(&wanted))
         };
         (limit == 0 || self.count(node, Some(deployment)) < limit)
+            && is_unit_free
             && model.template.ports.iter().all(is_free)
     }
 
@@ -477,4 +603,19 @@ impl<'a> Taken<'a> {
         };
         ports.iter().map(&mut give).collect()
     }
+}
+
+/// The unit that all instances would have to share on a VM.
+fn single_unit(driver: &Driver) -> Option<&str> {
+    match driver {
+        Driver::Unit(unit) if !Unit::is_template(&unit.name) => Some(&unit.name),
+        Driver::Unit(_) | Driver::Process(_) | Driver::Transient(_) => None,
+    }
+}
+
+/// As [`single_unit`], of an instance that is placed.
+fn placed_unit(instance: &Instance) -> Option<&str> {
+    let Some(pb::instance::Driver::Systemd(systemd)) = &instance.driver else { return None };
+    let Some(pb::systemd::Unit::Name(name)) = &systemd.unit else { return None };
+    (!Unit::is_template(name)).then_some(name)
 }

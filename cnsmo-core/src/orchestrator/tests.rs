@@ -111,6 +111,7 @@ impl Fleet {
         look(&World {
             deployments: self.state.deployments(),
             placements: self.state.placements(),
+            avoided: self.state.avoided(),
             hosts: hosts.collect(),
             observed: &observed,
             now_ms: self.now_ms,
@@ -294,13 +295,30 @@ fn ports_are_each_instances_own() {
     assert_eq!((count, used.len()), (6, 6), "{used:?}");
     assert_eq!(fleet.placed("fixed").len(), 2);
     let why = fleet.with_world(|world| shortage(world, "fixed"));
-    assert!(why.unwrap().contains("ports are in use"), "{why:?}");
+    assert!(why.unwrap().contains("ports or units are in use"), "{why:?}");
     fleet.apply("nowhere", |spec| {
         let selector = [("zone".into(), "c".into())].into();
-        spec.placement = Some(pb::Placement { selector, ..Default::default() });
+        spec.placement = Some(Box::new(pb::Placement { selector, ..Default::default() }));
     });
     let why = fleet.with_world(|world| shortage(world, "nowhere"));
     assert!(why.unwrap().contains("no VM"), "{why:?}");
+}
+
+#[test]
+fn a_unit_is_one_instances_on_each_vm_and_one_of_a_template_is_not() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    let unit = |name: &str| {
+        let unit = Some(pb::systemd::Unit::Name(name.into()));
+        Some(pb::deployment_spec::Driver::Systemd(pb::Systemd { unit, readiness: None }))
+    };
+    for (name, of) in [("one", "a.service"), ("other", "a.service"), ("each", "a@.service")] {
+        fleet.apply(name, |spec| (spec.replicas, spec.driver) = (3, unit(of)));
+        fleet.settle();
+    }
+    let counts = ["one", "other", "each"].map(|name| fleet.placed(name).len());
+    assert_eq!(counts, [2, 0, 3]);
+    let why = fleet.with_world(|world| shortage(world, "other"));
+    assert!(why.unwrap().contains("units are in use"), "{why:?}");
 }
 
 #[derive(Clone, Debug)]
@@ -422,4 +440,144 @@ fn needs_in_a_circle_are_refused_with_the_circle() {
     let wanted = parse_apply(vec![one("firewall", "b")]).unwrap();
     let refused = State::default().plan_apply(wanted, Mode::Unspecified, SystemTime::now());
     assert!(refused.unwrap_err().to_string().contains("a service of our own"));
+}
+
+impl Fleet {
+    /// The only instance that shall run.
+    fn only(&self) -> Placed {
+        let wanted: Vec<_> = self.placed("web").into_iter().filter(|one| one.is_wanted()).collect();
+        let [one] = *wanted else { panic!("{wanted:?}") };
+        one.clone()
+    }
+
+    /// Looks until `seconds` have passed; VMs of these names let all that they have fail. Returns how many were placed.
+    fn fail_on(&mut self, vms: &[&str], seconds: u64) -> usize {
+        let before = self.named;
+        for step in 0..seconds / 5 {
+            self.now_ms += 5_000;
+            self.obey();
+            for placed in self.placed("web").into_iter().cloned().collect::<Vec<_>>() {
+                if vms.contains(&placed.node()) && placed.is_wanted() {
+                    // Up for a moment now and then, as one that has no readiness probe.
+                    let phase = [Phase::Failed, Phase::Starting, Phase::Ready][step as usize % 3];
+                    self.set(&placed, phase);
+                }
+            }
+            self.look();
+        }
+        self.named - before
+    }
+}
+
+#[test]
+fn what_keeps_failing_goes_to_another_vm_and_the_old_one_is_avoided() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.apply("web", |spec| spec.replicas = 1);
+    fleet.settle();
+    assert_eq!(fleet.only().node(), "vm0");
+    assert_eq!(fleet.fail_on(&["vm0"], 115), 0);
+    let failing = fleet.only();
+    assert!(failing.node() == "vm0" && failing.fail_ms > 0);
+    // Out of sight is no failure, and begins anew.
+    fleet.set(&failing, Phase::Unreachable);
+    fleet.vms.get_mut("vm0").unwrap().is_seen = false;
+    fleet.now_ms += 600_000;
+    fleet.look();
+    assert!(fleet.only().node() == "vm0" && fleet.only().fail_ms == 0);
+    fleet.vms.get_mut("vm0").unwrap().is_seen = true;
+    assert_eq!(fleet.fail_on(&["vm0"], 115), 0);
+    assert_eq!(fleet.fail_on(&["vm0"], 15), 1);
+    assert_eq!(fleet.only().node(), "vm1");
+    fleet.settle();
+    let avoided = fleet.state.avoided()[&("web".to_owned(), "vm0".to_owned())];
+    assert_eq!((avoided.times, fleet.nodes("web"), fleet.ready("web")), (1, vec!["vm1"], 1));
+
+    // Further ones are not placed there for ten minutes, unless it is another program.
+    fleet.apply("web", |spec| spec.replicas = 2);
+    fleet.settle();
+    assert_eq!(fleet.nodes("web"), ["vm1", "vm1"]);
+    fleet.now_ms = avoided.until_ms + 1_000;
+    fleet.apply("web", |spec| spec.replicas = 3);
+    fleet.settle();
+    assert_eq!(fleet.nodes("web"), ["vm0", "vm1", "vm1"]);
+    fleet.apply("web", |spec| spec.attributes = [("version".into(), "2".into())].into());
+    fleet.settle();
+    assert!(fleet.state.avoided().is_empty(), "another program gets another chance");
+}
+
+#[test]
+fn one_that_recovers_or_has_nowhere_to_go_stays_where_it_is() {
+    let mut fleet = Fleet::new(&["a", "b"]);
+    fleet.apply("web", |spec| spec.replicas = 1);
+    fleet.settle();
+    let one = fleet.only();
+    fleet.set(&one, Phase::Failed);
+    fleet.look();
+    assert!(fleet.only().fail_ms > 0);
+    fleet.set(&one, Phase::Ready);
+    fleet.now_ms += 119_000;
+    assert_eq!(fleet.look(), 0, "it may fail again at once");
+    fleet.now_ms += 2_000;
+    fleet.look();
+    assert_eq!((fleet.only().fail_ms, fleet.only().node()), (0, "vm0"));
+    // The other VM is away, or the deployment is for this one, or does not want it.
+    fleet.vms.get_mut("vm1").unwrap().is_seen = false;
+    assert_eq!(fleet.fail_on(&["vm0"], 300), 0);
+    fleet.vms.get_mut("vm1").unwrap().is_seen = true;
+    let placement = |node: &str, after: Option<i64>| {
+        Some(Box::new(pb::Placement {
+            node: node.into(),
+            reschedule_after: after.map(|seconds| prost_types::Duration { seconds, nanos: 0 }),
+            ..Default::default()
+        }))
+    };
+    fleet.apply("web", |spec| spec.placement = placement("vm0", None));
+    assert_eq!(fleet.fail_on(&["vm0"], 300), 0);
+    fleet.apply("web", |spec| spec.placement = placement("", Some(0)));
+    assert_eq!(fleet.fail_on(&["vm0"], 300), 0);
+    assert_eq!(fleet.only().fail_ms, 0);
+    fleet.apply("web", |spec| spec.placement = placement("", Some(10)));
+    assert_eq!(fleet.fail_on(&["vm0"], 20), 1);
+    assert_eq!(fleet.only().node(), "vm1");
+}
+
+#[test]
+fn what_fails_everywhere_does_not_go_round_and_round() {
+    let mut fleet = Fleet::new(&["a", "b", "c"]);
+    fleet.apply("web", |spec| spec.replicas = 1);
+    fleet.settle();
+    let day = fleet.fail_on(&["vm0", "vm1", "vm2"], 24 * 3_600);
+    assert!((9..40).contains(&day), "{day} times in a day");
+    // When one of them gets well, it is found.
+    fleet.fail_on(&["vm0", "vm2"], 24 * 3_600);
+    assert_eq!(fleet.only().node(), "vm1");
+}
+
+#[test]
+fn no_more_than_may_be_missing_go_at_a_time() {
+    for most in [1, 2] {
+        let mut fleet = Fleet::new(&["a", "a"]);
+        fleet.apply("web", |spec| {
+            spec.replicas = 6;
+            spec.rollout = Some(pb::Rollout { max_unavailable: most, soak: None });
+        });
+        fleet.settle();
+        let ill: Vec<_> =
+            fleet.placed("web").into_iter().filter(|one| one.node() == "vm0").cloned().collect();
+        for one in &ill {
+            fleet.set(one, Phase::Failed);
+        }
+        fleet.look();
+        fleet.now_ms += 121_000;
+        fleet.look();
+        let ending = fleet.placed("web").into_iter().filter(|one| !one.is_wanted());
+        let why: Vec<_> = ending.map(|one| one.instance.goal_reason.clone()).collect();
+        assert_eq!(why, vec!["Failing"; most as usize]);
+        // Of those that come to the other VM, none becomes ready.
+        for _ in 0..5 {
+            fleet.look();
+        }
+        let there = fleet.nodes("web").into_iter().filter(|node| *node == "vm1").count();
+        assert_eq!((there, fleet.ready("web")), (3 + most as usize, 3));
+    }
 }

@@ -31,6 +31,19 @@ pub struct Placed {
     pub create_ms: u64,
     /// Since when it shall end, likewise; 0: it shall run.
     pub drain_ms: u64,
+    /// Since when it is failing, likewise; 0: it is not.
+    pub fail_ms: u64,
+}
+
+/// A VM on which instances of a deployment kept failing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Avoided {
+    /// [`template`] of what failed there: another one gets another chance.
+    pub template: [u8; 32],
+    /// In milliseconds since 1970.
+    pub until_ms: u64,
+    /// How often in a row.
+    pub times: u32,
 }
 
 impl Placed {
@@ -81,6 +94,31 @@ pub enum Step {
         /// CamelCase and stable.
         reason: &'static str,
     },
+    /// It has failed; or it is not failing any more.
+    Fail {
+        /// Of the deployment.
+        deployment: String,
+        /// Of the instance.
+        name: String,
+        /// The former.
+        is_failing: bool,
+    },
+    /// Instances of the deployment keep failing on this VM.
+    Avoid {
+        /// Its name.
+        deployment: String,
+        /// Of the VM.
+        node: String,
+        /// For how long.
+        avoided: Avoided,
+    },
+    /// The VM is as good as any other again.
+    Forgive {
+        /// Name of the deployment.
+        deployment: String,
+        /// Of the VM.
+        node: String,
+    },
     /// Its VM need not know of it any more.
     Remove {
         /// Of the deployment.
@@ -121,6 +159,7 @@ impl State {
                     instance: Arc::from(instance),
                     create_ms: now,
                     drain_ms: 0,
+                    fail_ms: 0,
                 })))
             }
             Step::Drain { deployment, name, reason } => {
@@ -136,6 +175,15 @@ impl State {
                 let instance = Arc::new(instance);
                 Some(Write::Place(Box::new(Placed { instance, drain_ms: now, ..placed.clone() })))
             }
+            Step::Fail { deployment, name, is_failing } => {
+                let placed = self.placements.get(&(deployment, name))?;
+                let fail_ms = if is_failing { now } else { 0 };
+                Some(Write::Place(Box::new(Placed { fail_ms, ..placed.clone() })))
+            }
+            Step::Avoid { deployment, node, avoided } => {
+                Some(Write::Avoid(deployment, node, avoided))
+            }
+            Step::Forgive { deployment, node } => Some(Write::Forgive(deployment, node)),
             Step::Remove { deployment, name } => {
                 let key = (deployment, name);
                 let is_there = self.placements.contains_key(&key);

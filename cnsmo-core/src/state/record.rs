@@ -16,8 +16,9 @@ use prost::Message;
 use prost_types::Timestamp;
 
 use super::{
-    Announcement, Entry, Membership, Node, Op, Placed, PolicyView, Remembered, Revision, Stored,
-    StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, TokenGrant, TokenRecord, Write,
+    Announcement, Avoided, Entry, Membership, Node, Op, Placed, PolicyView, Remembered, Revision,
+    Stored, StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, TokenGrant, TokenRecord,
+    Write,
 };
 use crate::{
     events::Seen,
@@ -30,6 +31,8 @@ const BALANCERS: &str = "cnsmo/load-balancers/";
 const DEPLOYMENTS: &str = "cnsmo/deployments/";
 /// By deployment, then name.
 const PLACEMENTS: &str = "cnsmo/placements/";
+/// VMs that deployments avoid.
+const AVOIDED: &str = "cnsmo/avoided/";
 const NODES: &str = "cnsmo/nodes/";
 /// A token's uses are below it, so they are read after it.
 const TOKENS: &str = "cnsmo/tokens/";
@@ -37,8 +40,18 @@ const TOKENS: &str = "cnsmo/tokens/";
 const HISTORY: &str = "cnsmo/history/";
 
 /// How the keys begin that make up the state; other keys are not its own.
-pub const FOLDERS: [&str; 9] =
-    [POLICIES, NETWORKS, BALANCERS, DEPLOYMENTS, PLACEMENTS, NODES, TOKENS, IDENTITIES, HISTORY];
+pub const FOLDERS: [&str; 10] = [
+    POLICIES,
+    NETWORKS,
+    BALANCERS,
+    DEPLOYMENTS,
+    PLACEMENTS,
+    AVOIDED,
+    NODES,
+    TOKENS,
+    IDENTITIES,
+    HISTORY,
+];
 /// Those with the resources that a rollback is about.
 pub const ROLLBACK_FOLDERS: [&str; 4] = [POLICIES, NETWORKS, BALANCERS, DEPLOYMENTS];
 
@@ -106,6 +119,18 @@ struct PlacementRecord {
     create_ms: u64,
     #[prost(uint64, tag = "4")]
     drain_ms: u64,
+    #[prost(uint64, tag = "5")]
+    fail_ms: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct AvoidedRecord {
+    #[prost(bytes = "vec", tag = "1")]
+    template: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    until_ms: u64,
+    #[prost(uint32, tag = "3")]
+    times: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -148,6 +173,14 @@ pub(super) fn op(write: &Write) -> Op {
         }
         Write::Unplace(deployment, name) => {
             Op::Delete { key: format!("{PLACEMENTS}{deployment}/{name}") }
+        }
+        Write::Avoid(deployment, node, Avoided { template, until_ms, times }) => {
+            let (until_ms, times) = (*until_ms, *times);
+            let record = AvoidedRecord { template: template.to_vec(), until_ms, times };
+            put(AVOIDED, &format!("{deployment}/{node}"), record.encode_to_vec())
+        }
+        Write::Forgive(deployment, node) => {
+            Op::Delete { key: format!("{AVOIDED}{deployment}/{node}") }
         }
         Write::Node(node) => put(NODES, &node.metadata.name, node_record(node).encode_to_vec()),
         Write::Token(id, token) => put(TOKENS, id, token_record(token).encode_to_vec()),
@@ -200,6 +233,13 @@ pub(super) fn read(entry: &Entry) -> Result<Write, Invalid> {
     }
     if entry.key.starts_with(PLACEMENTS) {
         return placement(decode(value)?).map(|one| Write::Place(Box::new(one)));
+    }
+    if let Some((deployment, node)) =
+        entry.key.strip_prefix(AVOIDED).and_then(|name| name.split_once('/'))
+    {
+        let AvoidedRecord { template, until_ms, times } = decode(value)?;
+        let avoided = Avoided { template: hash(&template)?, until_ms, times };
+        return Ok(Write::Avoid(deployment.to_owned(), node.to_owned(), avoided));
     }
     if entry.key.starts_with(NODES) {
         return node(decode(value)?).map(|node| Write::Node(Box::new(node)));
@@ -292,6 +332,7 @@ fn placement_record(placed: &Placed) -> PlacementRecord {
         template: placed.template.to_vec(),
         create_ms: placed.create_ms,
         drain_ms: placed.drain_ms,
+        fail_ms: placed.fail_ms,
     }
 }
 
@@ -301,6 +342,7 @@ fn placement(record: PlacementRecord) -> Result<Placed, Invalid> {
         template: hash(&record.template)?,
         create_ms: record.create_ms,
         drain_ms: record.drain_ms,
+        fail_ms: record.fail_ms,
     })
 }
 

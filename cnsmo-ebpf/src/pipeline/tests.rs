@@ -1,8 +1,12 @@
 use std::{cell::RefCell, rc::Rc};
 
 use cnsmo_common::{
-    control::{LiveParts, RuleAction, SLOT_FIRST},
+    control::{
+        Limit, LiveParts, RuleAction, SLOT_DEFAULT_EGRESS, SLOT_DEFAULT_INGRESS, SLOT_FIRST,
+        rule_flag, verdict,
+    },
     flow::state,
+    record::Record,
 };
 use proptest::prelude::*;
 
@@ -60,8 +64,8 @@ impl Path {
     /// Sets the rules: direction and lanes to `ALLOW`, `DENY` or `NO_RULE`.
     fn rules(&mut self, rule: impl Fn(Direction, u64) -> u32 + Clone + 'static) {
         let actions = vec![
-            RuleAction { slot: SLOT_FIRST, allow: 1 },
-            RuleAction { slot: SLOT_FIRST + 1, allow: 0 },
+            RuleAction { slot: SLOT_FIRST, verdict: verdict::ALLOW, flags: 0, limit: 0 },
+            RuleAction { slot: SLOT_FIRST + 1, verdict: verdict::DENY, flags: 0, limit: 0 },
         ];
         let (asked, rule_v6) = (Rc::clone(&self.asked), rule.clone());
         let v4 = move |q: &Question<[u8; 4]>, _| {
@@ -635,6 +639,227 @@ fn packets_and_bytes_are_counted_where_they_were_decided() {
         assert_eq!(path.dropped(Reason::DeniedByDefault, Direction::Ingress), drop);
         assert_eq!(path.dropped(Reason::DeniedByDefault, Direction::Egress).packets, 1);
         assert_eq!(path.tables.stat_counts.borrow().len(), 3, "nothing else was dropped");
+    });
+}
+
+/// The only rule: everything is asked of it.
+fn only(action: RuleAction) -> Path {
+    let mut path = Path::closed();
+    path.rules(|_, _| ALLOW);
+    path.tables.rules = vec![action];
+    path
+}
+
+fn action(verdict: u8, flags: u8) -> RuleAction {
+    RuleAction { slot: SLOT_FIRST, verdict, flags, limit: 0 }
+}
+
+impl Path {
+    fn told(&self) -> Vec<Record> {
+        self.tables.records.take()
+    }
+}
+
+#[test]
+fn who_is_rejected_is_to_be_told() {
+    each(|ip, peer| {
+        let path = only(action(verdict::REJECT, 0));
+        let syn = ip.tcp((peer, 4000), (VM, 80), SYN);
+        assert_eq!(path.ingress(ip, &syn), Verdict::Drop(Reason::Denied));
+        let told = path.told();
+        let [record] = &told[..] else { panic!("{told:?}") };
+        assert_eq!((record.why, record.outcome), (why::RULE | why::ANSWER, Reason::Denied as u8));
+        assert_eq!((record.slot, record.proto, record.direction), (SLOT_FIRST, TCP, 0));
+        // What the answer is made of.
+        let header = if ip == Ip::V4 { 20 } else { 40 };
+        assert_eq!(record.l3[..header], syn[..header]);
+        assert_eq!(record.l4[..], syn[header..header + 16]);
+        assert_eq!(record.length as usize, ip.ethernet(&syn).len());
+        assert_eq!(path.packets(SLOT_FIRST), 1);
+    });
+}
+
+#[test]
+fn a_default_can_reject() {
+    for ip in FAMILIES {
+        let mut path = Path::outward();
+        path.live.default_reject = [true, false];
+        path.next_generation([false, true]);
+        assert_eq!(path.ingress(ip, &ip.udp((PEERS[0], 9), (VM, 9))), DEFAULT);
+        let told = path.told();
+        assert_eq!((told.len(), told[0].why), (1, why::RULE | why::ANSWER));
+        assert_eq!(told[0].slot, SLOT_DEFAULT_INGRESS);
+    }
+}
+
+#[test]
+fn the_log_has_the_first_packet_of_a_flow_and_every_drop() {
+    each(|ip, peer| {
+        let path = only(action(verdict::ALLOW, rule_flag::LOG));
+        assert_eq!(path.ingress(ip, &ip.tcp((peer, 4000), (VM, 80), SYN)), PASS);
+        assert_eq!(path.egress(ip, &ip.tcp((VM, 80), (peer, 4000), SYN_ACK)), PASS);
+        let told = path.told();
+        assert_eq!((told.len(), told[0].why, told[0].outcome), (1, why::RULE | why::LOG, PASSED));
+
+        assert_eq!(path.ingress(ip, &ip.tcp((peer, 4001), (VM, 80), ACK)), NO_FLOW);
+        let told = path.told();
+        assert_eq!((told.len(), told[0].why, told[0].outcome), (1, 0, Reason::NoFlow as u8));
+
+        let silent = only(action(verdict::ALLOW, 0));
+        assert_eq!(silent.ingress(ip, &ip.tcp((peer, 4000), (VM, 80), SYN)), PASS);
+        assert_eq!(silent.told(), []);
+    });
+}
+
+#[test]
+fn a_packet_that_cannot_be_read_is_told_as_far_as_it_was() {
+    let path = Path::outward();
+    let mut bad = Ip::V4.udp((PEERS[0], 9), (VM, 9));
+    bad[0] = 0x44;
+    assert_eq!(path.ingress(Ip::V4, &bad), Verdict::Drop(Reason::Malformed));
+    let told = path.told();
+    assert_eq!((told.len(), told[0].outcome, told[0].l4), (1, Reason::Malformed as u8, [0; 16]));
+    assert_eq!(told[0].l3[..20], bad[..20]);
+}
+
+#[test]
+fn a_policy_on_trial_drops_nothing_and_tells() {
+    each(|ip, peer| {
+        let path = only(action(verdict::REJECT, rule_flag::AUDIT));
+        let syn = ip.tcp((peer, 4000), (VM, 80), SYN);
+        assert_eq!(path.ingress(ip, &syn), PASS);
+        let told = path.told();
+        assert_eq!((told.len(), told[0].why, told[0].outcome), (1, why::RULE | why::AUDIT, PASSED));
+        assert_eq!((path.packets(SLOT_FIRST), path.flows()), (1, [0, 1]));
+
+        let mut path = Path::outward();
+        path.live.default_audit = [true, false];
+        path.next_generation([false, false]);
+        assert_eq!(path.ingress(ip, &syn), PASS);
+        assert_eq!(path.egress(ip, &ip.udp((VM, 1), (peer, 2))), DEFAULT);
+        let why: Vec<_> = path.told().iter().map(|record| record.why).collect();
+        assert_eq!(why, [why::RULE | why::AUDIT, why::RULE]);
+    });
+}
+
+const MILLISECOND: u64 = 1_000_000;
+
+/// Ten flows a second, three at once.
+fn limited(per_source: u64) -> Path {
+    let mut path = only(RuleAction { limit: 1, ..action(verdict::ALLOW, 0) });
+    let interval = 100 * MILLISECOND;
+    let limit = Limit { interval, tolerance: 2 * interval, per_source };
+    path.tables.limits = vec![Limit::default(), limit];
+    path.tables.nanoseconds.set(1 << 40);
+    path
+}
+
+#[test]
+fn a_limit_admits_its_rate_and_its_burst() {
+    each(|ip, peer| {
+        let path = limited(0);
+        let mut port = 1_000;
+        let mut admitted = |flows: u16| {
+            let mut begin = || {
+                port += 1;
+                path.ingress(ip, &ip.tcp((peer, port), (VM, 80), SYN))
+            };
+            (0..flows).filter(|_| begin() == PASS).count()
+        };
+        let later = |ms: u64| {
+            path.tables.nanoseconds.set(path.tables.nanoseconds.get() + ms * MILLISECOND);
+        };
+        assert_eq!(admitted(10), 3);
+        assert_eq!(path.dropped(Reason::Limited, Direction::Ingress).packets, 7);
+        later(99);
+        assert_eq!(admitted(1), 0);
+        later(1);
+        assert_eq!(admitted(5), 1);
+        later(200);
+        assert_eq!(admitted(5), 2);
+        later(10_000);
+        assert_eq!(admitted(5), 3, "a pause earns the burst and no more");
+    });
+}
+
+#[test]
+fn a_limit_is_for_new_flows() {
+    for ip in FAMILIES {
+        let mut path = limited(0);
+        let (client, server) = ((PEERS[0], 4000), (VM, 80));
+        assert_eq!(path.ingress(ip, &ip.tcp(client, server, SYN)), PASS);
+        assert_eq!(path.egress(ip, &ip.tcp(server, client, SYN_ACK)), PASS);
+        for _ in 0..20 {
+            assert_eq!(path.ingress(ip, &ip.tcp(client, server, ACK)), PASS);
+        }
+        // Nor does a change of the policy cost it anything.
+        for _ in 0..20 {
+            path.next_generation([false, false]);
+            assert_eq!(path.ingress(ip, &ip.tcp(client, server, ACK)), PASS);
+        }
+    }
+}
+
+#[test]
+fn each_source_has_its_own_limit_if_asked() {
+    for ip in FAMILIES {
+        let admitted = |path: &Path, peer: u8| {
+            let begin = |port| path.ingress(ip, &ip.tcp((peer, port), (VM, 80), SYN));
+            (1_000..1_010).filter(|port| begin(*port) == PASS).count()
+        };
+        let shared = limited(0);
+        assert_eq!((admitted(&shared, PEERS[0]), admitted(&shared, PEERS[1])), (3, 0));
+        let own = limited(1);
+        // The hosts of a /64 of IPv6 are one source.
+        let second = if ip == Ip::V4 { 3 } else { 0 };
+        assert_eq!((admitted(&own, PEERS[0]), admitted(&own, PEERS[1])), (3, second));
+    }
+}
+
+#[test]
+fn a_bucket_that_another_rule_left_is_begun_anew() {
+    let mut path = limited(0);
+    let begin =
+        |path: &Path, port| path.ingress(Ip::V4, &Ip::V4.tcp((PEERS[0], port), (VM, 80), SYN));
+    path.tables.limits[1] = Limit { interval: 1 << 50, tolerance: 0, per_source: 0 };
+    assert_eq!(begin(&path, 1), PASS);
+    assert_eq!(begin(&path, 2), Verdict::Drop(Reason::Limited));
+    path.tables.limits[1] = Limit { interval: MILLISECOND, tolerance: 0, per_source: 0 };
+    assert_eq!(begin(&path, 3), PASS);
+}
+
+/// A packet that a process of this VM has marked.
+struct Marked<'a>(&'a [u8]);
+
+impl Packet for Marked<'_> {
+    const ROLE: Role = Role::Whole;
+    fn load<const N: usize>(&self, at: usize) -> Option<[u8; N]> {
+        self.0.load(at)
+    }
+    fn length(&self) -> usize {
+        self.0.len()
+    }
+    fn ifindex(&self) -> u32 {
+        0
+    }
+    fn mark(&self) -> u32 {
+        ANSWER_MARK
+    }
+}
+
+#[test]
+fn the_agents_answers_leave_without_a_flow() {
+    each(|ip, peer| {
+        let path = Path::closed();
+        let rst = ip.ethernet(&ip.tcp((VM, 80), (peer, 4000), RST | ACK));
+        assert_eq!(run::<_, _, ETHERNET, true>(&rst[..], &path.tables), NO_FLOW);
+        assert_eq!(run::<_, _, ETHERNET, true>(&Marked(&rst), &path.tables), PASS);
+        let error = ip.ethernet(&ip.error(VM, peer, &ip.udp((peer, 9), (VM, 9))));
+        assert_eq!(run::<_, _, ETHERNET, true>(&error[..], &path.tables), UNRELATED);
+        assert_eq!(run::<_, _, ETHERNET, true>(&Marked(&error), &path.tables), PASS);
+        // Nobody else's packets come in for it.
+        assert_eq!(run::<_, _, ETHERNET, false>(&Marked(&rst), &path.tables), NO_FLOW);
+        assert_eq!(path.flows(), [0, 0]);
     });
 }
 

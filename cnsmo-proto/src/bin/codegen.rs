@@ -13,6 +13,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         "catalog",
         "deployment",
         "event",
+        "flow",
         "identity",
         "meta",
         "network",
@@ -35,6 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .boxed(".cnsmo.agent.v1.ConnectRequest.message.result")
         .boxed(".cnsmo.agent.v1.ConnectRequest.message.status")
         .boxed(".cnsmo.agent.v1.Resource.spec.instance")
+        .boxed(".cnsmo.deployment.v1.DeploymentSpec.placement")
         .boxed(".cnsmo.deployment.v1.Systemd.unit.process")
         .boxed(".cnsmo.bus.v1.SubscribeResponse.message.delivery")
         .build_transport(false)

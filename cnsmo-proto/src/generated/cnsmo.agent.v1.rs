@@ -296,7 +296,7 @@ pub struct InstanceReport {
 pub struct Command {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub command: ::core::option::Option<command::Command>,
 }
 /// Nested message and enum types in `Command`.
@@ -320,7 +320,28 @@ pub mod command {
         /// `follow` is ignored.
         #[prost(message, tag = "9")]
         Logs(super::super::super::service::v1::ReadLogsRequest),
+        #[prost(message, tag = "10")]
+        Follow(super::Follow),
+        #[prost(message, tag = "11")]
+        Records(super::super::super::flow::v1::RecordsQuery),
     }
+}
+/// Output of a service, part by part: the next one is asked for when the last one was taken, so that a slow reader costs the
+/// VM nothing. Followers are of one stream, too. One that is asked for nothing for a minute is forgotten.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Follow {
+    /// The first one: what is to be followed. `follow` is ignored.
+    #[prost(message, optional, tag = "1")]
+    pub logs: ::core::option::Option<super::super::service::v1::ReadLogsRequest>,
+    /// A further one: as the first answer has named it.
+    #[prost(uint64, tag = "2")]
+    pub follower: u64,
+    /// How long the answer may wait for something to tell; at most 10 s.
+    #[prost(message, optional, tag = "3")]
+    pub wait: ::core::option::Option<::prost_types::Duration>,
+    /// Nobody listens any more.
+    #[prost(bool, tag = "4")]
+    pub stop: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct CommandResult {
@@ -331,7 +352,7 @@ pub struct CommandResult {
     pub code: u32,
     #[prost(string, tag = "4")]
     pub message: ::prost::alloc::string::String,
-    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8")]
+    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8, 9, 10")]
     pub result: ::core::option::Option<command_result::Result>,
 }
 /// Nested message and enum types in `CommandResult`.
@@ -347,7 +368,22 @@ pub mod command_result {
         /// The end of it, at most 256 KiB.
         #[prost(message, tag = "8")]
         Logs(super::super::super::service::v1::ReadLogsResponse),
+        #[prost(message, tag = "9")]
+        Part(super::LogPart),
+        #[prost(message, tag = "10")]
+        Records(super::super::super::flow::v1::RecordsPage),
     }
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LogPart {
+    /// At most 64 KiB, or one line that is longer. None: there was nothing to tell for so long.
+    #[prost(message, repeated, tag = "1")]
+    pub lines: ::prost::alloc::vec::Vec<super::super::service::v1::LogLine>,
+    #[prost(uint64, tag = "2")]
+    pub follower: u64,
+    /// The instance is gone from the VM: these were the last.
+    #[prost(bool, tag = "3")]
+    pub ended: bool,
 }
 /// Generated client implementations.
 pub mod agent_service_client {

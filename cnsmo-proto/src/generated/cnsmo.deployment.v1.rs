@@ -14,8 +14,8 @@ pub struct DeploymentSpec {
     /// At most 1,000.
     #[prost(uint32, tag = "1")]
     pub replicas: u32,
-    #[prost(message, optional, tag = "2")]
-    pub placement: ::core::option::Option<Placement>,
+    #[prost(message, optional, boxed, tag = "2")]
+    pub placement: ::core::option::Option<::prost::alloc::boxed::Box<Placement>>,
     /// Services that must be there before an instance is started. Cycles among deployments are refused.
     #[prost(message, repeated, tag = "3")]
     pub needs: ::prost::alloc::vec::Vec<Need>,
@@ -65,6 +65,10 @@ pub struct Placement {
     /// 0: no limit.
     #[prost(uint32, tag = "4")]
     pub max_per_node: u32,
+    /// An instance that has been failing on its VM for so long is placed on another one, if there is one that may have it;
+    /// failing is one that has failed and has not been ready for as long since. 1 s to 24 h; absent: 2 min; 0 s: it stays.
+    #[prost(message, optional, tag = "5")]
+    pub reschedule_after: ::core::option::Option<::prost_types::Duration>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Need {
@@ -149,7 +153,7 @@ pub mod probe {
         /// Ends with 0, run as the instance is.
         #[prost(message, tag = "3")]
         Exec(super::ExecProbe),
-        /// It announces itself, under the name of the instance.
+        /// It announces itself by the protocol of sd_notify(3): READY=1, later STOPPING=1, with STATUS=.
         #[prost(bool, tag = "4")]
         Announced(bool),
     }
@@ -171,7 +175,7 @@ pub struct ExecProbe {
 /// A unit of the VM's systemd.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Systemd {
-    /// Of a unit that is there. Absent: ready when systemd says active.
+    /// Of a unit that is there. Absent: ready when systemd says active. Announced: the same, and its Type must be notify.
     #[prost(message, optional, tag = "3")]
     pub readiness: ::core::option::Option<Probe>,
     #[prost(oneof = "systemd::Unit", tags = "1, 2")]
@@ -181,7 +185,7 @@ pub struct Systemd {
 pub mod systemd {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Unit {
-        /// One that is there, by its full name.
+        /// One that is there, by its full name; of a template, name@.service, each instance has a unit of its own.
         #[prost(string, tag = "1")]
         Name(::prost::alloc::string::String),
         /// A transient one.
@@ -230,6 +234,20 @@ pub struct DeploymentStatus {
     /// Available, Progressing, NeedsMet.
     #[prost(message, repeated, tag = "7")]
     pub conditions: ::prost::alloc::vec::Vec<super::super::meta::v1::Condition>,
+    /// VMs on which instances of it kept failing.
+    #[prost(message, repeated, tag = "8")]
+    pub avoided: ::prost::alloc::vec::Vec<AvoidedNode>,
+}
+/// A VM that gets no instance of the deployment while there is another one.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AvoidedNode {
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub until: ::core::option::Option<::prost_types::Timestamp>,
+    /// How often instances were taken from it lately; each time it is avoided for twice as long.
+    #[prost(uint32, tag = "3")]
+    pub times: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct InstanceStatus {
@@ -250,6 +268,9 @@ pub struct InstanceStatus {
     pub ports: ::prost::alloc::vec::Vec<Port>,
     #[prost(message, optional, tag = "8")]
     pub phase_time: ::core::option::Option<::prost_types::Timestamp>,
+    /// Set while it is failing.
+    #[prost(message, optional, tag = "9")]
+    pub failing_since: ::core::option::Option<::prost_types::Timestamp>,
 }
 /// One instance as its VM is to run it.
 #[derive(Clone, PartialEq, ::prost::Message)]

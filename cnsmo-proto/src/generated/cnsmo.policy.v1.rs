@@ -29,6 +29,9 @@ pub struct FirewallPolicySpec {
     pub default_egress: i32,
     #[prost(message, repeated, tag = "5")]
     pub rules: ::prost::alloc::vec::Vec<FirewallRule>,
+    /// Unspecified: enforce.
+    #[prost(enumeration = "Mode", tag = "6")]
+    pub mode: i32,
 }
 /// Matches the first packet of a flow; answers follow it. Empty repeated fields match anything.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -62,6 +65,28 @@ pub struct FirewallRule {
     pub from: ::core::option::Option<Peer>,
     #[prost(message, optional, tag = "11")]
     pub to: ::core::option::Option<Peer>,
+    /// The decision about each new flow is recorded, as far as the sampling allows.
+    #[prost(bool, tag = "12")]
+    pub log: bool,
+    /// Of rules that allow: new flows beyond it are dropped.
+    #[prost(message, optional, tag = "13")]
+    pub limit: ::core::option::Option<RateLimit>,
+}
+/// New flows that a rule allows.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RateLimit {
+    /// In each `period_seconds`. 1 to 1,000,000.
+    #[prost(uint32, tag = "1")]
+    pub flows: u32,
+    /// 1, 60, 3600 or 86400: a second, a minute, an hour, a day.
+    #[prost(uint32, tag = "2")]
+    pub period_seconds: u32,
+    /// Flows that may come at once after a pause. 1 to 1,000,000.
+    #[prost(uint32, tag = "3")]
+    pub burst: u32,
+    /// Each source has that much, an IPv6 source by its first 64 bits; else all sources together.
+    #[prost(bool, tag = "4")]
+    pub per_source: bool,
 }
 /// VMs by their labels, or by the service that has instances on them: one of the two. It stands for all addresses of those
 /// VMs, in their network and those that their agents have announced. Towards agents: empty, it stands for nobody.
@@ -146,7 +171,10 @@ pub struct RuleCounter {
 pub enum Action {
     Unspecified = 0,
     Allow = 1,
+    /// Dropped without an answer.
     Deny = 2,
+    /// Dropped, and the sender is told: TCP by RST, everything else by ICMP "port unreachable".
+    Reject = 3,
 }
 impl Action {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -158,6 +186,7 @@ impl Action {
             Self::Unspecified => "ACTION_UNSPECIFIED",
             Self::Allow => "ACTION_ALLOW",
             Self::Deny => "ACTION_DENY",
+            Self::Reject => "ACTION_REJECT",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -166,6 +195,37 @@ impl Action {
             "ACTION_UNSPECIFIED" => Some(Self::Unspecified),
             "ACTION_ALLOW" => Some(Self::Allow),
             "ACTION_DENY" => Some(Self::Deny),
+            "ACTION_REJECT" => Some(Self::Reject),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum Mode {
+    Unspecified = 0,
+    Enforce = 1,
+    /// What the policy's rules and defaults refuse passes all the same; it is counted and recorded.
+    Audit = 2,
+}
+impl Mode {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "MODE_UNSPECIFIED",
+            Self::Enforce => "MODE_ENFORCE",
+            Self::Audit => "MODE_AUDIT",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "MODE_UNSPECIFIED" => Some(Self::Unspecified),
+            "MODE_ENFORCE" => Some(Self::Enforce),
+            "MODE_AUDIT" => Some(Self::Audit),
             _ => None,
         }
     }

@@ -132,7 +132,7 @@ pub struct ReadLogsResponse {
 pub struct LogLine {
     #[prost(message, optional, tag = "1")]
     pub time: ::core::option::Option<::prost_types::Timestamp>,
-    /// stdout or stderr.
+    /// stdout or stderr; of a unit: journal.
     #[prost(string, tag = "2")]
     pub stream: ::prost::alloc::string::String,
     /// Without its end; at most 16 KiB, longer ones come in parts.

@@ -68,25 +68,13 @@ impl Decoder {
 
     /// A mapping with no fields but `known` ones. `None` after a wrong type; bad fields are refused and left out.
     pub(super) fn fields<'a>(&mut self, node: &'a Node, known: &[&str]) -> Option<Fields<'a>> {
-        self.fields_but(node, known, &[])
-    }
-
-    /// As [`Self::fields`]; those of `later` are refused as what this version cannot do.
-    pub(super) fn fields_but<'a>(
-        &mut self,
-        node: &'a Node,
-        known: &[&str],
-        later: &[&str],
-    ) -> Option<Fields<'a>> {
         let Value::Map(entries) = &node.value else {
             self.mistyped(node, "a mapping");
             return None;
         };
         let mut fields = BTreeMap::new();
         for (key, value) in entries {
-            if later.contains(&key.as_str()) {
-                self.field(key, |d| d.refuse(value, "not supported by this version"));
-            } else if !known.contains(&key.as_str()) {
+            if !known.contains(&key.as_str()) {
                 let reason = format!("unknown field; there are: {}", known.join(", "));
                 self.field(key, |d| d.refuse(value, reason));
             } else if fields.insert(key.as_str(), value).is_some() {

@@ -60,7 +60,7 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<DeploymentSpec> {
     }
     let spec = DeploymentSpec {
         replicas: replicas.unwrap_or(1),
-        placement,
+        placement: placement.map(Box::new),
         needs: needs.unwrap_or_default(),
         ports: ports.unwrap_or_default(),
         attributes: attributes.unwrap_or_default(),
@@ -78,7 +78,8 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<DeploymentSpec> {
 }
 
 fn placement(d: &mut Decoder, node: &Node) -> Option<Placement> {
-    let fields = d.fields(node, &["selector", "node", "spread", "maxPerNode"])?;
+    const FIELDS: [&str; 5] = ["selector", "node", "spread", "maxPerNode", "rescheduleAfter"];
+    let fields = d.fields(node, &FIELDS)?;
     Some(Placement {
         selector: d.optional(&fields, "selector", document::labels).unwrap_or_default(),
         node: d.optional(&fields, "node", Decoder::filled).unwrap_or_default(),
@@ -86,6 +87,7 @@ fn placement(d: &mut Decoder, node: &Node) -> Option<Placement> {
         max_per_node: d
             .optional(&fields, "maxPerNode", |d, node| d.number(node, 1..=model::REPLICAS_MAX))
             .unwrap_or_default(),
+        reschedule_after: d.optional(&fields, "rescheduleAfter", time),
     })
 }
 
@@ -308,6 +310,8 @@ struct PlacementDocument {
     spread: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_per_node: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reschedule_after: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -422,7 +426,7 @@ impl Document {
         };
         Self {
             replicas: spec.replicas,
-            placement: spec.placement.as_ref().map(PlacementDocument::new),
+            placement: spec.placement.as_deref().map(PlacementDocument::new),
             needs: spec.needs.iter().map(NeedDocument::new).collect(),
             process,
             systemd,
@@ -444,6 +448,7 @@ impl PlacementDocument {
             node: filled(&placement.node),
             spread: filled(&placement.spread),
             max_per_node: number(placement.max_per_node),
+            reschedule_after: placement.reschedule_after.and_then(time_text),
         }
     }
 }

@@ -11,23 +11,29 @@ use super::{
 };
 use crate::{
     model,
-    pb::policy::{Action, Direction, FirewallPolicySpec, FirewallRule, IcmpType, Peer, PortRange},
+    pb::policy::{
+        Action, Direction, FirewallPolicySpec, FirewallRule, IcmpType, Mode, Peer, PortRange,
+        RateLimit,
+    },
 };
 
 /// Of a policy that states none: room on both sides.
 pub(super) const PRIORITY_DEFAULT: u32 = 1000;
 
-const ACTIONS: [(&str, Action); 2] = [("allow", Action::Allow), ("deny", Action::Deny)];
+const ACTIONS: [(&str, Action); 3] =
+    [("allow", Action::Allow), ("deny", Action::Deny), ("reject", Action::Reject)];
+const MODES: [(&str, Mode); 2] = [("enforce", Mode::Enforce), ("audit", Mode::Audit)];
+/// Seconds of a limit's period.
+const PERIODS: [(&str, u32); 4] = [("s", 1), ("m", 60), ("h", 3_600), ("d", 86_400)];
+/// Whether each source has a limit of its own.
+const SHARES: [(&str, bool); 2] = [("rule", false), ("source", true)];
 const DIRECTIONS: [(&str, Direction); 2] =
     [("ingress", Direction::Ingress), ("egress", Direction::Egress)];
-/// What the design knows and this version does not enforce.
-const LATER_ACTIONS: [&str; 3] = ["reject", "limit", "log"];
-const LATER_FIELDS: [&str; 2] = ["log", "limit"];
 const ANY: &str = "any";
 
 pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec> {
     let before = d.problems();
-    let fields = d.fields_but(node, &["target", "priority", "defaults", "rules"], &["mode"])?;
+    let fields = d.fields(node, &["target", "priority", "defaults", "mode", "rules"])?;
     let target = d.optional(&fields, "target", document::labels).unwrap_or_default();
     let priority =
         d.optional(&fields, "priority", |d, node| d.number(node, 0..=model::PRIORITY_MAX));
@@ -36,6 +42,7 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec>
         Some((d.optional(&fields, "ingress", action), d.optional(&fields, "egress", action)))
     });
     let (ingress, egress) = defaults.unwrap_or_default();
+    let mode = d.optional(&fields, "mode", |d, node| d.word(node, &MODES));
     let rules = d.optional(&fields, "rules", |d, node| d.list(node, "a list of rules", rule));
     let spec = FirewallPolicySpec {
         target,
@@ -43,6 +50,7 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec>
         default_ingress: ingress.unwrap_or(Action::Unspecified).into(),
         default_egress: egress.unwrap_or(Action::Unspecified).into(),
         rules: rules.unwrap_or_default(),
+        mode: mode.unwrap_or(Mode::Unspecified).into(),
     };
     // What no rule can know alone; only of a spec that was read wholly, else the numbers of rules would be wrong.
     if d.problems() > before {
@@ -58,7 +66,7 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec>
 }
 
 fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
-    const FIELDS: [&str; 9] = [
+    const FIELDS: [&str; 11] = [
         "name",
         "action",
         "direction",
@@ -68,9 +76,11 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
         "ports",
         "sourcePorts",
         "icmpTypes",
+        "log",
+        "limit",
     ];
     let before = d.problems();
-    let fields = d.fields_but(node, &FIELDS, &LATER_FIELDS)?;
+    let fields = d.fields(node, &FIELDS)?;
     let name = d.required(node, &fields, "name", Decoder::text);
     let action = d.required(node, &fields, "action", action);
     let direction = d.required(node, &fields, "direction", |d, node| d.word(node, &DIRECTIONS));
@@ -101,6 +111,8 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
         icmp_types: icmp_types.unwrap_or_default(),
         from,
         to,
+        log: d.optional(&fields, "log", Decoder::boolean).unwrap_or_default(),
+        limit: d.optional(&fields, "limit", limit),
     };
     if d.problems() == before
         && let Err(invalid) = model::Rule::try_from(rule.clone())
@@ -111,13 +123,43 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
 }
 
 fn action(d: &mut Decoder, node: &Node) -> Option<Action> {
-    if let Value::Text(word) = &node.value
-        && LATER_ACTIONS.contains(&word.as_str())
-    {
-        d.refuse(node, format!("`{word}` is not supported by this version: use allow or deny"));
-        return None;
-    }
     d.word(node, &ACTIONS)
+}
+
+/// A rate such as `100/s`; the burst is one period's worth if none is given.
+fn limit(d: &mut Decoder, node: &Node) -> Option<RateLimit> {
+    let fields = d.fields(node, &["rate", "burst", "per"])?;
+    let rate = d.required(node, &fields, "rate", rate);
+    let burst = d.optional(&fields, "burst", |d, node| d.number(node, 1..=model::LIMIT_FLOWS_MAX));
+    let per_source = d.optional(&fields, "per", |d, node| d.word(node, &SHARES));
+    let (flows, period_seconds) = rate?;
+    let per_source = per_source.unwrap_or_default();
+    Some(RateLimit { flows, period_seconds, burst: burst.unwrap_or(flows), per_source })
+}
+
+fn rate(d: &mut Decoder, node: &Node) -> Option<(u32, u32)> {
+    let read = match &node.value {
+        Value::Text(text) => text.split_once('/').and_then(|(flows, period)| {
+            let period = PERIODS.iter().find(|(name, _)| *name == period)?;
+            digits(flows).filter(|n| (1..=model::LIMIT_FLOWS_MAX).contains(n)).zip(Some(period.1))
+        }),
+        Value::Null
+        | Value::Bool(_)
+        | Value::Integer(_)
+        | Value::Float(_)
+        | Value::List(_)
+        | Value::Map(_) => None,
+    };
+    if read.is_none() {
+        d.mistyped(
+            node,
+            format!(
+                "new flows per second, minute, hour or day, such as 100/s, 30/m, 10/h, 5/d (1 to {})",
+                model::LIMIT_FLOWS_MAX
+            ),
+        );
+    }
+    read
 }
 
 /// `any`, CIDRs or a peer.
@@ -255,6 +297,11 @@ pub fn side_of(cidrs: &[String], peer: Option<&Peer>) -> String {
     }
 }
 
+/// The word for an IANA protocol number, or the number.
+pub fn protocol_name(number: u32) -> String {
+    named(&icmp::PROTOCOLS, number).to_string()
+}
+
 /// Protocol, ports and ICMP types of a rule in one line, for example `tcp 80,8000-8100`.
 pub fn traffic(rule: &FirewallRule) -> String {
     let list = |items: Vec<NumberOrText>| {
@@ -282,6 +329,8 @@ pub(super) struct Document {
     priority: u32,
     #[serde(skip_serializing_if = "DefaultsDocument::is_empty")]
     defaults: DefaultsDocument,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mode: Option<&'static str>,
     rules: Vec<RuleDocument>,
 }
 
@@ -319,6 +368,17 @@ struct RuleDocument {
     source_ports: Vec<NumberOrText>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     icmp_types: Vec<NumberOrText>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    log: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    limit: Option<LimitDocument>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct LimitDocument {
+    rate: String,
+    burst: u32,
+    per: &'static str,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -367,6 +427,7 @@ impl Document {
                 ingress: word(&ACTIONS, spec.default_ingress()),
                 egress: word(&ACTIONS, spec.default_egress()),
             },
+            mode: word(&MODES, spec.mode()),
             rules: spec.rules.iter().map(RuleDocument::new).collect(),
         }
     }
@@ -388,8 +449,36 @@ impl RuleDocument {
                 .iter()
                 .map(|t| icmp_document(*t, rule.protocol.unwrap_or_default()))
                 .collect(),
+            log: rule.log,
+            limit: rule.limit.as_ref().map(limit_document),
         }
     }
+}
+
+fn limit_document(limit: &RateLimit) -> LimitDocument {
+    LimitDocument {
+        rate: format!("{}/{}", limit.flows, word(&PERIODS, limit.period_seconds).unwrap_or("?")),
+        burst: limit.burst,
+        per: word(&SHARES, limit.per_source).unwrap_or_default(),
+    }
+}
+
+/// The word for a mode.
+pub fn mode(mode: Mode) -> &'static str {
+    word(&MODES, mode).unwrap_or("enforce")
+}
+
+/// What a rule does, in words: its action, limit and log.
+pub fn action_text(rule: &FirewallRule) -> String {
+    let mut text = word(&ACTIONS, rule.action()).unwrap_or("unknown").to_owned();
+    if let Some(limit) = &rule.limit {
+        let LimitDocument { rate, burst, per } = limit_document(limit);
+        text.push_str(&format!(" {rate} per {per}, burst {burst}"));
+    }
+    if rule.log {
+        text.push_str(", logged");
+    }
+    text
 }
 
 fn named(names: &[(&'static str, u8)], number: u32) -> NumberOrText {

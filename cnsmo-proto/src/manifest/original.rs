@@ -72,6 +72,7 @@ pub(super) fn convert(
         priority: PRIORITY_DEFAULT,
         default_ingress: if converter.denyall { Action::Deny } else { Action::Allow }.into(),
         default_egress: Action::Allow.into(),
+        mode: 0,
         rules: converter.rules,
     };
     let spec = match (d.problems(), model::FirewallPolicy::try_from(spec)) {
@@ -188,12 +189,8 @@ impl Converter {
 }
 
 fn action(d: &mut Decoder, node: &Node) -> Option<Action> {
-    if node.value == Value::Text("rjct".to_owned()) {
-        let reason = "`rjct` is not supported by this version: `drop` refuses without an answer";
-        d.refuse(node, reason);
-        return None;
-    }
-    d.word(node, &[("drop", Action::Deny), ("acpt", Action::Allow)])
+    // The original's user API offered `rjct`, and its firewall refused it.
+    d.word(node, &[("drop", Action::Deny), ("acpt", Action::Allow), ("rjct", Action::Reject)])
 }
 
 /// What `iptables -p` took: a name or a number. `all` is refused: with a port it never worked, and without one it would

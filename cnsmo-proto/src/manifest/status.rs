@@ -7,7 +7,7 @@ use crate::{
     pb::{
         balancer::{Backend, BackendStatus, LoadBalancerStatus, NodeBalancerStatus},
         catalog::Phase as InstancePhase,
-        deployment::{DeploymentStatus, InstanceStatus, Port},
+        deployment::{AvoidedNode, DeploymentStatus, InstanceStatus, Port},
         meta::{Condition, condition::Status},
         network::{Member, NetworkStatus, Refused},
         node::{NodeStatus, OverlayStatus, PeerStatus, node_status::Phase},
@@ -34,7 +34,17 @@ pub(super) struct DeploymentStatusDocument {
     ready: u32,
     updated: u32,
     instances: Vec<InstanceDocument>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    avoided: Vec<AvoidedDocument>,
     conditions: Vec<ConditionDocument>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct AvoidedDocument {
+    node: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    until: Option<String>,
+    times: u32,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -52,6 +62,8 @@ struct InstanceDocument {
     ports: Vec<InstancePortDocument>,
     #[serde(skip_serializing_if = "Option::is_none")]
     phase_time: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failing_since: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -72,6 +84,7 @@ impl InstanceDocument {
             generation: instance.generation,
             ports: instance.ports.iter().map(port).collect(),
             phase_time: instance.phase_time.map(|t| t.to_string()),
+            failing_since: instance.failing_since.map(|t| t.to_string()),
         }
     }
 }
@@ -347,6 +360,11 @@ impl BalancerOnNode {
 
 impl StatusDocument {
     pub(super) fn of_deployment(status: &DeploymentStatus) -> Self {
+        let avoided = |avoided: &AvoidedNode| AvoidedDocument {
+            node: avoided.node.clone(),
+            until: avoided.until.map(|t| t.to_string()),
+            times: avoided.times,
+        };
         Self::Deployment(DeploymentStatusDocument {
             observed_generation: status.observed_generation,
             desired: status.desired,
@@ -354,6 +372,7 @@ impl StatusDocument {
             ready: status.ready,
             updated: status.updated,
             instances: status.instances.iter().map(InstanceDocument::new).collect(),
+            avoided: status.avoided.iter().map(avoided).collect(),
             conditions: status.conditions.iter().map(ConditionDocument::new).collect(),
         })
     }

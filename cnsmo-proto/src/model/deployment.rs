@@ -18,6 +18,9 @@ pub const ATTRIBUTES_MAX: usize = 16;
 /// A port's name becomes part of a variable's (RFC 6335, section 5.1, has the same limit).
 const PORT_NAME_BYTES_MAX: usize = 15;
 const NEED_TIMEOUT: Duration = Duration::from_secs(300);
+const RESCHEDULE_AFTER: Duration = Duration::from_secs(120);
+/// Shorter ones would move what only starts again.
+const RESCHEDULE_AFTER_MIN: Duration = Duration::from_secs(1);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const HOUR: Duration = Duration::from_secs(3_600);
 /// The label over whose values instances are spread if none is named.
@@ -62,6 +65,8 @@ pub struct Placement {
     pub spread: String,
     /// On one VM; 0: no limit.
     pub max_per_node: u32,
+    /// One that has been failing for so long goes to another VM. None: never.
+    pub reschedule_after: Option<Duration>,
 }
 
 /// A service that must be there.
@@ -132,7 +137,7 @@ impl TryFrom<pb::DeploymentSpec> for Deployment {
         let rollout = spec.rollout.unwrap_or_default();
         Ok(Self {
             replicas: spec.replicas,
-            placement: placement(spec.placement.unwrap_or_default())
+            placement: placement(*spec.placement.unwrap_or_default())
                 .map_err(|e| e.at("placement"))?,
             needs: needs(spec.needs).map_err(|e| e.at("needs"))?,
             rollout: Rollout {
@@ -156,7 +161,15 @@ fn placement(wire: pb::Placement) -> Result<Placement, Invalid> {
     }
     let spread = if wire.spread.is_empty() { SPREAD.to_owned() } else { wire.spread };
     Labels::new([(spread.clone(), String::new())].into()).map_err(|e| e.at("spread"))?;
-    Ok(Placement { selector, node, spread, max_per_node: wire.max_per_node })
+    let reschedule_after =
+        time(wire.reschedule_after, RESCHEDULE_AFTER, Duration::ZERO..=24 * HOUR)
+            .map_err(|e| e.at("rescheduleAfter"))?;
+    if (Duration::from_nanos(1)..RESCHEDULE_AFTER_MIN).contains(&reschedule_after) {
+        let why = format!("is below {RESCHEDULE_AFTER_MIN:?}; 0s: never");
+        return Err(Invalid::new(why).at("rescheduleAfter"));
+    }
+    let reschedule_after = Some(reschedule_after).filter(|time| !time.is_zero());
+    Ok(Placement { selector, node, spread, max_per_node: wire.max_per_node, reschedule_after })
 }
 
 fn needs(wire: Vec<pb::Need>) -> Result<Vec<Need>, Invalid> {
@@ -330,12 +343,13 @@ impl From<&Deployment> for pb::DeploymentSpec {
         };
         Self {
             replicas: *replicas,
-            placement: Some(pb::Placement {
+            placement: Some(Box::new(pb::Placement {
                 selector: placement.selector.as_map().clone(),
                 node: placement.node.as_ref().map(ToString::to_string).unwrap_or_default(),
                 spread: placement.spread.clone(),
                 max_per_node: placement.max_per_node,
-            }),
+                reschedule_after: placement.reschedule_after.unwrap_or_default().try_into().ok(),
+            })),
             needs: needs.iter().map(need).collect(),
             driver: Some((&template.driver).into()),
             ports: template.ports.iter().map(Into::into).collect(),
@@ -434,11 +448,11 @@ mod tests {
             ),
             (
                 &|s| {
-                    s.placement = Some(pb::Placement {
+                    s.placement = Some(Box::new(pb::Placement {
                         selector: [("a".into(), "b".into())].into(),
                         node: "vm1".into(),
                         ..Default::default()
-                    });
+                    }));
                 },
                 "placement.node: is one VM",
             ),

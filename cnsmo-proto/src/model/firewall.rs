@@ -13,6 +13,10 @@ pub const PEERS_MAX: usize = 4_096;
 pub const RESOLVED_MAX: usize = RULES_MAX;
 /// Port ranges or ICMP types in one list.
 pub const RANGES_MAX: usize = 256;
+/// Flows in a [`RateLimit`], and its burst.
+pub const LIMIT_FLOWS_MAX: u32 = 1_000_000;
+/// Seconds of a [`RateLimit`]'s period: a second, a minute, an hour, a day.
+pub const LIMIT_PERIODS: [u32; 4] = [1, 60, 3_600, 86_400];
 /// Highest priority number, the last to be asked.
 pub const PRIORITY_MAX: u32 = 1_000_000;
 
@@ -37,6 +41,31 @@ pub enum Action {
     Allow,
     /// The packet is dropped without an answer.
     Deny,
+    /// The packet is dropped, and its sender is told.
+    Reject,
+}
+
+/// What becomes of the refusals of a policy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum PolicyMode {
+    /// What it refuses is dropped.
+    #[default]
+    Enforce,
+    /// What it refuses passes; it is counted and recorded.
+    Audit,
+}
+
+/// New flows that a rule allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RateLimit {
+    /// In each period.
+    pub flows: u32,
+    /// Length of the period, one of [`LIMIT_PERIODS`].
+    pub period_seconds: u32,
+    /// Flows that may come at once after a pause.
+    pub burst: u32,
+    /// Each source has that much, an IPv6 source by its first 64 bits; else all sources together.
+    pub per_source: bool,
 }
 
 /// As seen from the VM.
@@ -149,6 +178,19 @@ pub struct Rule {
     pub peer: Option<Peer>,
     /// Protocol, ports, ICMP types.
     pub protocol: Protocol,
+    /// The decision about each new flow is recorded.
+    pub log: bool,
+    /// New flows beyond it are dropped. Of rules that allow.
+    pub limit: Option<RateLimit>,
+}
+
+impl Rule {
+    /// A rule that matches everything of one direction.
+    pub fn new(name: Name, action: Action, direction: Direction) -> Self {
+        let (from, to) = (Vec::new(), Vec::new());
+        let (protocol, peer) = (Protocol::Any, None);
+        Self { name, action, direction, from, to, peer, protocol, log: false, limit: None }
+    }
 }
 
 impl FirewallPolicy {
@@ -205,7 +247,7 @@ pub struct PolicyDefaults {
 }
 
 /// The spec of a `FirewallPolicy`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FirewallPolicy {
     /// VMs it is for.
     pub target: Labels,
@@ -213,6 +255,8 @@ pub struct FirewallPolicy {
     pub priority: u32,
     /// For what no rule matches.
     pub defaults: PolicyDefaults,
+    /// What becomes of its refusals.
+    pub mode: PolicyMode,
     /// In order: the first match decides.
     pub rules: Vec<Rule>,
 }
@@ -231,6 +275,11 @@ impl TryFrom<pb::FirewallPolicySpec> for FirewallPolicy {
             ingress: action(spec.default_ingress).map_err(|e| e.at("defaultIngress"))?,
             egress: action(spec.default_egress).map_err(|e| e.at("defaultEgress"))?,
         };
+        let mode = match pb::Mode::try_from(spec.mode) {
+            Ok(pb::Mode::Unspecified | pb::Mode::Enforce) => PolicyMode::Enforce,
+            Ok(pb::Mode::Audit) => PolicyMode::Audit,
+            Err(unknown) => return Err(Invalid::new(unknown.to_string()).at("mode")),
+        };
         at_most(spec.rules.len(), RULES_MAX, "rules").map_err(|e| e.at("rules"))?;
         let mut names = BTreeSet::new();
         let mut rules = Vec::with_capacity(spec.rules.len());
@@ -245,7 +294,7 @@ impl TryFrom<pb::FirewallPolicySpec> for FirewallPolicy {
             }
             rules.push(rule);
         }
-        Ok(Self { target, priority: spec.priority, defaults, rules })
+        Ok(Self { target, priority: spec.priority, defaults, mode, rules })
     }
 }
 
@@ -256,7 +305,7 @@ impl TryFrom<pb::FirewallRule> for Rule {
         let missing = |what| Invalid::new(format!("missing: {what}"));
         let name = Name::new(rule.name).map_err(|e| e.at("name"))?;
         let action = action(rule.action)
-            .and_then(|action| action.ok_or_else(|| missing("allow or deny")))
+            .and_then(|action| action.ok_or_else(|| missing("allow, deny or reject")))
             .map_err(|e| e.at("action"))?;
         let direction = match pb::Direction::try_from(rule.direction) {
             Ok(pb::Direction::Ingress) => Direction::Ingress,
@@ -300,7 +349,30 @@ impl TryFrom<pb::FirewallRule> for Rule {
             ))
             .at("protocol"));
         }
-        Ok(Self { name, action, direction, from, to, peer, protocol })
+        let limit = rule.limit.map(RateLimit::try_from).transpose().map_err(|e| e.at("limit"))?;
+        if limit.is_some() && action != Action::Allow {
+            return Err(Invalid::new("only rules that allow have a limit").at("limit"));
+        }
+        Ok(Self { name, action, direction, from, to, peer, protocol, log: rule.log, limit })
+    }
+}
+
+impl TryFrom<pb::RateLimit> for RateLimit {
+    type Error = Invalid;
+
+    fn try_from(limit: pb::RateLimit) -> Result<Self, Invalid> {
+        let pb::RateLimit { flows, period_seconds, burst, per_source } = limit;
+        for (field, value) in [("flows", flows), ("burst", burst)] {
+            if value == 0 || value > LIMIT_FLOWS_MAX {
+                let reason = format!("{value} is not from 1 to {LIMIT_FLOWS_MAX}");
+                return Err(Invalid::new(reason).at(field));
+            }
+        }
+        if !LIMIT_PERIODS.contains(&period_seconds) {
+            let reason = format!("{period_seconds} is none of {LIMIT_PERIODS:?}");
+            return Err(Invalid::new(reason).at("periodSeconds"));
+        }
+        Ok(Self { flows, period_seconds, burst, per_source })
     }
 }
 
@@ -364,6 +436,7 @@ fn action(wire: i32) -> Result<Option<Action>, Invalid> {
         Ok(pb::Action::Unspecified) => Ok(None),
         Ok(pb::Action::Allow) => Ok(Some(Action::Allow)),
         Ok(pb::Action::Deny) => Ok(Some(Action::Deny)),
+        Ok(pb::Action::Reject) => Ok(Some(Action::Reject)),
         Err(unknown) => Err(Invalid::new(unknown.to_string())),
     }
 }
@@ -430,6 +503,11 @@ impl From<&FirewallPolicy> for pb::FirewallPolicySpec {
             priority: policy.priority,
             default_ingress: wire_action(policy.defaults.ingress),
             default_egress: wire_action(policy.defaults.egress),
+            mode: match policy.mode {
+                PolicyMode::Enforce => pb::Mode::Unspecified,
+                PolicyMode::Audit => pb::Mode::Audit,
+            }
+            .into(),
             rules: policy.rules.iter().map(Into::into).collect(),
         }
     }
@@ -471,6 +549,13 @@ impl From<&Rule> for pb::FirewallRule {
             icmp_types,
             from,
             to,
+            log: rule.log,
+            limit: rule.limit.map(|limit| pb::RateLimit {
+                flows: limit.flows,
+                period_seconds: limit.period_seconds,
+                burst: limit.burst,
+                per_source: limit.per_source,
+            }),
         }
     }
 }
@@ -490,6 +575,7 @@ fn wire_action(action: Option<Action>) -> i32 {
         None => pb::Action::Unspecified,
         Some(Action::Allow) => pb::Action::Allow,
         Some(Action::Deny) => pb::Action::Deny,
+        Some(Action::Reject) => pb::Action::Reject,
     }
     .into()
 }
@@ -509,6 +595,7 @@ impl fmt::Display for Action {
         f.write_str(match self {
             Self::Allow => "allow",
             Self::Deny => "deny",
+            Self::Reject => "reject",
         })
     }
 }
@@ -538,6 +625,30 @@ mod tests {
         }
     }
 
+    fn limit() -> pb::RateLimit {
+        pb::RateLimit { flows: 10, period_seconds: 60, burst: 5, per_source: true }
+    }
+
+    #[test]
+    fn log_limit_and_mode_survive_the_round_trip() {
+        let rule = pb::FirewallRule { log: true, limit: Some(limit()), ..rule() };
+        let spec = pb::FirewallPolicySpec {
+            mode: pb::Mode::Audit.into(),
+            default_ingress: pb::Action::Reject.into(),
+            rules: vec![rule],
+            ..Default::default()
+        };
+        let policy = FirewallPolicy::try_from(spec).unwrap();
+        assert_eq!(
+            (policy.mode, policy.defaults.ingress),
+            (PolicyMode::Audit, Some(Action::Reject))
+        );
+        let limit = RateLimit { flows: 10, period_seconds: 60, burst: 5, per_source: true };
+        assert_eq!((policy.rules[0].log, policy.rules[0].limit), (true, Some(limit)));
+        let again = FirewallPolicy::try_from(pb::FirewallPolicySpec::from(&policy)).unwrap();
+        assert_eq!(again, policy);
+    }
+
     #[test]
     fn a_good_rule_survives_the_round_trip_with_host_bits_cleared() {
         let checked = Rule::try_from(rule()).unwrap();
@@ -552,7 +663,7 @@ mod tests {
         fn lb() -> pb::Peer {
             pb::Peer { labels: [("role".into(), "lb".into())].into(), ..Default::default() }
         }
-        let cases: [(&str, Break); 17] = [
+        let cases: [(&str, Break); 20] = [
             ("name", |r| r.name = "No".into()),
             ("action", |r| r.action = 0),
             ("action", |r| r.action = 99),
@@ -579,6 +690,14 @@ mod tests {
                 let odd = pb::Peer { labels, ..Default::default() };
                 (r.from, r.from_cidrs) = (Some(odd), vec![]);
             }),
+            ("limit.flows", |r| r.limit = Some(pb::RateLimit::default())),
+            ("limit.periodSeconds", |r| {
+                r.limit = Some(pb::RateLimit { flows: 1, period_seconds: 90_000, ..limit() });
+            }),
+            ("limit", |r| {
+                r.limit = Some(limit());
+                r.action = pb::Action::Reject.into();
+            }),
         ];
         for (field, break_it) in cases {
             let mut bad = rule();
@@ -589,7 +708,8 @@ mod tests {
 
     #[test]
     fn a_peer_is_the_other_side_and_leaves_only_the_families_that_the_rule_is_about() {
-        let labels = pb::Peer { labels: [("role".into(), "lb".into())].into(), ..Default::default() };
+        let labels =
+            pb::Peer { labels: [("role".into(), "lb".into())].into(), ..Default::default() };
         let service = pb::Peer { service: "web".into(), ..Default::default() };
         let base = pb::FirewallRule { from_cidrs: vec![], ports: vec![], protocol: None, ..rule() };
         let ingress = pb::FirewallRule { from: Some(labels), ..base.clone() };
@@ -605,7 +725,10 @@ mod tests {
             (rule.is_for(true), rule.is_for(false))
         };
         let with = |protocol| pb::FirewallRule { protocol: Some(protocol), ..ingress.clone() };
-        assert_eq!([6, 1, 58].map(|n| families(with(n))), [(true, true), (true, false), (false, true)]);
+        assert_eq!(
+            [6, 1, 58].map(|n| families(with(n))),
+            [(true, true), (true, false), (false, true)]
+        );
         let own = vec!["fd00::/8".to_owned()];
         let to_v6 = pb::FirewallRule { to_cidrs: own.clone(), ..ingress };
         let from_v6 = pb::FirewallRule { from_cidrs: own, ..egress };

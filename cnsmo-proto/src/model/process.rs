@@ -4,7 +4,7 @@ use std::{
 };
 
 use super::{
-    Invalid,
+    Invalid, Name,
     deployment::{Port, port_variable, time, times},
     error::shorten,
 };
@@ -22,9 +22,13 @@ const SIGTERM: u8 = 15;
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+/// For a unit to start, and for it to end: systemd's own limit for those that set none (systemd-system.conf(5)).
+pub const UNIT_TIMEOUT: Duration = Duration::from_secs(90);
 const HOUR: Duration = Duration::from_secs(3_600);
 /// Less than this no program starts with.
 const MEMORY_MIN: u64 = 1 << 20;
+/// The only type of units that is run.
+const SERVICE: &str = ".service";
 
 /// What runs an instance.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,7 +80,7 @@ pub struct Limits {
 /// A unit that is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unit {
-    /// With its type, as `nginx.service`.
+    /// With its type, as `nginx.service`, or a template's, as `shop@.service`.
     pub name: String,
     /// `None`: it is ready when systemd says active.
     pub readiness: Option<Probe>,
@@ -109,11 +113,37 @@ pub enum Check {
     },
     /// This ends with 0.
     Exec(Vec<String>),
-    /// It announces itself.
+    /// It announces itself by sd_notify(3).
     Announced,
 }
 
 impl Driver {
+    /// How an instance is made, unless it is a unit that is there.
+    pub fn process(&self) -> Option<&Process> {
+        match self {
+            Self::Process(process) | Self::Transient(process) => Some(process),
+            Self::Unit(_) => None,
+        }
+    }
+
+    /// How it is found out that an instance is ready.
+    pub fn readiness(&self) -> Option<&Probe> {
+        match self {
+            Self::Process(process) | Self::Transient(process) => process.readiness.as_ref(),
+            Self::Unit(unit) => unit.readiness.as_ref(),
+        }
+    }
+
+    /// For the way to ready.
+    pub fn start_timeout(&self) -> Duration {
+        self.process().map_or(UNIT_TIMEOUT, |process| process.start_timeout)
+    }
+
+    /// For an instance that was asked to end; then it is killed.
+    pub fn stop_timeout(&self) -> Duration {
+        self.process().map_or(UNIT_TIMEOUT, |process| process.stop_timeout)
+    }
+
     /// Checks what runs an instance with these ports.
     pub(super) fn new(
         wire: Option<pb::deployment_spec::Driver>,
@@ -146,9 +176,24 @@ impl Driver {
     }
 }
 
+impl Unit {
+    /// The full name of the instance's unit: a template has one for each.
+    pub fn of(&self, instance: &Name) -> String {
+        match self.name.strip_suffix(SERVICE) {
+            Some(prefix) if Self::is_template(&self.name) => format!("{prefix}{instance}{SERVICE}"),
+            _ => self.name.clone(),
+        }
+    }
+
+    /// Whether this is the name of a template.
+    pub fn is_template(name: &str) -> bool {
+        name.strip_suffix(SERVICE).is_some_and(|prefix| prefix.ends_with('@'))
+    }
+}
+
 fn unit_name(name: &str) -> Result<(), Invalid> {
     let is_text = |b: u8| b.is_ascii_alphanumeric() || b":-_.\\@".contains(&b);
-    let fits = name.len() <= 255 && name.bytes().all(is_text) && name.ends_with(".service");
+    let fits = name.len() <= 255 && name.bytes().all(is_text) && name.ends_with(SERVICE);
     fits.then_some(()).ok_or_else(|| {
         let name = shorten(name);
         Invalid::new(format!("`{name}` is not the name of a unit, such as nginx.service"))
@@ -401,7 +446,7 @@ pub(super) fn sleep() -> pb::Process {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::Name, *};
+    use super::*;
 
     fn port(name: &str) -> Port {
         Port { name: Name::new(name).unwrap(), protocol: 6, port: 0 }
@@ -448,6 +493,15 @@ mod tests {
         for (error, expected) in cases {
             assert!(error.starts_with(expected), "{error}: {expected}");
         }
+    }
+
+    #[test]
+    fn a_template_has_a_unit_for_each_instance() {
+        let unit = |name: &str| Unit { name: name.into(), readiness: None };
+        let instance = Name::new("shop-1").unwrap();
+        assert_eq!(unit("shop@.service").of(&instance), "shop@shop-1.service");
+        assert_eq!(unit("shop@a.service").of(&instance), "shop@a.service");
+        assert_eq!(unit("nginx.service").of(&instance), "nginx.service");
     }
 
     #[test]

@@ -55,15 +55,9 @@ impl Local {
         Self { host, node: node.into() }
     }
 
-    /// Carries out a command of the core, whose answer this is.
+    /// Carries out a command of the core, whose answer this is. Followers are for [`super::follow::Followers`].
     pub async fn answer(&self, id: u64, command: Command) -> CommandResult {
-        match self.steer(command).await {
-            Ok(result) => CommandResult { id, result: Some(result), ..CommandResult::default() },
-            Err(status) => {
-                let (code, message) = (i32::from(status.code()), status.message().to_owned());
-                CommandResult { id, code: code.unsigned_abs(), message, result: None }
-            }
-        }
+        result(id, self.steer(command).await)
     }
 
     /// All services, by name.
@@ -122,6 +116,12 @@ impl Steer for Local {
                 let logs = self.logs(ReadLogsRequest { follow: false, ..request })?;
                 return Ok(Outcome::Logs(ReadLogsResponse { lines: end_of(logs).await?.into() }));
             }
+            Command::Follow(_) => {
+                return Err(Status::unimplemented("followers are of a core's stream alone"));
+            }
+            Command::Records(_) => {
+                return Err(Status::unimplemented("this host has no packets to tell of"));
+            }
             Command::Start(request) => {
                 let service = self.service(request.id)?;
                 tracing::info!(service, "asked to start");
@@ -156,8 +156,19 @@ impl Steer for Local {
     }
 }
 
+/// As it goes to the core.
+pub(super) fn result(id: u64, outcome: Result<Outcome, Status>) -> CommandResult {
+    match outcome {
+        Ok(result) => CommandResult { id, result: Some(result), ..CommandResult::default() },
+        Err(status) => {
+            let (code, message) = (i32::from(status.code()), status.message().to_owned());
+            CommandResult { id, code: code.unsigned_abs(), message, result: None }
+        }
+    }
+}
+
 /// Of one in a message, about.
-fn size(line: &LogLine) -> usize {
+pub(super) fn size(line: &LogLine) -> usize {
     line.text.len() + 32
 }
 
@@ -228,7 +239,7 @@ impl<S: Steer> Front<S> {
     async fn status(&self, command: Command) -> Result<Option<ServiceStatus>, Status> {
         match self.0.steer(command).await? {
             Outcome::Status(status) => Ok(Some(status)),
-            Outcome::Features(_) | Outcome::Services(_) | Outcome::Logs(_) => Err(other_answer()),
+            _ => Err(other_answer()),
         }
     }
 }
@@ -245,7 +256,7 @@ impl<S: Steer> HostService for Front<S> {
     ) -> Result<Response<ListServicesResponse>, Status> {
         match self.0.steer(Command::List(request.into_inner())).await? {
             Outcome::Services(services) => Ok(Response::new(services)),
-            Outcome::Status(_) | Outcome::Features(_) | Outcome::Logs(_) => Err(other_answer()),
+            _ => Err(other_answer()),
         }
     }
 
@@ -263,7 +274,7 @@ impl<S: Steer> HostService for Front<S> {
     ) -> Result<Response<GetFeaturesResponse>, Status> {
         match self.0.steer(Command::Features(request.into_inner())).await? {
             Outcome::Features(features) => Ok(Response::new(features)),
-            Outcome::Status(_) | Outcome::Services(_) | Outcome::Logs(_) => Err(other_answer()),
+            _ => Err(other_answer()),
         }
     }
 

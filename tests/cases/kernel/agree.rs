@@ -5,7 +5,12 @@ use std::net::IpAddr;
 
 use cnsmo_agent::{
     balance::ring,
-    compile::{Compiled, Limits, compile, trace::Header},
+    compile::{
+        Compiled, Limits,
+        actions::{actions, limits, live},
+        compile,
+        trace::Header,
+    },
     datapath::{
         Datapath as _,
         kernel::{Kernel, KernelError, Options, XdpChoice},
@@ -15,7 +20,7 @@ use cnsmo_agent::{
 use cnsmo_common::{
     balance::{Backend, Ring, Service, ServiceKey},
     blob::{DPORT_AT, PROTO_AT, SPORT_AT},
-    control::{Control, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS},
+    control::{Control, SLOT_FIRST, TIMEOUTS},
     flow::Address,
     stat::Reason,
 };
@@ -25,7 +30,7 @@ use cnsmo_ebpf::{
     tables::{Onward, Question},
 };
 use cnsmo_proto::{
-    model::{Action, Addresses, Algorithm, Direction, FirewallPolicy, Name, ServicePort},
+    model::{Addresses, Algorithm, Direction, FirewallPolicy, Name, ServicePort},
     pb::policy as pb,
 };
 use cnsmo_tests::{
@@ -91,7 +96,7 @@ fn host_and_tunnel_programs_agree_on_random_packets() {
 fn translated_packets_are_the_same_bytes() {
     in_own_network(|| {
         for (n, outbound) in [(1, false), (2, true)] {
-            let policy = balanced(policies().remove(2));
+            let policy = balanced(policies().remove(4));
             let (card, tunnel) = if outbound {
                 (["nic_ingress", "nic_egress"], ["tunnel_ingress", "tunnel_egress"])
             } else {
@@ -320,31 +325,24 @@ fn fill_balancers(host: &mut HostTables, policy: &Effective) {
     }
 }
 
+/// No frame makes a program give up: its verdict would be another one than the host's.
 #[test]
-fn every_truncation_is_judged_alike() {
+fn malformed_frames_are_judged_alike() {
+    let frames = frame::malformed();
     let policy = policies().remove(0);
-    let mut judges = Judges::new(&policy, "nic_xdp", "nic_egress");
-    let (a, b) = ([10, 0, 1, 1], [10, 0, 0, 5]);
-    let (mut a6, mut b6) = ([0xfd; 16], [0xfd; 16]);
-    (a6[15], b6[15]) = (1, 2);
-    let inner = frame::ip(Ends::V4(b, a), 17, &frame::udp(53, 40_000, b""));
-    for packet in [
-        frame::ip(Ends::V4(a, b), 6, &frame::tcp(40_000, 80, 2, b"")),
-        frame::ip(Ends::V6(a6, b6), 6, &frame::tcp(40_000, 80, 2, b"")),
-        frame::ip(Ends::V4(a, b), 17, &frame::udp(40_000, 53, b"question")),
-        frame::ip(Ends::V4(a, b), 1, &frame::icmp(3, 3, [0; 4], &inner)),
-        frame::ipv6(
-            a6,
-            b6,
-            0,
-            64,
-            &[&[60, 0, 1, 4, 0, 0, 0, 0, 17, 0, 1, 4, 0, 0, 0, 0][..], &frame::udp(1, 2, b"")]
-                .concat(),
-        ),
-    ] {
-        let whole = ethernet(&[0x8100], &packet);
-        for length in FRAME_MIN..=whole.len() {
-            judges.judge(&whole[..length], false, true);
+    for (ingress, egress) in [("nic_xdp", "nic_egress"), ("nic_ingress", "nic_egress")] {
+        let mut judges = Judges::new(&policy, ingress, egress);
+        for frame in &frames {
+            for outbound in [false, true] {
+                judges.judge(frame, outbound, true);
+            }
+        }
+        judges.finish();
+    }
+    let mut judges = Judges::new(&policy, "tunnel_ingress", "tunnel_egress");
+    for frame in frames.iter().filter(|frame| frame.len() > ETHERNET) {
+        for outbound in [false, true] {
+            judges.judge(&frame[ETHERNET..], outbound, false);
         }
     }
     judges.finish();
@@ -512,21 +510,10 @@ fn is_invalid_argument(error: &KernelError) -> bool {
 
 /// The host's tables with the same rules, walked in the same compiled form.
 fn host(policy: &Effective) -> HostTables {
-    let limits = Limits { blob_words: 1 << 13, rules: RULES_MAX as usize };
-    let compiled = compile(policy, &limits).unwrap();
-    let live = LiveParts {
-        half: 0,
-        default_allow: [policy.ingress == Action::Allow, policy.egress == Action::Allow],
-        open: policy.open,
-        trees_v4: compiled.v4.trees,
-        trees_v6: compiled.v6.trees,
-        generation: 1,
-    };
-    let action = |(slot, owned): (u32, &cnsmo_agent::effective::OwnedRule)| RuleAction {
-        slot,
-        allow: u32::from(owned.rule.action == Action::Allow),
-    };
-    let rules = (SLOT_FIRST..).zip(&policy.rules).map(action).collect();
+    let room = Limits { blob_words: 1 << 13, rules: RULES_MAX as usize };
+    let compiled = compile(policy, &room).unwrap();
+    let live = live(policy, &compiled, 0, 1);
+    let rules = actions(policy, SLOT_FIRST);
     let mut host = HostTables::new(live.pack());
     let (v4, v6) = (compiled.clone(), compiled);
     host.set_rules(
@@ -534,6 +521,7 @@ fn host(policy: &Effective) -> HostTables {
         Box::new(move |question, _| classify(&v4, question, IpAddr::from)),
         Box::new(move |question, _| classify(&v6, question, IpAddr::from)),
     );
+    host.limits = limits(policy);
     host
 }
 
@@ -568,6 +556,12 @@ fn policies() -> Vec<Effective> {
             ..Default::default()
         };
     let (allow, deny) = (pb::Action::Allow as i32, pb::Action::Deny as i32);
+    let reject = pb::Action::Reject as i32;
+    // So slow that the judges' clocks do not matter.
+    let limit = |burst, per_source| {
+        let limit = pb::RateLimit { flows: 1, period_seconds: 86_400, burst, per_source };
+        move |rule| pb::FirewallRule { limit: Some(limit), log: true, ..rule }
+    };
     let (ingress, egress) = (pb::Direction::Ingress as i32, pb::Direction::Egress as i32);
     let closed = pb::FirewallPolicySpec {
         default_ingress: deny,
@@ -593,9 +587,21 @@ fn policies() -> Vec<Effective> {
         ],
         ..Default::default()
     };
+    let acting = pb::FirewallPolicySpec {
+        default_ingress: reject,
+        rules: vec![
+            limit(40, false)(rule("web", allow, ingress, &[], Some(6), &[80, 443])),
+            limit(3, true)(rule("dns", allow, ingress, &[], Some(17), &[53])),
+            rule("no-ping", reject, ingress, &["10.0.1.1/32"], Some(1), &[]),
+            limit(9, true)(rule("ping", allow, ingress, &[], None, &[])),
+        ],
+        ..Default::default()
+    };
+    let trial = pb::FirewallPolicySpec { mode: pb::Mode::Audit.into(), ..closed.clone() };
     let merged = |spec: pb::FirewallPolicySpec| {
         let (name, policy) = (Name::new("test").unwrap(), FirewallPolicy::try_from(spec).unwrap());
         Effective::merge(vec![], [(&name, &policy)])
     };
-    vec![merged(closed), merged(open), Effective::merge(vec![], [])]
+    let specs = [closed, open, acting, trial];
+    specs.into_iter().map(merged).chain([Effective::merge(vec![], [])]).collect()
 }

@@ -15,7 +15,7 @@ use cnsmo_agent::{
     },
     effective::Effective,
 };
-use cnsmo_proto::model::{Action, Direction, FirewallPolicy, Labels, Name, PolicyDefaults};
+use cnsmo_proto::model::{Action, Direction, FirewallPolicy, Name, PolicyDefaults};
 use cnsmo_tests::{
     PinDir,
     frame::{Ends, ethernet, ip, udp},
@@ -93,10 +93,8 @@ fn hooked(xdp: XdpChoice, ingress: &str) {
 /// Nothing may pass but what always does.
 fn closed() -> Effective {
     let policy = FirewallPolicy {
-        target: Labels::default(),
-        priority: 0,
         defaults: PolicyDefaults { ingress: Some(Action::Deny), egress: Some(Action::Deny) },
-        rules: vec![],
+        ..FirewallPolicy::default()
     };
     Effective::merge(vec![], [(&Name::new("closed").unwrap(), &policy)])
 }

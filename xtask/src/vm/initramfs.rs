@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context as _, ensure};
@@ -27,8 +28,8 @@ impl Initramfs {
             this.folder(name);
         }
         let mut order = String::new();
-        for (name, path) in load_order(&tree.join("lib/modules"), modules)? {
-            this.copy(&format!("mod/{name}.ko"), &path)?;
+        for (name, bytes) in load_order(&tree.join("lib/modules"), modules)? {
+            this.0.add(&format!("mod/{name}.ko"), FILE, &bytes);
             order = order + &name + "\n";
         }
         this.0.add("mod/order", FILE, order.as_bytes());
@@ -80,14 +81,14 @@ fn init(script: &str) -> String {
     )
 }
 
-/// Modules with all they need, each after what it needs. Names that have no file are built into the kernel.
-fn load_order(modules: &Path, wanted: &[&str]) -> anyhow::Result<Vec<(String, PathBuf)>> {
+/// Names and bytes of modules with all they need, each after what it needs. Names that have no file are built into the
+/// kernel.
+fn load_order(modules: &Path, wanted: &[&str]) -> anyhow::Result<Vec<(String, Vec<u8>)>> {
     let mut files = BTreeMap::new();
     for path in shell::files(modules)? {
-        if path.extension().is_some_and(|extension| extension == "ko")
-            && let Some(stem) = path.file_stem()
-        {
-            files.insert(stem.to_string_lossy().replace('-', "_"), path);
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if let Some(stem) = file.strip_suffix(".ko").or_else(|| file.strip_suffix(".ko.xz")) {
+            files.insert(stem.replace('-', "_"), path);
         }
     }
     ensure!(!files.is_empty(), "no modules below {}", modules.display());
@@ -102,24 +103,36 @@ fn visit(
     name: &str,
     files: &BTreeMap<String, PathBuf>,
     seen: &mut BTreeSet<String>,
-    order: &mut Vec<(String, PathBuf)>,
+    order: &mut Vec<(String, Vec<u8>)>,
 ) -> anyhow::Result<()> {
     let name = name.replace('-', "_");
     let Some(path) = files.get(&name) else { return Ok(()) };
     if !seen.insert(name.clone()) {
         return Ok(());
     }
-    for needed in dependencies(path)? {
+    let module = module(path)?;
+    for needed in dependencies(&module)? {
         visit(&needed, files, seen, order)?;
     }
-    order.push((name, path.clone()));
+    order.push((name, module));
     Ok(())
 }
 
+/// A module as the kernel takes it: busybox loads none that is compressed, as those of newer kernels are.
+fn module(path: &Path) -> anyhow::Result<Vec<u8>> {
+    if path.extension().is_none_or(|extension| extension != "xz") {
+        return read(path);
+    }
+    let mut xz = Command::new("xz");
+    xz.args(["--decompress", "--stdout"]).arg(path).stdin(Stdio::null());
+    let output = xz.output().context("starting xz")?;
+    ensure!(output.status.success(), "xz does not unpack {}", path.display());
+    Ok(output.stdout)
+}
+
 /// What a module's `.modinfo` says it depends on.
-fn dependencies(module: &Path) -> anyhow::Result<Vec<String>> {
-    let bytes = fs::read(module).with_context(|| format!("reading {}", module.display()))?;
-    let file = object::File::parse(&*bytes)?;
+fn dependencies(module: &[u8]) -> anyhow::Result<Vec<String>> {
+    let file = object::File::parse(module)?;
     let section = file.section_by_name(".modinfo").context("a module without .modinfo")?;
     let text = String::from_utf8_lossy(section.data()?).into_owned();
     let depends = text.split('\0').find_map(|entry| entry.strip_prefix("depends="));

@@ -251,7 +251,7 @@ impl Site {
         let initrd = self.control.dir().join("initrd");
         shell::write(&initrd, initramfs.finish(&script()))?;
         let mut qemu = self.underlay.command(QEMU)?;
-        configure(&mut qemu, &tree, &initrd)?
+        configure(&mut qemu, kernel, &tree, &initrd)?
             .args(["-netdev", "tap,id=n0,ifname=tap0,script=no,downscript=no"])
             .args(["-device", "virtio-net-pci,netdev=n0,romfile="]);
         self.qemu = Some(Process::spawn("qemu", &mut qemu, &self.control.log("console"))?);

@@ -139,7 +139,7 @@ impl Swarm {
                 credentials: credentials.clone(),
                 labels: Labels::new(labels).map_err(|error| anyhow::anyhow!("{error:?}"))?,
                 enforcer: handle,
-                services: Services::new(Host::new(LIMITS), node),
+                services: Services::new(Host::new(LIMITS), node, Arc::default()),
                 life: Lifecycle::new("Spawned"),
                 renew_first: false,
             };

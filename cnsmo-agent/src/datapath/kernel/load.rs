@@ -8,28 +8,30 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader, TestRunOptions,
-    maps::{HashMap, Map, MapData, PerCpuArray},
+    maps::{HashMap, Map, MapData, PerCpuArray, RingBuf},
     programs::{Program, ProgramError, SchedClassifier, TestRun as _},
 };
 use cnsmo_common::{
     ABI_VERSION,
     balance::{BALANCERS_MAX, RINGS_LEN},
-    control::{Live, LiveParts, SLOT_FIRST},
+    control::{LIMITS_MAX, Live, LiveParts, SLOT_FIRST},
     probe::TRACE_LEN,
 };
 
 use super::{
-    Balancers, Clock, Flows, GracePeriod, Kernel, KernelError, Mapped, OBJECT, Options,
+    Balancers, Clock, Flows, GracePeriod, Halves, Kernel, KernelError, Mapped, OBJECT, Options,
     log::{ProgramLog, RING_BYTES},
     sys::{create_large_array, open_pinned, pin},
 };
 
 /// Maps that are pinned: everything a packet's fate depends on.
-const PINNED: [&str; 16] = [
+const PINNED: [&str; 18] = [
     "CONTROL",
     "BLOB_V4",
     "BLOB_V6",
     "RULES",
+    "LIMITS",
+    "BUCKETS",
     "RULE_COUNTS",
     "STAT_COUNTS",
     "ESTABLISHED_V4",
@@ -140,6 +142,7 @@ impl Loaded {
         Ok(Kernel {
             blobs: [self.map_pinned("BLOB_V4", words * 2)?, self.map_pinned("BLOB_V6", words * 2)?],
             rules: self.map_pinned("RULES", rules)?,
+            limits: self.map_pinned("LIMITS", 2 * LIMITS_MAX as usize)?,
             trace: self.map_own("TRACE", TRACE_LEN as usize)?,
             position: self.map_own("POSITION", 2)?,
             rule_counts: self.per_cpu("RULE_COUNTS")?,
@@ -150,11 +153,14 @@ impl Loaded {
             grace: GracePeriod::new().map_err(KernelError::kernel("create a map of maps"))?,
             ebpf: self.ebpf,
             log,
+            tell_full_beyond: 0,
             control,
             results,
             clock,
             live,
             names: Vec::new(),
+            halves: Halves::default(),
+            records: None,
             retired: std::collections::BTreeMap::new(),
             attachments: Vec::new(),
             devices: Vec::new(),
@@ -178,15 +184,11 @@ impl Loaded {
     }
 
     fn map_own<T: aya::Pod>(&self, name: &str, length: usize) -> Result<Mapped<T>, KernelError> {
-        let Some(Map::Array(map)) = self.ebpf.map(name) else {
-            return Err(KernelError::Refused(format!("the object has no array {name}")));
-        };
-        Mapped::new(map.fd().as_fd(), length).map_err(KernelError::kernel(format!("map {name}")))
+        map_own(&self.ebpf, name, length)
     }
 
     fn take(&mut self, name: &str) -> Result<Map, KernelError> {
-        let map = self.ebpf.take_map(name);
-        map.ok_or_else(|| KernelError::Refused(format!("the object has no map {name}")))
+        take(&mut self.ebpf, name)
     }
 
     fn per_cpu<T: aya::Pod>(&mut self, name: &str) -> Result<PerCpuArray<MapData, T>, KernelError> {
@@ -213,6 +215,28 @@ impl Loaded {
             self.take(name)?.try_into().map_err(KernelError::kernel(format!("use {name}")))?;
         Ok(Flows::new(fd, map))
     }
+}
+
+fn take(ebpf: &mut Ebpf, name: &str) -> Result<Map, KernelError> {
+    let map = ebpf.take_map(name);
+    map.ok_or_else(|| KernelError::Refused(format!("the object has no map {name}")))
+}
+
+/// The memory of an array that is not pinned.
+pub(super) fn map_own<T: aya::Pod>(
+    ebpf: &Ebpf,
+    name: &str,
+    length: usize,
+) -> Result<Mapped<T>, KernelError> {
+    let Some(Map::Array(map)) = ebpf.map(name) else {
+        return Err(KernelError::Refused(format!("the object has no array {name}")));
+    };
+    Mapped::new(map.fd().as_fd(), length).map_err(KernelError::kernel(format!("map {name}")))
+}
+
+/// What the data path tells of single packets; to be taken once.
+pub(super) fn records(ebpf: &mut Ebpf) -> Result<RingBuf<MapData>, KernelError> {
+    take(ebpf, "RECORDS")?.try_into().map_err(KernelError::kernel("use RECORDS"))
 }
 
 fn read_control(control: &Mapped<super::Control>) -> super::Control {

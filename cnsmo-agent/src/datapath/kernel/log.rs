@@ -9,17 +9,17 @@ use super::{KernelError, Mapped};
 pub(super) const RING_BYTES: u32 = 4_096;
 /// Messages that the programs may write between two polls; more tell nothing new. What they are about is counted whole
 /// among the drops.
-const REPORTS_PER_POLL: u32 = 4;
+const REPORTS_PER_POLL: u64 = 4;
 
 /// The receiving end. Not pinned: programs that outlive their agent write until they may not any more.
 pub(super) struct ProgramLog {
     /// None: the object writes no messages.
     ring: Option<EbpfLogger<ToTracing>>,
-    reports_left: Mapped<u32>,
+    reports_left: Mapped<u64>,
 }
 
 impl ProgramLog {
-    pub(super) fn open(ebpf: &mut Ebpf, reports_left: Mapped<u32>) -> Result<Self, KernelError> {
+    pub(super) fn open(ebpf: &mut Ebpf, reports_left: Mapped<u64>) -> Result<Self, KernelError> {
         let ring = match EbpfLogger::init_with_logger(ebpf, ToTracing) {
             Ok(ring) => Some(ring),
             Err(aya_log::Error::MapNotFound) => {

@@ -166,8 +166,9 @@ fn rules_about_a_service_wait_for_the_first_look_at_it_and_then_follow_it() {
     let mut b = TestAgent::new("b");
     let mut c = TestAgent::new("c");
     for (agent, labels) in [(&mut b, "n=b"), (&mut c, "n=c")] {
-        world.label(agent.name, labels);
+        // The first stream of an agent states labels of its own.
         agent.connect(&mut world);
+        world.label(agent.name, labels);
     }
     let look = |world: &mut World, services: &[&str], all: &[(&str, &str, InstancePhase)]| {
         let all = all.iter().map(|(name, node, phase)| instance(name, node, *phase));
@@ -231,10 +232,10 @@ fn rules_about_a_service_wait_for_the_first_look_at_it_and_then_follow_it() {
 fn a_change_without_a_revision_is_confirmed_too() {
     let mut world = World::new();
     world.announce("a", 1);
-    world.label("b", "n=b");
-    world.apply_all([policy("p", "n=b", vec![of_service("peers", "web")])]);
     let mut agent = TestAgent::new("b");
     agent.connect(&mut world);
+    world.label("b", "n=b");
+    world.apply_all([policy("p", "n=b", vec![of_service("peers", "web")])]);
     for (round, phase) in [InstancePhase::Ready, InstancePhase::Failed].into_iter().enumerate() {
         world.fleet.observe(Observed::new([instance("w1", "a", phase)]), &world.state);
         world.fleet.flush(&world.state);
@@ -269,7 +270,7 @@ fn peers_that_are_too_many_leave_what_is_in_force_and_are_named() {
         let all = (0..16).map(move |k| Ipv4Addr::from(0x0b00_0000 + 2 * (16 * n + k)).to_string());
         all.collect::<Vec<_>>()
     };
-    let mut join = |world: &mut World, n: u32| {
+    let join = |world: &mut World, n: u32| {
         let mut spki_sha256 = [3; 32];
         spki_sha256[..4].copy_from_slice(&n.to_be_bytes());
         let name = format!("vm{n}");
@@ -287,9 +288,9 @@ fn peers_that_are_too_many_leave_what_is_in_force_and_are_named() {
         world.commit(plan);
     };
     let many = PEERS_MAX as u32 / 16;
-    world.label("b", "n=b");
     let mut agent = TestAgent::new("b");
     agent.connect(&mut world);
+    world.label("b", "n=b");
     for n in 0..many {
         join(&mut world, n);
     }

@@ -32,7 +32,7 @@ pub fn bench_flows(ctx: XdpContext) -> u32 {
     }
     let (start, end) = (ctx.data(), ctx.data_end());
     // SAFETY: both ends come from this context.
-    let packet = unsafe { Direct::<FRONT>::new(start, end, (end - start) as u32, 0) };
+    let packet = unsafe { Direct::<FRONT>::new(start, end, (end - start) as u32, 0, 0) };
     match run::<_, _, ETHERNET, false>(&packet, &Maps) {
         Verdict::Drop(_) => xdp_action::XDP_DROP,
         _ => xdp_action::XDP_PASS,

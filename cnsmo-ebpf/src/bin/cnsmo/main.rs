@@ -1,6 +1,6 @@
 //! The entry points. Each reads the bounds of its packet once, asks the pipeline, and turns the verdict into an action
 //! of its hook.
-#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![cfg_attr(
     target_arch = "bpf",
     expect(unreachable_pub, reason = "the loader finds programs and maps by symbol, not by path")

@@ -1,12 +1,12 @@
 //! The maps, and the pipeline's view of them. Sizes are set by the agent when it loads the object.
 
-use core::ptr::read_volatile;
+use core::{arch::asm, ptr::read_volatile};
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_NOEXIST},
-    helpers::generated::bpf_jiffies64,
+    helpers::generated::{bpf_jiffies64, bpf_ktime_get_ns},
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray},
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf},
 };
 use cnsmo_common::{
     Direction,
@@ -14,14 +14,15 @@ use cnsmo_common::{
         BACKENDS_MAX, BALANCERS_MAX, Backend, RINGS_LEN, Ring, SERVICES_MAX, Service, ServiceKey,
     },
     blob::HEADER_WORDS,
-    control::{Control, Live, RuleAction},
+    control::{BucketKey, Control, LIMITS_MAX, Limit, Live, RuleAction},
     flow::{Flow, FlowKey, Fragment, FragmentKey},
     probe::BROKEN,
+    record::{Record, budget},
     stat::{Count, Reason, STAT_ESTABLISHED_FULL, STATS},
 };
 use cnsmo_ebpf::{
     classify::{Key4, Key6, Memory, classify},
-    tables::{Case, FlowTables, Question, Tables, Visit, Work},
+    tables::{Case, FlowTables, Question, Shared, Tables, Visit, VisitBucket, Work},
 };
 
 use crate::report::damaged_policy;
@@ -39,6 +40,18 @@ static BLOB_V6: Array<[u64; 8]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// Two halves of `RULES_MAX`.
 #[map]
 static RULES: Array<RuleAction> = Array::with_max_entries(2, BPF_F_MMAPABLE);
+/// Two halves of `LIMITS_MAX`.
+#[map]
+static LIMITS: Array<Limit> = Array::with_max_entries(2 * LIMITS_MAX, BPF_F_MMAPABLE);
+/// Full: the one that was not asked for longest is forgotten, and with it what it had left.
+#[map]
+static BUCKETS: LruHashMap<BucketKey, u64> = LruHashMap::with_max_entries(65_536, 0);
+/// Not pinned, as [`BUDGETS`]: without an agent nobody reads, and nothing is told.
+#[map]
+static RECORDS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
+/// By place, see `cnsmo_common::record`.
+#[map]
+static BUDGETS: Array<u64> = Array::with_max_entries(budget::COUNT, BPF_F_MMAPABLE);
 /// By slot.
 #[map]
 static RULE_COUNTS: PerCpuArray<Count> = PerCpuArray::with_max_entries(2, 0);
@@ -121,6 +134,48 @@ impl Tables for Maps {
         RULES.get(live.half() as u32 * max + index).copied()
     }
     #[inline(always)]
+    fn limit(&self, place: u16, live: Live, into: &mut Limit) -> bool {
+        match LIMITS.get(live.half() as u32 * LIMITS_MAX + place as u32) {
+            Some(limit) => {
+                *into = *limit;
+                true
+            }
+            None => false,
+        }
+    }
+    #[inline(always)]
+    fn nanoseconds(&self) -> u64 {
+        // SAFETY: no arguments.
+        unsafe { bpf_ktime_get_ns() }
+    }
+    #[inline(always)]
+    fn touch_bucket(&self, key: &BucketKey, visit: &mut impl VisitBucket) -> bool {
+        match BUCKETS.get_ptr(key) {
+            Some(word) => {
+                visit.visit(&Bucket(word));
+                true
+            }
+            None => false,
+        }
+    }
+    #[inline(always)]
+    fn begin_bucket(&self, key: &BucketKey, word: u64) {
+        // Another CPU was first, or holds the bucket: one flow more than allowed.
+        let _ = BUCKETS.insert(key, word, BPF_NOEXIST.into());
+    }
+    #[inline(always)]
+    fn spend(&self, budget: u32) -> bool {
+        match BUDGETS.get_ptr_mut(budget) {
+            Some(left) => spend(left),
+            None => false,
+        }
+    }
+    #[inline(always)]
+    fn record(&self, record: &Record) {
+        // No room: lost, as in a flood.
+        let _ = RECORDS.output::<Record>(record, 0);
+    }
+    #[inline(always)]
     fn count_rule(&self, slot: u32, count: Count) {
         add(RULE_COUNTS.get_ptr_mut(slot), count);
     }
@@ -197,6 +252,47 @@ fn add(counter: Option<*mut Count>, count: Count) {
             (*counter).bytes += count.bytes;
         }
     }
+}
+
+/// A value of `BUCKETS`, valid while the program runs.
+struct Bucket(*const u64);
+
+impl Shared for Bucket {
+    #[inline(always)]
+    fn load(&self) -> u64 {
+        // SAFETY: valid and aligned. Volatile, because other CPUs write it.
+        unsafe { read_volatile(self.0) }
+    }
+    #[inline(always)]
+    fn exchange(&self, before: u64, after: u64) -> bool {
+        let found: u64;
+        // SAFETY: as above. In assembly, because the target says of itself that it has no such instruction; kernels have
+        // it since 5.12.
+        unsafe {
+            asm!(
+                "r0 = cmpxchg_64({word} + 0, r0, {after})",
+                word = in(reg) self.0,
+                after = in(reg) after,
+                inout("r0") before => found,
+                options(nostack),
+            );
+        }
+        found == before
+    }
+}
+
+/// Takes one, if there is one left.
+#[inline(always)]
+pub fn spend(left: *mut u64) -> bool {
+    // SAFETY: valid while the program runs. CPUs that read at the same time take one each: no more than CPUs too many.
+    unsafe {
+        let now = left.read_volatile();
+        if now == 0 {
+            return false;
+        }
+        left.write_volatile(now - 1);
+    }
+    true
 }
 
 #[inline(always)]
@@ -299,6 +395,16 @@ macro_rules! flow_tables {
                 lend(case);
                 stages::$family::settle();
             }
+            #[inline(always)]
+            fn admits(&self, case: &mut Case<$address>, limit: u16) -> bool {
+                lend(case);
+                stages::$family::admits(limit as u64) != 0
+            }
+            #[inline(always)]
+            fn tell(&self, case: &mut Case<$address>) {
+                lend(case);
+                stages::$family::tell();
+            }
         }
     };
 }
@@ -327,17 +433,19 @@ fn lend<A>(case: &mut Case<A>) {
 /// because a global function takes no pointer; the borrow of the caller is the same memory of the same CPU.
 mod stages {
     macro_rules! stages {
-        ($family:ident, $case:ident, $decide:ident, $again:ident, $choose:ident, $attempt:ident, $settle:ident) => {
+        ($family:ident, $case:ident, $decide:ident, $again:ident, $choose:ident, $attempt:ident, $settle:ident, $admits:ident, $tell:ident) => {
             pub mod $family {
-                use cnsmo_ebpf::{balance, pipeline, tables::Tables as _};
+                use cnsmo_ebpf::{balance, limit, pipeline, tables::Tables as _};
 
                 use crate::maps::{Maps, $case};
 
+                pub use $admits as admits;
                 pub use $again as decide_again;
                 pub use $attempt as attempt;
                 pub use $choose as choose;
                 pub use $decide as decide;
                 pub use $settle as settle;
+                pub use $tell as tell;
 
                 #[unsafe(no_mangle)]
                 #[inline(never)]
@@ -385,11 +493,49 @@ mod stages {
                     }
                     0
                 }
+                #[unsafe(no_mangle)]
+                #[inline(never)]
+                pub extern "C" fn $admits(place: u64) -> u64 {
+                    let Some(case) = $case.get_ptr_mut(0) else {
+                        return 0;
+                    };
+                    // SAFETY: as above.
+                    limit::admits(unsafe { &mut *case }, &Maps, place as u16) as u64
+                }
+                #[unsafe(no_mangle)]
+                #[inline(never)]
+                pub extern "C" fn $tell() -> u64 {
+                    if let Some(case) = $case.get_ptr_mut(0) {
+                        // SAFETY: as above.
+                        pipeline::tell(unsafe { &mut *case }, &Maps);
+                    }
+                    0
+                }
             }
         };
     }
-    stages!(v4, CASE_V4, decide_v4, decide_again_v4, choose_v4, attempt_v4, settle_v4);
-    stages!(v6, CASE_V6, decide_v6, decide_again_v6, choose_v6, attempt_v6, settle_v6);
+    stages!(
+        v4,
+        CASE_V4,
+        decide_v4,
+        decide_again_v4,
+        choose_v4,
+        attempt_v4,
+        settle_v4,
+        admits_v4,
+        tell_v4
+    );
+    stages!(
+        v6,
+        CASE_V6,
+        decide_v6,
+        decide_again_v6,
+        choose_v6,
+        attempt_v6,
+        settle_v6,
+        admits_v6,
+        tell_v6
+    );
 }
 
 #[inline(always)]

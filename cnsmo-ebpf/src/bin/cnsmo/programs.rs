@@ -27,7 +27,7 @@ pub fn nic_xdp(ctx: XdpContext) -> u32 {
     // SAFETY: the context is this program's own.
     let length = unsafe { bpf_xdp_get_buff_len(ctx.ctx) };
     // SAFETY: both ends come from this context.
-    let packet = unsafe { Direct::<FRONT>::new(ctx.data(), ctx.data_end(), length as u32, 0) };
+    let packet = unsafe { Direct::<FRONT>::new(ctx.data(), ctx.data_end(), length as u32, 0, 0) };
     match run::<_, _, ETHERNET, false>(&packet, &Maps) {
         // Rewriting is for the roles that can.
         Verdict::Pass | Verdict::RewriteV4 | Verdict::RewriteV6 => xdp_action::XDP_PASS,
@@ -75,9 +75,9 @@ pub fn tc<const ROLE: u8, const L3: usize, const EGRESS: bool>(ctx: &TcContext) 
     }
     let skb = ctx.as_ptr().cast::<__sk_buff>();
     // SAFETY: the context is this program's own.
-    let ifindex = unsafe { (*skb).ifindex };
+    let (ifindex, mark) = unsafe { ((*skb).ifindex, (*skb).mark) };
     // SAFETY: both ends come from this context, read after the pull.
-    let packet = unsafe { Direct::<ROLE>::new(ctx.data(), ctx.data_end(), length, ifindex) };
+    let packet = unsafe { Direct::<ROLE>::new(ctx.data(), ctx.data_end(), length, ifindex, mark) };
     match run::<_, _, L3, EGRESS>(&packet, &Maps) {
         // On to the next program or filter of the hook.
         Verdict::Pass => TC_ACT_UNSPEC,

@@ -1,0 +1,88 @@
+//! What operators see of packets, by way of the core: agents in namespaces, real sockets, the command line.
+
+use std::{fs, io, net::SocketAddr, path::PathBuf, process::Command};
+
+use cnsmo_tests::{Process, sweep};
+use serde_json::Value;
+
+use super::{
+    lab::{Lab, PATIENCE as PACKETS, PEER4, SILENCE, VM4},
+    programs::{Core, PATIENCE, program, until},
+};
+
+const POLICY: &str = "kind: FirewallPolicy
+metadata: {name: web}
+spec:
+  defaults: {ingress: deny, egress: allow}
+  rules:
+    - {name: open, action: allow, direction: ingress, protocol: tcp, ports: [80], log: true}
+    - {name: shut, action: reject, direction: ingress, protocol: tcp, ports: [81]}
+";
+
+#[tokio::test]
+async fn flows_shows_what_happened_to_packets_and_why() {
+    sweep();
+    let lab = Lab::new("flows");
+    let core = Core::start_by("flows", |path: PathBuf| {
+        let mut command = lab.peer.command(path).unwrap();
+        command.args(["--listen", &SocketAddr::new(PEER4, 0).to_string()]);
+        command
+    });
+    let mut command = lab.vm.command(program("cnsmo-agent")).unwrap();
+    command.arg("--core").arg(core.address().to_string());
+    command.arg("--token-file").arg(core.token("agent", "vm1"));
+    command.arg("--state-dir").arg(core.folder().join("vm1"));
+    command.arg("--bpffs").arg(lab.pins.path());
+    command.args(["--node", "vm1", "--interface", "eth0", "--flows", "4096"]);
+    command.env_remove("CNSMO_LOG");
+    let log = core.folder().join("agent.log");
+    let mut agent = Process::spawn("cnsmo-agent", &mut command, &log).unwrap();
+    agent.wait_for("connected to the core", PATIENCE).unwrap();
+    let file = core.folder().join("policy.yaml");
+    fs::write(&file, POLICY).unwrap();
+    core.cnsmo(&["apply", "-f", file.to_str().unwrap(), "--wait"]);
+
+    let listener = lab.listen(&lab.vm, VM4, 80);
+    let connect = |port, limit| lab.connect(&lab.peer, (VM4, port).into(), limit);
+    connect(80, PACKETS).unwrap();
+    listener.accept().unwrap();
+    let refused = connect(81, PACKETS).unwrap_err();
+    assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
+    assert_eq!(connect(82, SILENCE).unwrap_err().kind(), io::ErrorKind::TimedOut);
+
+    let seen = |arguments: &[&str]| -> Vec<Value> {
+        let all = [&["flows", "--node", "vm1", "-o", "json"], arguments].concat();
+        let lines = core.cnsmo(&all);
+        let lines = lines.lines().map(|line| serde_json::from_str(line).unwrap());
+        // The session with the core is a flow of its own.
+        lines.filter(|record: &Value| record["source"] == PEER4.to_string()).collect()
+    };
+    let of = |records: &[Value], port: u16| {
+        let of = records.iter().find(|record| record["ports"][1] == port).cloned();
+        of.unwrap_or_default()
+    };
+    let all = until("three records", async || {
+        let all = seen(&[]);
+        (of(&all, 82) != Value::Null).then_some(all)
+    })
+    .await;
+    let brief = |port| {
+        let record = of(&all, port);
+        ["verdict", "reason", "policy", "rule"]
+            .map(|key| record[key].as_str().unwrap_or("-").to_owned())
+    };
+    assert_eq!(brief(80), ["allowed", "-", "web", "open"]);
+    assert_eq!(brief(81), ["rejected", "denied", "web", "shut"]);
+    assert_eq!(brief(82), ["dropped", "denied-by-default", "-", "-"]);
+
+    let dropped = seen(&["--dropped"]);
+    assert_eq!(of(&dropped, 80), Value::Null);
+    assert_ne!(of(&dropped, 81), Value::Null);
+    assert_eq!(seen(&["--tail", "1"]).len(), 1);
+    let mut unknown = Command::new(program("cnsmo"));
+    unknown.env("CNSMO_SOCKET", core.socket()).args(["flows", "--node", "vm9"]);
+    let unknown = unknown.output().unwrap();
+    let message = String::from_utf8(unknown.stderr).unwrap();
+    assert!(message.contains("node vm9 is not connected to this core"), "{message}");
+    assert!(!unknown.status.success());
+}
