@@ -446,7 +446,7 @@ impl Agent {
         // Said before the answer to an update, it would be taken for a word on that one.
         let state = state.filter(|_| self.in_flight.is_none());
         let Some((session, state)) = self.session.as_mut().zip(state) else { return };
-        // What follows the catalogue has no revision of its own.
+        // By what it has, not by the revision: what follows the catalogue has none of its own.
         if session.confirmed.as_ref() != Some(state) {
             session.confirmed = Some(state.clone());
             self.send(Down::Confirm(state.revision));

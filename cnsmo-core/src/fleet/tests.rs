@@ -320,6 +320,39 @@ impl TestAgent {
 }
 
 #[test]
+fn a_change_without_a_revision_is_confirmed_too() {
+    let mut world = World::new();
+    for node in ["a", "b"] {
+        world.label(node, "in=m");
+    }
+    let mut agent = TestAgent::new("a");
+    agent.connect(&mut world);
+    world.label("a", "in=m");
+    world.apply_all([network("m", "10.1.0.0/24", "in=m", 0), of_service(|_| ())]);
+    world.fleet.observe(Observed::default(), &world.state);
+    world.fleet.flush(&world.state);
+    while agent.answer(&mut world) {}
+    agent.heartbeat(&mut world);
+    agent.receive();
+    let confirmed = agent.confirmed;
+    for (round, phase) in [InstancePhase::Ready, InstancePhase::Failed].into_iter().enumerate() {
+        let before = agent.revision;
+        world.fleet.observe(Observed::new([instance("w1", "b", phase)]), &world.state);
+        world.fleet.flush(&world.state);
+        agent.heartbeat(&mut world);
+        agent.receive();
+        assert_eq!(agent.confirmed, confirmed + round, "an update is under way");
+        assert!(agent.answer(&mut world));
+        assert_eq!(agent.revision, before, "the catalogue alone has changed");
+        for _ in 0..2 {
+            agent.heartbeat(&mut world);
+        }
+        agent.receive();
+        assert_eq!(agent.confirmed, confirmed + round + 1);
+    }
+}
+
+#[test]
 fn an_edit_moves_only_the_nodes_it_touches() {
     let mut world = World::new();
     let mut agents = NODES.map(TestAgent::new);
