@@ -338,7 +338,7 @@ impl Core {
         self.ask(|reply| Input::Scale { name, replicas, note, reply }).await
     }
 
-    /// Services of which the orchestrator has to know the instances: [`State::observed_services`].
+    /// Services of which the orchestrator has to know the instances: deployments, and what they need.
     pub async fn observed_services(&self) -> Result<BTreeSet<String>, Error> {
         self.ask(|reply| Input::Observed { reply }).await
     }
@@ -779,11 +779,7 @@ impl Actor {
             self.registry.set(&identity, enrolled.as_ref());
         }
         let is_for_look = |event: &Event| {
-            let kind = event.kind;
-            matches!(
-                kind,
-                Kind::Deployment | Kind::Node | Kind::LoadBalancer | Kind::FirewallPolicy
-            )
+            matches!(event.kind, Kind::Deployment | Kind::Node | Kind::LoadBalancer)
         };
         if events.iter().any(is_for_look) {
             self.deployments.notify_one();

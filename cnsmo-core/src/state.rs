@@ -20,10 +20,7 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{
-        Addresses, Deployment, FirewallPolicy as Policy, Invalid, Labels, LoadBalancer, Name,
-        Network, Peer, PublicKey,
-    },
+    model::{Addresses, Deployment, Invalid, Labels, LoadBalancer, Name, Network, PublicKey},
     pb::{
         balancer::{self, LoadBalancerSpec},
         deployment::{self as deployment_pb, DeploymentSpec},
@@ -75,33 +72,8 @@ pub struct Stored<S, M> {
     pub model: M,
 }
 
-/// What the core looks at of a firewall policy.
-#[derive(Clone, Debug, PartialEq)]
-pub struct PolicyView {
-    /// VMs it is for.
-    pub target: Labels,
-    /// All of it, if rules have peers to be resolved.
-    pub unresolved: Option<Box<Policy>>,
-}
-
-impl PolicyView {
-    /// Peers of its rules, in order.
-    pub fn peers(&self) -> impl Iterator<Item = &Peer> {
-        let rules = self.unresolved.iter().flat_map(|policy| &policy.rules);
-        rules.filter_map(|rule| rule.peer.as_ref())
-    }
-}
-
-impl From<Policy> for PolicyView {
-    fn from(policy: Policy) -> Self {
-        let has_peers = policy.rules.iter().any(|rule| rule.peer.is_some());
-        let target = policy.target.clone();
-        Self { target, unresolved: has_peers.then(|| Box::new(policy)) }
-    }
-}
-
-/// A firewall policy.
-pub type StoredPolicy = Stored<FirewallPolicySpec, PolicyView>;
+/// A firewall policy, and the VMs it is for.
+pub type StoredPolicy = Stored<FirewallPolicySpec, Labels>;
 /// A network.
 pub type StoredNetwork = Stored<NetworkSpec, Network>;
 /// A load balancer.
@@ -309,8 +281,8 @@ impl State {
         let metadata =
             || Metadata { labels: labels.as_map().clone(), ..created(name.as_str(), now) };
         Ok(match body {
-            Body::Policy { spec, view } => {
-                let new = Stored { metadata: metadata(), spec: Arc::new(spec), model: view };
+            Body::Policy { spec, target } => {
+                let new = Stored { metadata: metadata(), spec: Arc::new(spec), model: target };
                 let (outcome, new) = replace(self.policies.get(name.as_str()), new);
                 (outcome, new.map(Write::Policy))
             }

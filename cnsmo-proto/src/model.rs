@@ -21,8 +21,8 @@ pub use deployment::{
 pub use error::Invalid;
 pub use firewall::{
     Action, Direction, FirewallPolicy, IcmpMatch, LIMIT_FLOWS_MAX, LIMIT_PERIODS, PEERS_MAX,
-    PRIORITY_MAX, Peer, PolicyDefaults, PolicyMode, PortRange, Protocol, RANGES_MAX, RESOLVED_MAX,
-    RULES_MAX, RateLimit, Rule, protocol,
+    PRIORITY_MAX, PolicyDefaults, PolicyMode, PortRange, Protocol, RANGES_MAX, RULES_MAX,
+    RateLimit, Rule, protocol,
 };
 pub use network::{
     Addresses, ENDPOINTS_MAX, LISTEN_PORT, MTU_MAX, MTU_MIN, Member, Network, PublicKey,
@@ -82,7 +82,7 @@ impl std::str::FromStr for Name {
 }
 
 /// Labels of a resource, or a selector: the labels that a resource must have, all of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Labels(BTreeMap<String, String>);
 
 impl Labels {
