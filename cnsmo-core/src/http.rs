@@ -34,6 +34,8 @@ use tonic::{
 };
 use tower::{Layer, Service};
 
+use crate::grpc::auth::Whole;
+
 /// Larger messages are converted on a thread of their own, so that they do not hold up other tasks.
 const INLINE_BYTES_MAX: usize = 64 << 10;
 
@@ -169,6 +171,11 @@ impl Api {
         };
         parts.uri = uri;
         parts.method = Method::POST;
+        let length = parts.headers.get(CONTENT_LENGTH).and_then(|length| length.to_str().ok());
+        let length = length.and_then(|length| length.parse::<usize>().ok());
+        if length.is_some_and(|length| length <= INLINE_BYTES_MAX) {
+            parts.extensions.insert(Whole);
+        }
         make_grpc(&mut parts.headers);
         Ok((Request::from_parts(parts, body), answer))
     }

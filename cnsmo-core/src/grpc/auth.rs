@@ -7,10 +7,12 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use futures::future::{Either, Ready, ready};
+use http_body_util::BodyExt as _;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::{
     Code, Status,
@@ -56,6 +58,18 @@ impl<S> Layer<S> for AuthLayer {
     }
 }
 
+/// Of a request whose body ends by itself and is small: it is read before a refusal is answered. An answer in the middle of
+/// a body resets the stream, which some clients of HTTP/2 tell as an error in place of the answer (curl before 8).
+#[derive(Clone, Copy, Debug)]
+pub struct Whole;
+
+/// For the rest of a refused request.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+async fn drain(mut body: Body) {
+    while let Some(Ok(_)) = body.frame().await {}
+}
+
 /// See [`AuthLayer`].
 #[derive(Clone, Debug)]
 pub struct Auth<S> {
@@ -87,7 +101,14 @@ where
             Ok(authorized) => authorized,
             Err((caller, refusal)) => {
                 self.audit.refused_call(caller.as_ref(), request.uri().path(), &refusal);
-                return Either::Left(Either::Right(ready(Ok(refusal.into_http()))));
+                if request.extensions().get::<Whole>().is_none() {
+                    return Either::Left(Either::Right(ready(Ok(refusal.into_http()))));
+                }
+                return Either::Right(Box::pin(async move {
+                    // Late is as good as never: who sends so slowly gets the answer before.
+                    let _ = timeout(PATIENCE, drain(request.into_body())).await;
+                    Ok(refusal.into_http())
+                }));
             }
         };
         let audited = audited.map(|rule| (self.audit.clone(), caller.clone(), rule.rpc));
