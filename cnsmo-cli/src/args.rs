@@ -11,6 +11,7 @@ use crate::{
     audit::AuditArgs,
     bus::BusCommand,
     identity::{IdentityCommand, LoginArgs, RoleArg},
+    import::ImportCommand,
 };
 
 /// Steers a set of VMs through the core on this machine.
@@ -50,6 +51,9 @@ pub(crate) enum Format {
 pub(crate) enum Command {
     /// Create or update the resources of files, all of them or none
     Apply(ApplyArgs),
+    /// Print a policy made of the rules of another firewall; exit code 4 if rules were left out
+    #[command(subcommand)]
+    Import(ImportCommand),
     /// Show what apply would change
     Diff(FileArgs),
     /// List resources, or print one

@@ -76,7 +76,7 @@ fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 /// The name for messages, and the text.
-fn read(path: &Path) -> Result<(String, String)> {
+pub(crate) fn read(path: &Path) -> Result<(String, String)> {
     if path == Path::new("-") {
         return Ok(("-".to_owned(), bounded(io::stdin().lock(), "standard input")?));
     }

@@ -16,6 +16,7 @@ mod flows;
 mod get;
 mod history;
 mod identity;
+mod import;
 mod kv;
 mod label;
 mod load;
@@ -67,6 +68,9 @@ async fn run(args: Args) -> Result<ExitCode> {
         identity::login(&core, &dir, login).await?;
         return Ok(ExitCode::SUCCESS);
     }
+    if let Command::Import(command) = &args.command {
+        return import::import(format, command);
+    }
     let client = Client::new(target);
     match args.command {
         Command::Apply(apply) => return apply::apply(&client, format, apply).await,
@@ -104,7 +108,7 @@ async fn run(args: Args) -> Result<ExitCode> {
         Command::Token(TokenCommand::Delete { id }) => token::delete(&client, id).await?,
         Command::Identity(command) => identity::identity(&client, format, command).await?,
         Command::Audit(args) => audit::audit(&client, format, args).await?,
-        Command::Login(_) => unreachable!("handled above"),
+        Command::Login(_) | Command::Import(_) => unreachable!("handled above"),
         Command::Bus(command) => bus::bus(&client, format, command).await?,
         Command::Kv(command) => kv::kv(&client, format, command).await?,
         Command::Status => status::status(&client, format).await?,
