@@ -8,6 +8,7 @@ mod bus;
 mod confirm;
 mod firewall;
 mod flows;
+mod import;
 mod kernel;
 mod lab;
 mod limits;

@@ -15,6 +15,7 @@ mod nftables;
 mod sets;
 #[cfg(test)]
 mod tests;
+mod text;
 
 use std::{
     fmt::Write as _,
@@ -110,12 +111,6 @@ pub(crate) fn import(format: Format, command: &ImportCommand) -> Result<ExitCode
     let (read, policy) = match command {
         ImportCommand::Nftables { file, policy } => (read_nftables(file), policy),
         ImportCommand::IptablesSave { file, ipv6, policy } => {
-            if let (Some(a), Some(b)) = (file, ipv6)
-                && a.as_os_str() == "-"
-                && b.as_os_str() == "-"
-            {
-                bail!("standard input can be one of the two files");
-            }
             (read_iptables(file.as_deref(), ipv6.as_deref()), policy)
         }
     };
@@ -130,17 +125,25 @@ pub(crate) fn import(format: Format, command: &ImportCommand) -> Result<ExitCode
     report(format, policy, &outcome)
 }
 
+/// As messages call it.
+fn name_of(name: String) -> String {
+    if name == "-" { "standard input".to_owned() } else { name }
+}
+
 fn read_nftables(file: &Path) -> Result<RuleSet> {
     let (name, text) = load::read(file)?;
-    nftables::read(&name, &text).map_err(anyhow::Error::msg)
+    nftables::read(&name_of(name), &text).map_err(anyhow::Error::msg)
 }
 
 fn read_iptables(ipv4: Option<&Path>, ipv6: Option<&Path>) -> Result<RuleSet> {
+    if ipv4 == ipv6 && ipv4 == Some(Path::new("-")) {
+        bail!("standard input can be one of the two files");
+    }
     let mut all = RuleSet::default();
     for (file, v6) in [(ipv4, false), (ipv6, true)] {
         let Some(file) = file else { continue };
         let (name, text) = load::read(file)?;
-        all.merge(iptables::read(&name, &text, v6).map_err(anyhow::Error::msg)?);
+        all.merge(iptables::read(&name_of(name), &text, v6).map_err(anyhow::Error::msg)?);
     }
     Ok(all)
 }

@@ -16,6 +16,7 @@ use super::{
     ir::{Base, Effect, Left, Origin, Rule, RuleSet, Verdict},
     names::{ICMP, ICMP_CODES, ICMPV6, ICMPV6_CODES, PROTOCOLS, STATES, number_of},
     sets::{Field, Match, Ranges},
+    text,
 };
 
 /// Letters of a rule that a message shows.
@@ -188,7 +189,7 @@ impl Reader<'_> {
             return Err(format!("{}: a rule is in chain {id}, which is not there", self.file));
         };
         let n = rule.handle.unwrap_or(chain.len() as u64 + 1);
-        let text = Value::Array(rule.expr.clone()).to_string();
+        let text = text::statements(&rule.expr);
         let mut short: String = text.chars().take(TEXT_MAX).collect();
         if short.len() < text.len() {
             short.push_str("...");
