@@ -5,9 +5,11 @@ use std::net::IpAddr;
 use aya::{TestRunOptions, programs::TestRun as _};
 use cnsmo_common::{
     blob::{NO_RULE, lanes},
+    control::Control,
     probe::{Header, TRACE_LEN},
 };
 use cnsmo_proto::model::Direction;
+use rayon::prelude::*;
 
 use super::{Kernel, KernelError, load::classifier};
 use crate::{
@@ -22,12 +24,29 @@ const COMPARISONS_MAX: usize = 40_000_000;
 const HEADERS_MIN: usize = 256;
 
 impl Kernel {
-    /// Classifies headers with the half that `Control::probe` names, by the code that packets meet, and compares each
-    /// result with the linear reference.
+    /// Before a policy goes live: as many headers as there is time for, with the half that `Control::probe` names.
     pub(super) fn check(&self, policy: &Effective) -> Result<(), KernelError> {
         let affordable = COMPARISONS_MAX / policy.rules.len().max(1);
         let count = affordable.clamp(HEADERS_MIN, HEADERS);
-        let headers = self.fill_trace(policy, count);
+        let headers = trace::headers(policy, count, u64::from(self.live.generation));
+        self.compare(policy, &headers)
+    }
+
+    /// As the check of a policy before it goes live, with the live one, which is `policy`, and these headers, [`TRACE_LEN`]
+    /// at most. Program `probe` goes on with them.
+    pub fn check_live(
+        &mut self,
+        policy: &Effective,
+        headers: &[trace::Header],
+    ) -> Result<(), KernelError> {
+        self.store(std::mem::offset_of!(Control, probe), self.live.pack().0);
+        self.compare(policy, headers)
+    }
+
+    /// Classifies headers by the code that packets meet, and compares each result with the linear reference.
+    fn compare(&self, policy: &Effective, headers: &[trace::Header]) -> Result<(), KernelError> {
+        self.write_trace(headers);
+        self.position.write(0, &[0]);
         self.results.write(0, &vec![NO_RULE - 1; headers.len()]);
 
         let probe = classifier(&self.ebpf, "probe")?;
@@ -37,25 +56,20 @@ impl Kernel {
         probe.test_run(options).map_err(KernelError::kernel("try the policy"))?;
 
         let results = self.results.read(0, headers.len());
-        for (header, seen) in headers.iter().zip(results) {
+        let wrong = headers.par_iter().zip(results).find_map_first(|(header, seen)| {
             let expected = first_match(policy, header).unwrap_or(NO_RULE);
-            if seen != expected {
-                return Err(KernelError::Refused(format!(
+            (seen != expected).then(|| {
+                format!(
                     "self-check: {header:?} met rule {seen} in the kernel, should meet {expected}"
-                )));
-            }
-        }
-        Ok(())
+                )
+            })
+        });
+        wrong.map_or(Ok(()), |wrong| Err(KernelError::Refused(wrong)))
     }
 
-    /// Writes headers for the probe program, and returns them.
-    pub(super) fn fill_trace(&self, policy: &Effective, count: usize) -> Vec<trace::Header> {
-        let seed = u64::from(self.live.generation);
-        let headers = trace::headers(policy, count, seed);
+    pub(super) fn write_trace(&self, headers: &[trace::Header]) {
         let words: Vec<Header> = headers.iter().map(in_words).collect();
         self.trace.write(0, &words);
-        self.position.write(0, &[0]);
-        headers
     }
 }
 

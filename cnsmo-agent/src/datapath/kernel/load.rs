@@ -158,6 +158,7 @@ impl Loaded {
             results,
             clock,
             live,
+            live_since: std::time::Instant::now(),
             names: Vec::new(),
             halves: Halves::default(),
             records: None,
