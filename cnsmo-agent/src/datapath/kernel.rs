@@ -167,6 +167,7 @@ pub struct Kernel {
     results: Mapped<u32>,
     position: Mapped<u32>,
     rule_counts: PerCpuArray<MapData, stat::Count>,
+    rule_counts_fd: OwnedFd,
     stat_counts: PerCpuArray<MapData, stat::Count>,
     flows_v4: Flows<[u8; 4]>,
     flows_v6: Flows<[u8; 16]>,
@@ -414,14 +415,10 @@ impl Kernel {
         self.limits.write(first_limit(half), &limits(policy));
         self.store(std::mem::offset_of!(Control, probe), next.pack().0);
         self.check(policy)?;
-        for action in &actions {
-            let zero = vec![stat::Count::default(); self.cpus()?];
-            let zero = aya::maps::PerCpuValues::try_from(zero)
-                .map_err(KernelError::kernel("count CPUs"))?;
-            self.rule_counts
-                .set(action.slot, zero, 0)
-                .map_err(KernelError::kernel("clear a counter"))?;
-        }
+        let (first, n) = (self.first_slot(half), actions.len() as u32);
+        let fd = self.rule_counts_fd.as_fd();
+        sys::clear_per_cpu(fd, first, n, size_of::<stat::Count>(), self.cpus()?)
+            .map_err(KernelError::kernel("clear the counters"))?;
 
         if self.live.generation != 0 && !self.live.open {
             // What this policy cuts must not come back as a connection older than the firewall.

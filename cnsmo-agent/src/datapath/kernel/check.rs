@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::{Kernel, KernelError, load::classifier};
 use crate::{
-    compile::{reference::first_match, trace},
+    compile::{reference::first_matches, trace},
     effective::Effective,
 };
 
@@ -22,6 +22,8 @@ const HEADERS: usize = TRACE_LEN as usize;
 /// The linear reference is slow: for more rules than this fewer headers are tried.
 const COMPARISONS_MAX: usize = 40_000_000;
 const HEADERS_MIN: usize = 256;
+/// Headers that a thread compares in one pass over the rules.
+const CHUNK: usize = 64;
 
 impl Kernel {
     /// Before a policy goes live: as many headers as there is time for, with the half that `Control::probe` names.
@@ -56,15 +58,18 @@ impl Kernel {
         probe.test_run(options).map_err(KernelError::kernel("try the policy"))?;
 
         let results = self.results.read(0, headers.len());
-        let wrong = headers.par_iter().zip(results).find_map_first(|(header, seen)| {
-            let expected = first_match(policy, header).unwrap_or(NO_RULE);
-            (seen != expected).then(|| {
-                format!(
-                    "self-check: {header:?} met rule {seen} in the kernel, should meet {expected}"
-                )
-            })
-        });
-        wrong.map_or(Ok(()), |wrong| Err(KernelError::Refused(wrong)))
+        let wrong = headers.par_chunks(CHUNK).zip(results.par_chunks(CHUNK)).find_map_first(
+            |(headers, results)| {
+                let expected = first_matches(policy, headers);
+                let each = headers.iter().zip(results).zip(expected);
+                each.map(|((header, seen), expected)| (header, *seen, expected.unwrap_or(NO_RULE)))
+                    .find(|(_, seen, expected)| seen != expected)
+            },
+        );
+        let Some((header, seen, expected)) = wrong else { return Ok(()) };
+        Err(KernelError::Refused(format!(
+            "self-check: {header:?} met rule {seen} in the kernel, should meet {expected}"
+        )))
     }
 
     pub(super) fn write_trace(&self, headers: &[trace::Header]) {

@@ -146,6 +146,7 @@ impl Loaded {
             trace: self.map_own("TRACE", TRACE_LEN as usize)?,
             position: self.map_own("POSITION", 2)?,
             rule_counts: self.per_cpu("RULE_COUNTS")?,
+            rule_counts_fd: self.pinned("RULE_COUNTS")?,
             stat_counts: self.per_cpu("STAT_COUNTS")?,
             flows_v4: self.flows("ESTABLISHED_V4")?,
             flows_v6: self.flows("ESTABLISHED_V6")?,

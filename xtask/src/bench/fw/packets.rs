@@ -5,7 +5,6 @@ use std::{
     fs,
     path::Path,
     process::Command,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -19,6 +18,7 @@ use super::{
 use crate::{
     interrupt,
     netns::{Netns, PinDir, RunDir},
+    process::pause,
     progress, shell,
 };
 
@@ -171,7 +171,7 @@ impl Sender {
             let end = Instant::now() + UNDER_WAY;
             let mut count = judged()? - before;
             while count < u64::from(frames) && Instant::now() < end {
-                thread::sleep(POLL);
+                pause(POLL);
                 count = judged()? - before;
             }
             if count + u64::from(frames) / MISSING >= u64::from(frames) {
