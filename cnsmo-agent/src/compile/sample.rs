@@ -237,7 +237,11 @@ impl Generator {
     fn cross(&self, n: usize, random: &mut Random) -> Sides {
         let host = vec![self.net(random.bits() as u32, 32)];
         // Whole bits of the number, not its lowest: one of eight rules is of the other direction.
-        if n / 8 % 2 == 0 { (host, vec![], Protocol::Any) } else { (vec![], host, Protocol::Any) }
+        if (n / 8).is_multiple_of(2) {
+            (host, vec![], Protocol::Any)
+        } else {
+            (vec![], host, Protocol::Any)
+        }
     }
 
     /// [`NESTED`] ranges for each local host.

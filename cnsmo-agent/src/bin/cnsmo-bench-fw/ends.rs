@@ -12,7 +12,7 @@ use std::{
     fmt::Write as _,
     io::{BufRead as _, Write as _, stdin, stdout},
     net::{IpAddr, Ipv4Addr},
-    path::PathBuf,
+    path::Path,
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -50,10 +50,10 @@ const L4: usize = 34;
 
 pub(super) fn run(mode: &str, arguments: &[String]) -> anyhow::Result<()> {
     match (mode, arguments) {
-        ("send", [pins, state]) => send(pins.into(), state.into()),
+        ("send", [pins, state]) => send(pins.as_ref(), state.as_ref()),
         ("guard", [pins, state, device, rules, case]) => {
             let rules = rules.parse().with_context(|| format!("{rules} rules"))?;
-            let options = options(pins.into(), state.into(), rules);
+            let options = options(pins.as_ref(), state.as_ref(), rules);
             guard(Options { interfaces: vec![device.clone()], ..options }, rules, case)
         }
         ("nft", [form]) => print_nft(form),
@@ -61,10 +61,10 @@ pub(super) fn run(mode: &str, arguments: &[String]) -> anyhow::Result<()> {
     }
 }
 
-fn options(pins: PathBuf, state: PathBuf, rules: usize) -> Options {
+fn options(pins: &Path, state: &Path, rules: usize) -> Options {
     Options {
-        pins,
-        state,
+        pins: pins.to_owned(),
+        state: state.to_owned(),
         interfaces: vec![],
         xdp: XdpChoice::Auto,
         // As in an agent.
@@ -88,8 +88,8 @@ fn serve(mut answer: impl FnMut(&str) -> anyhow::Result<String>) -> anyhow::Resu
     Ok(())
 }
 
-fn send(pins: PathBuf, state: PathBuf) -> anyhow::Result<()> {
-    let mut kernel = Kernel::open(options(pins.clone(), state, 0))?;
+fn send(pins: &Path, state: &Path) -> anyhow::Result<()> {
+    let mut kernel = Kernel::open(options(pins, state, 0))?;
     kernel.pin_program("bench_drop", &pins.join("bench_drop"))?;
     let dropped = strangers(&denying()?)?;
     let forwarded = forwarded();
@@ -108,7 +108,7 @@ fn send(pins: PathBuf, state: PathBuf) -> anyhow::Result<()> {
         Ok(serde_json::json!({ "ns": time.as_nanos() }).to_string())
     });
     drop(kernel);
-    Kernel::detach(&pins)?;
+    Kernel::detach(pins)?;
     served
 }
 
@@ -211,7 +211,7 @@ fn strangers(policy: &Effective) -> anyhow::Result<Vec<Header>> {
 
 /// From one network to one host: the source port makes the flow.
 fn forwarded() -> Vec<Header> {
-    (0..TRACE_LEN as u16).map(|n| header_of_flow(n)).collect()
+    (0..TRACE_LEN as u16).map(header_of_flow).collect()
 }
 
 fn header_of_flow(n: u16) -> Header {
