@@ -74,6 +74,7 @@ const TOOLS: &[Tool] = &[
     tool(Scope::Run, "tcpdump", "tcpdump", "witness of the checks"),
     tool(Scope::Test, "nft", "nftables", "peer of the tests and benchmarks"),
     tool(Scope::Test, "iptables-restore", "iptables", "peer of the tests"),
+    tool(Scope::Test, "ethtool", "ethtool", "switches of devices in the benchmarks"),
     tool(Scope::Test, "etcd", "etcd-server", "peer of the benchmarks"),
     tool(Scope::Test, "haproxy", "haproxy", "peer of the benchmarks"),
     tool(Scope::Test, "iperf3", "iperf3", "load of the tests"),

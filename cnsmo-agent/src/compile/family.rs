@@ -76,7 +76,7 @@ impl Family<5> for V4 {
         Dimension::lane(1, PROTO_AT, 8),
     ];
     const RULE_WORDS: usize = 4;
-    const SEPARATE_AT: &'static [u32] = &[12];
+    const SEPARATE_AT: &'static [u32] = &[4, 8, 12, 16];
 
     fn rule_box(src: Ipv4Net, dst: Ipv4Net, lanes: [Range; 3], rule: u32) -> RuleBox<5> {
         let range = |net: Ipv4Net| {

@@ -1,7 +1,8 @@
 //! Policies like real ones, of any size, for tests and benchmarks.
 //!
-//! The kinds follow the filter sets that packet classifiers are commonly measured with (Taylor, Turner: ClassBench,
-//! 2007): what matters to a search structure is how prefixes nest and how often a field is a wildcard.
+//! The kinds follow the filter sets that packet classifiers are commonly measured with (Taylor, Turner: ClassBench: A Packet
+//! Classification Benchmark, IEEE/ACM Transactions on Networking 15(3), 2007): what matters to a search structure is how
+//! prefixes nest and how often a field is a wildcard. Some more are there to be hard for it.
 
 use std::{
     cmp::Reverse,
@@ -14,20 +15,60 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use super::random::Random;
 use crate::effective::{Effective, OwnedRule};
 
-/// A kind of policy.
+/// A kind of policy. `acl`, `fw` and `ipc` are the names of ClassBench's seeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
     /// Security groups: one remote prefix, one local host, one TCP port.
     Groups,
-    /// Access lists: prefixes of a hierarchy on both sides, mostly exact services, few wildcards.
+    /// Access lists (`acl`): prefixes of a hierarchy on both sides, mostly exact services, few wildcards.
     Acl,
-    /// Perimeter firewalls: wildcards and port ranges, many rules overlap.
+    /// Perimeter firewalls (`fw`): wildcards and port ranges, many rules overlap.
     Firewall,
+    /// Decision trees of IP chains (`ipc`), which filter, translate and open tunnels in one list: partly as access lists,
+    /// partly as firewalls, and pairs of hosts whatever they say to each other.
+    Chains,
+    /// Adversarial: firewalls whose rules are about the same few networks, however many rules there are.
+    Crowded,
+    /// Adversarial: unrelated prefixes of any length, and ranges of both ports that overlap at random.
+    Scattered,
+    /// Adversarial: half of the rules are from one host to anywhere, half from anywhere to one host. Every two rules of
+    /// different halves overlap.
+    Cross,
+    /// Adversarial: ranges of both ports around one point, the narrowest first. Each end divides all that are wider.
+    Nested,
 }
 
 impl Style {
     /// All kinds.
-    pub const ALL: [Self; 3] = [Self::Groups, Self::Acl, Self::Firewall];
+    pub const ALL: [Self; 8] = [
+        Self::Groups,
+        Self::Acl,
+        Self::Firewall,
+        Self::Chains,
+        Self::Crowded,
+        Self::Scattered,
+        Self::Cross,
+        Self::Nested,
+    ];
+
+    /// Whether no operator writes such policies.
+    pub const fn is_adversarial(self) -> bool {
+        matches!(self, Self::Crowded | Self::Scattered | Self::Cross | Self::Nested)
+    }
+
+    /// A short word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Groups => "groups",
+            Self::Acl => "acl",
+            Self::Firewall => "fw",
+            Self::Chains => "ipc",
+            Self::Crowded => "crowded",
+            Self::Scattered => "scattered",
+            Self::Cross => "cross",
+            Self::Nested => "nested",
+        }
+    }
 }
 
 /// The family of a sample's addresses.
@@ -44,17 +85,25 @@ impl AddressFamily {
     pub const ALL: [Self; 2] = [Self::V4, Self::V6];
 }
 
-/// A policy of `rules` rules, the same for the same seed. One of eight is egress. Lists and firewalls have narrow
-/// prefixes first, as operators write them: behind a wide one most rules would never be reached.
+/// A policy of `rules` rules, the same for the same seed. One of eight is egress. All but groups have narrow prefixes
+/// first, as operators write them: behind a wide one most rules would never be reached.
 pub fn policy(style: Style, family: AddressFamily, rules: usize, seed: u64) -> Effective {
     let mut random = Random::new(seed);
-    let mut generator = Generator::new(family, &mut random);
+    let sites = match style {
+        Style::Crowded => SITES_MIN,
+        _ => SITES_MIN.max(rules / RULES_PER_SITE),
+    };
+    let mut generator = Generator::new(family, sites, &mut random);
     let make = |n| {
         let direction = if n % 8 == 7 { Direction::Egress } else { Direction::Ingress };
         let (remote, local, protocol) = match style {
             Style::Groups => generator.groups(&mut random),
             Style::Acl => generator.acl(&mut random),
-            Style::Firewall => generator.firewall(&mut random),
+            Style::Firewall | Style::Crowded => generator.firewall(&mut random),
+            Style::Chains => generator.chains(&mut random),
+            Style::Scattered => generator.scattered(&mut random),
+            Style::Cross => generator.cross(n, &mut random),
+            Style::Nested => generator.nested_ranges(n),
         };
         let (from, to) = match direction {
             Direction::Ingress => (remote, local),
@@ -100,6 +149,12 @@ type Sides = (Vec<IpNet>, Vec<IpNet>, Protocol);
 
 const SERVICES: [u16; 12] = [22, 25, 53, 80, 110, 123, 143, 389, 443, 993, 3306, 5432];
 
+/// A longer list is about more networks, not more about each.
+const RULES_PER_SITE: usize = 64;
+const SITES_MIN: usize = 64;
+/// Ranges around one point that one host has.
+const NESTED: usize = 100;
+
 struct Generator {
     family: AddressFamily,
     /// Networks that other prefixes lie in.
@@ -107,8 +162,8 @@ struct Generator {
 }
 
 impl Generator {
-    fn new(family: AddressFamily, random: &mut Random) -> Self {
-        Self { family, sites: (0..64).map(|_| random.bits() as u32).collect() }
+    fn new(family: AddressFamily, sites: usize, random: &mut Random) -> Self {
+        Self { family, sites: (0..sites).map(|_| random.bits() as u32).collect() }
     }
 
     fn groups(&mut self, random: &mut Random) -> Sides {
@@ -156,6 +211,47 @@ impl Generator {
         (remote, local, protocol)
     }
 
+    fn chains(&mut self, random: &mut Random) -> Sides {
+        match random.below(20) {
+            0..9 => self.acl(random),
+            9..17 => self.firewall(random),
+            _ => {
+                let mut host = || {
+                    let site = *random.of(&self.sites);
+                    vec![self.net((site & 0xffff_0000) | (random.bits() as u32 & 0xffff), 32)]
+                };
+                (host(), host(), Protocol::Any)
+            }
+        }
+    }
+
+    fn scattered(&self, random: &mut Random) -> Sides {
+        let mut ends = || {
+            let (a, b) = (random.bits() as u16, random.bits() as u16);
+            vec![range(a.min(b), a.max(b))]
+        };
+        let protocol = ports(protocol::TCP, ends(), ends());
+        (vec![self.anywhere(random)], vec![self.anywhere(random)], protocol)
+    }
+
+    fn cross(&self, n: usize, random: &mut Random) -> Sides {
+        let host = vec![self.net(random.bits() as u32, 32)];
+        // Whole bits of the number, not its lowest: one of eight rules is of the other direction.
+        if (n / 8).is_multiple_of(2) {
+            (host, vec![], Protocol::Any)
+        } else {
+            (vec![], host, Protocol::Any)
+        }
+    }
+
+    /// [`NESTED`] ranges for each local host.
+    fn nested_ranges(&self, n: usize) -> Sides {
+        let host = vec![self.net(0x0a00_0000 | (n / NESTED) as u32, 32)];
+        let width = (n % NESTED) as u16 * 160;
+        let around = || vec![range(32_000 - width, 32_000 + width)];
+        (vec![], host, ports(protocol::UDP, around(), around()))
+    }
+
     fn icmp(&self, random: &mut Random) -> Protocol {
         let (number, kinds) = match self.family {
             AddressFamily::V4 => (protocol::ICMP, [0, 3, 8, 11]),
@@ -170,6 +266,20 @@ impl Generator {
         let site = *random.of(&self.sites);
         let length = *random.of(&[8, 12, 16, 20, 22, 24, 24, 26, 28, 30, 32, 32, 32, 32]);
         self.net((site & 0xffff_0000) | (random.bits() as u32 & 0xffff), length)
+    }
+
+    /// Not in a site.
+    fn anywhere(&self, random: &mut Random) -> IpNet {
+        match self.family {
+            AddressFamily::V4 => {
+                let address = Ipv4Addr::from(random.bits() as u32);
+                Ipv4Net::new_assert(address, 4 + random.below(29) as u8).trunc().into()
+            }
+            AddressFamily::V6 => {
+                let address = 0x2 << 124 | random.bits128() >> 4;
+                Ipv6Net::new_assert(address.into(), 8 + random.below(121) as u8).trunc().into()
+            }
+        }
     }
 
     /// IPv6: the bits of the IPv4 address follow 2001:db8::/32; a host is a /64 or one address in it.

@@ -52,6 +52,21 @@ pub fn headers(policy: &Effective, count: usize, seed: u64) -> Vec<Header> {
     headers
 }
 
+/// Returns `count` headers as traffic brings them, the same for the same seed: nine of ten anywhere inside of a rule taken
+/// at random, one with the fields of several rules or of none.
+pub fn traffic(policy: &Effective, count: usize, seed: u64) -> Vec<Header> {
+    let mut random = Random::new(seed);
+    let rules: Vec<&Rule> = policy.rules.iter().map(|owned| &owned.rule).collect();
+    let one = |_| {
+        if rules.is_empty() || random.one_in(10) {
+            return stray(&rules, &mut random);
+        }
+        let rule = rules[random.below(rules.len())];
+        Area::of(rule, &mut random).inside(&mut random)
+    };
+    (0..count).map(one).collect()
+}
+
 const DIMENSIONS: usize = 5;
 /// The lowest and the highest corner, and per side a point on it and one a step outside.
 const HEADERS_PER_AREA: usize = 2 + DIMENSIONS * 4;
@@ -197,6 +212,15 @@ mod tests {
         assert_eq!(first.len(), 1_000);
         assert_eq!(first, headers(&policy, 1_000, 7));
         assert_ne!(first, headers(&policy, 1_000, 8));
+    }
+
+    #[test]
+    fn traffic_is_in_rules_mostly() {
+        let policy = policy(Style::Groups, AddressFamily::V4, 100, 1);
+        let traffic = traffic(&policy, 1_000, 7);
+        assert_eq!(traffic.len(), 1_000);
+        let met = traffic.iter().filter(|header| first_match(&policy, header).is_some()).count();
+        assert!((850..990).contains(&met), "{met} of 1,000 meet a rule");
     }
 
     #[test]

@@ -22,7 +22,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf, TestRunOptions, TestRunResult,
+    Ebpf, TestRunAttrs, TestRunOptions, TestRunResult,
     maps::{HashMap, MapData, PerCpuArray},
     programs::{Program, TestRun as _},
 };
@@ -31,7 +31,7 @@ use cnsmo_common::{
     balance::FILTER_WORDS,
     control::{Control, LIMITS_MAX, Limit, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS, switch},
     flow::{Flow, FlowKey, flag, state},
-    probe::{BENCH_HEADERS, Header, TRACE_LEN},
+    probe::{BENCH_HEADERS, Header},
     record::budget,
     stat,
 };
@@ -50,7 +50,7 @@ use crate::{
     compile::{
         Compiled, Limits,
         actions::{actions, limits, live},
-        compile,
+        compile, trace,
     },
     effective::{Balancer, Effective, TunnelDevice},
     flows::FlowLog,
@@ -167,6 +167,7 @@ pub struct Kernel {
     results: Mapped<u32>,
     position: Mapped<u32>,
     rule_counts: PerCpuArray<MapData, stat::Count>,
+    rule_counts_fd: OwnedFd,
     stat_counts: PerCpuArray<MapData, stat::Count>,
     flows_v4: Flows<[u8; 4]>,
     flows_v6: Flows<[u8; 16]>,
@@ -174,6 +175,8 @@ pub struct Kernel {
     grace: GracePeriod,
     clock: Clock,
     live: LiveParts,
+    /// When it became live, or when this was opened.
+    live_since: Instant,
     /// Of the live rules, by index.
     names: Vec<Option<(Name, Name)>>,
     /// As `names`, of both halves, for who reads the records.
@@ -247,6 +250,11 @@ impl Kernel {
         Ok(self.run(program, frame, &mut vec![0; frame.len() + GROWTH], repeat)?.duration)
     }
 
+    /// Since when packets are judged by the policy in force. Of one that was found in force: since it was found.
+    pub fn in_force_since(&self) -> Instant {
+        self.live_since
+    }
+
     /// Lets `bench_flows` and `bench_no_firewall` begin anew, with that many flows, a power of two.
     pub fn set_bench_flows(&mut self, flows: u32) {
         self.position.write(0, &[0, flows - 1]);
@@ -261,10 +269,38 @@ impl Kernel {
         self.set_bench_flows(flows);
     }
 
-    /// Fills the trace of program `probe` with headers for `policy`, and lets it classify with the live half.
-    pub fn set_trace(&mut self, policy: &Effective) {
-        self.store(std::mem::offset_of!(Control, probe), self.live.pack().0);
-        self.fill_trace(policy, TRACE_LEN as usize);
+    /// What `bench_send` sends next: to the addresses and destination ports of these headers in turn, [`TRACE_LEN`] of them,
+    /// IPv4 all, out of the device of that kernel index. The rest is `frame`, whose checksum is that of the addresses left out.
+    pub fn set_bench_traffic(
+        &mut self,
+        headers: &[trace::Header],
+        frame: &[u8; BENCH_HEADERS],
+        device: u32,
+    ) {
+        self.write_trace(headers);
+        self.set_bench_headers(frame, 1);
+        self.results.write(BENCH_HEADERS / 4, &[device]);
+    }
+
+    /// Has the kernel send that many frames by `bench_send`, `batch` of them at a time, from the namespace of this thread: the
+    /// time that each took, with all that became of it on this processor.
+    pub fn send(&mut self, frames: u32, batch: u32) -> Result<Duration, KernelError> {
+        let frame = [0; BENCH_HEADERS];
+        let options = TestRunOptions {
+            data_in: Some(&frame),
+            repeat: frames,
+            attrs: TestRunAttrs::new().xdp_live_frames(batch),
+            ..Default::default()
+        };
+        Ok(self.run_by("bench_send", options)?.duration)
+    }
+
+    /// Pins a program, for others to attach.
+    pub fn pin_program(&mut self, name: &str, path: &Path) -> Result<(), KernelError> {
+        load::ensure_loaded(&mut self.ebpf, name)?;
+        let program = self.ebpf.program_mut(name);
+        let program = program.ok_or_else(|| KernelError::Refused(format!("no program {name}")))?;
+        program.pin(path).map_err(KernelError::kernel(format!("pin program {name}")))
     }
 
     fn run(
@@ -274,13 +310,21 @@ impl Kernel {
         out: &mut [u8],
         repeat: u32,
     ) -> Result<TestRunResult, KernelError> {
-        load::ensure_loaded(&mut self.ebpf, name)?;
         let options = TestRunOptions {
             data_in: Some(frame),
             data_out: Some(out),
             repeat,
             ..Default::default()
         };
+        self.run_by(name, options)
+    }
+
+    fn run_by(
+        &mut self,
+        name: &str,
+        options: TestRunOptions<'_>,
+    ) -> Result<TestRunResult, KernelError> {
+        load::ensure_loaded(&mut self.ebpf, name)?;
         let result = match self.ebpf.program(name) {
             Some(Program::Xdp(program)) => program.test_run(options),
             Some(Program::SchedClassifier(program)) => program.test_run(options),
@@ -371,14 +415,10 @@ impl Kernel {
         self.limits.write(first_limit(half), &limits(policy));
         self.store(std::mem::offset_of!(Control, probe), next.pack().0);
         self.check(policy)?;
-        for action in &actions {
-            let zero = vec![stat::Count::default(); self.cpus()?];
-            let zero = aya::maps::PerCpuValues::try_from(zero)
-                .map_err(KernelError::kernel("count CPUs"))?;
-            self.rule_counts
-                .set(action.slot, zero, 0)
-                .map_err(KernelError::kernel("clear a counter"))?;
-        }
+        let (first, n) = (self.first_slot(half), actions.len() as u32);
+        let fd = self.rule_counts_fd.as_fd();
+        sys::clear_per_cpu(fd, first, n, size_of::<stat::Count>(), self.cpus()?)
+            .map_err(KernelError::kernel("clear the counters"))?;
 
         if self.live.generation != 0 && !self.live.open {
             // What this policy cuts must not come back as a connection older than the firewall.
@@ -386,6 +426,7 @@ impl Kernel {
         }
         self.publish_names(next, policy);
         self.store(std::mem::offset_of!(Control, live), next.pack().0);
+        self.live_since = Instant::now();
         self.grace.settle();
         self.retire(policy);
         self.live = next;

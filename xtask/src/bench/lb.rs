@@ -5,7 +5,7 @@
 //! of whole paths, and a gateway's own cost differs by more than they do.
 
 mod hub;
-mod load;
+pub(super) mod load;
 
 use std::{
     collections::BTreeMap,

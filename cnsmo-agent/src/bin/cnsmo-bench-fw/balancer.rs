@@ -147,7 +147,7 @@ fn not_virtual() -> anyhow::Result<String> {
     }
     let empty = median(empty);
     let [with, without] = sides.map(|(_, samples)| median(samples) - empty);
-    Ok(text("lb/not-vip", with, ("no balancers", without), with / without))
+    Ok(text("lb/not-vip", "ns", with, ("no balancers", without), with / without))
 }
 
 /// Without a tunnel: its hooks take no part, only its addresses do.

@@ -1,10 +1,12 @@
 //! What the data path costs per packet, beside doing nothing: the firewall for `cargo xtask bench fw`; with argument `lb`, the
-//! balancer for `cargo xtask bench lb`.
+//! balancer for `cargo xtask bench lb`; with others, one end of a pair of devices (module `ends`).
 //!
 //! Each round times every case and its peer one after the other, by `BPF_PROG_TEST_RUN`; the medians of the rounds are
 //! printed as JSON rows on standard output. Verdicts are checked before anything is timed.
 
 mod balancer;
+mod ends;
+mod rules;
 
 use std::{io::Write as _, process::ExitCode};
 
@@ -29,6 +31,8 @@ const FLOWS: u32 = 16_384;
 /// New flows in turn: they come back only long after their half-open entry was evicted.
 const NEW_FLOWS: u32 = 1 << 24;
 const RULES: usize = 10_000;
+/// The most that an established packet may take, net.
+const ESTABLISHED_MAX: f64 = 110.0;
 
 const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
@@ -39,19 +43,9 @@ const OPEN_PORT: u16 = 80;
 const CLOSED_PORT: u16 = 81;
 
 fn main() -> ExitCode {
-    let rows = if std::env::args().any(|argument| argument == "lb") {
-        pin_to_one_cpu().and_then(|()| balancer::measure())
-    } else {
-        pin_to_one_cpu().and_then(|()| measure())
-    };
-    match rows {
-        Ok(rows) => {
-            let mut out = std::io::stdout();
-            match writeln!(out, "[{}]", rows.join(",\n ")) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(_) => ExitCode::FAILURE,
-            }
-        }
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(std::io::stderr(), "cnsmo-bench-fw: {error:#}");
             ExitCode::FAILURE
@@ -59,24 +53,28 @@ fn main() -> ExitCode {
     }
 }
 
+fn run(arguments: &[String]) -> anyhow::Result<()> {
+    choose_cpus()?;
+    let measure = match arguments.split_first() {
+        None => measure,
+        Some((mode, _)) if mode == "lb" => balancer::measure,
+        Some((mode, arguments)) => return ends::run(mode, arguments),
+    };
+    yield_to_nobody()?;
+    let rows = measure()?;
+    Ok(writeln!(std::io::stdout(), "[{}]", rows.join(",\n "))?)
+}
+
 fn measure() -> anyhow::Result<Vec<String>> {
-    let mut rows = packets()?;
-    for (id, family, rules) in [
-        ("fw/classify-10", AddressFamily::V4, 10),
-        ("fw/classify-1k", AddressFamily::V4, 1_000),
-        ("fw/classify-10k", AddressFamily::V4, 10_000),
-        ("fw/classify-v6-10k", AddressFamily::V6, 10_000),
-        ("fw/classify-100k", AddressFamily::V4, 100_000),
-    ] {
-        rows.push(classify(id, family, rules)?);
-    }
+    let (rules, classify) = rules::measure()?;
+    let mut rows = packets(classify)?;
+    rows.extend(rules);
     Ok(rows)
 }
 
-/// The whole firewall on whole packets, 10,000 rules loaded.
-fn packets() -> anyhow::Result<Vec<String>> {
-    let bench = Bench::open(RULES as u32 + 16, 1 << 20, 1 << 16)?;
-    let mut bench = bench;
+/// The whole firewall on whole packets, 10,000 rules loaded. `classify`: what classification alone takes there.
+fn packets(classify: f64) -> anyhow::Result<Vec<String>> {
+    let mut bench = Bench::open(RULES as u32 + 16, 1 << 20, 1 << 16)?;
     bench.kernel.apply(&policy()?)?;
     bench.kernel.change_control(|control| control.pickup_until = 0);
     bench.establish()?;
@@ -101,24 +99,20 @@ fn packets() -> anyhow::Result<Vec<String>> {
             peer[n].push(bench.kernel.time("bench_no_firewall", frame, REPEAT)?.as_nanos() as f64);
         }
     }
-    let rows = cases.iter().zip(ours.into_iter().zip(peer));
-    Ok(rows.map(|((id, ..), (ours, peer))| row(id, median(ours), median(peer))).collect())
-}
-
-/// The classifier alone, headers of the rule set in turn.
-fn classify(id: &str, family: AddressFamily, rules: usize) -> anyhow::Result<String> {
-    let mut bench = Bench::open(rules as u32 + 16, 16 << 20, 1 << 16)?;
-    let policy = sample::policy(Style::Groups, family, rules, 1);
-    // Compares the kernel's results with the reference before the policy goes live.
-    bench.kernel.apply(&policy)?;
-    bench.kernel.set_trace(&policy);
-    let frame = frame(OPEN_PORT, TCP_SYN);
-    let (mut ours, mut peer) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        ours.push(bench.kernel.time("probe", &frame, REPEAT)?.as_nanos() as f64);
-        peer.push(bench.kernel.time("probe_nothing", &frame, REPEAT)?.as_nanos() as f64);
-    }
-    Ok(row(id, median(ours), median(peer)))
+    let medians = ours.into_iter().zip(peer).map(|(ours, peer)| (median(ours), median(peer)));
+    let medians: Vec<_> = medians.collect();
+    let rows = cases.iter().zip(&medians).map(|((id, ..), (ours, peer))| row(id, *ours, *peer));
+    let mut rows: Vec<_> = rows.collect();
+    let established = medians[0].0 - medians[0].1;
+    rows.push(limit_row("fw/established-16k", "ns", established, ESTABLISHED_MAX));
+    rows.push(text(
+        "fw/established-vs-classify",
+        "ns",
+        established,
+        ("classify-10k", classify),
+        established / classify,
+    ));
+    Ok(rows)
 }
 
 /// A data path of its own, removed at the end.
@@ -232,16 +226,28 @@ fn reversed(frame: &[u8], flags: u8) -> Vec<u8> {
     answer
 }
 
-fn pin_to_one_cpu() -> anyhow::Result<()> {
+/// All for threads that compile and compare, one for this thread, which times programs.
+fn choose_cpus() -> anyhow::Result<()> {
     use nix::{
         sched::{CpuSet, sched_getaffinity, sched_setaffinity},
         unistd::Pid,
     };
+    // Threads are where the one was that started them.
+    rayon::ThreadPoolBuilder::new().build_global()?;
     let allowed = sched_getaffinity(Pid::from_raw(0))?;
     let last = (0..CpuSet::count()).rev().find(|&cpu| allowed.is_set(cpu).unwrap_or(false));
     let mut one = CpuSet::new();
     one.set(last.context("no CPU to run on")?)?;
     Ok(sched_setaffinity(Pid::from_raw(0), &one)?)
+}
+
+/// The kernel's clock runs on while others have the processor.
+fn yield_to_nobody() -> anyhow::Result<()> {
+    let parameters = nix::libc::sched_param { sched_priority: 1 };
+    // SAFETY: the parameters outlive the call.
+    let result =
+        unsafe { nix::libc::sched_setscheduler(0, nix::libc::SCHED_FIFO, &raw const parameters) };
+    Ok(nix::errno::Errno::result(result).map(drop)?)
 }
 
 fn median(mut samples: Vec<f64>) -> f64 {
@@ -251,11 +257,16 @@ fn median(mut samples: Vec<f64>) -> f64 {
 
 /// `ours` is net of the peer, which is everything but what is measured; `ratio` is gross.
 fn row(id: &str, ours: f64, peer: f64) -> String {
-    text(id, (ours - peer).max(0.0), ("empty", peer), ours / peer)
+    text(id, "ns", (ours - peer).max(0.0), ("empty", peer), ours / peer)
 }
 
-fn text(id: &str, ours: f64, (peer_name, peer): (&str, f64), ratio: f64) -> String {
+/// Beside the most that it may be.
+fn limit_row(id: &str, unit: &str, ours: f64, max: f64) -> String {
+    text(id, unit, ours, ("limit", max), ours / max)
+}
+
+fn text(id: &str, unit: &str, ours: f64, (peer_name, peer): (&str, f64), ratio: f64) -> String {
     format!(
-        r#"{{"id":"{id}","unit":"ns","ours":{ours:.0},"peer_name":"{peer_name}","peer":{peer:.0},"ratio":{ratio:.2},"better":"lower","rounds":{ROUNDS}}}"#
+        r#"{{"id":"{id}","unit":"{unit}","ours":{ours:.1},"peer_name":"{peer_name}","peer":{peer:.1},"ratio":{ratio:.3},"better":"lower","rounds":{ROUNDS}}}"#
     )
 }

@@ -21,6 +21,7 @@ const MAP_UPDATE: libc::c_long = 2;
 const OBJ_PIN: libc::c_long = 6;
 const OBJ_GET: libc::c_long = 7;
 const MAP_LOOKUP_BATCH: libc::c_long = 24;
+const MAP_UPDATE_BATCH: libc::c_long = 26;
 const LINK_DETACH: libc::c_long = 34;
 const MAP_TYPE_ARRAY: u32 = 2;
 const MAP_TYPE_ARRAY_OF_MAPS: u32 = 12;
@@ -140,6 +141,29 @@ pub(super) fn link_layer(interface: &str) -> io::Result<u16> {
     }
     // SAFETY: the call has written this member; any bytes are valid.
     Ok(unsafe { request.ifr_ifru.ifru_hwaddr.sa_family })
+}
+
+/// Zeroes `n` values of `bytes` bytes, a multiple of eight, from place `first` on, in an array that each of `cpus` has.
+pub(super) fn clear_per_cpu(
+    map: BorrowedFd<'_>,
+    first: u32,
+    n: u32,
+    bytes: usize,
+    cpus: usize,
+) -> io::Result<()> {
+    /// Places per call.
+    const CHUNK: u32 = 4_096;
+    let values = vec![0_u64; CHUNK as usize * cpus * bytes / 8];
+    let places: Vec<u32> = (first..first + n).collect();
+    for keys in places.chunks(CHUNK as usize) {
+        let mut attr = Attr::new(&[]);
+        attr.set_pointer(4, keys.as_ptr());
+        attr.set_pointer(6, values.as_ptr());
+        attr.0[8] = keys.len() as u32;
+        attr.0[9] = map.as_raw_fd() as u32;
+        attr.call(MAP_UPDATE_BATCH)?;
+    }
+    Ok(())
 }
 
 /// Walks a hash map by batches of buckets.

@@ -1,14 +1,18 @@
 //! Programs for `cargo xtask bench fw` and `lb`; no hook runs them. A test run repeats one frame, and a frame of one flow
-//! stays in the first-level cache: these set the flow from a counter before each run.
+//! stays in the first-level cache: these set the flow from a counter before each run. [`bench_send`] and [`bench_drop`] are the
+//! ends of a pair of devices.
 
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{TC_ACT_OK, TC_ACT_SHOT, xdp_action},
-    helpers::generated::bpf_skb_store_bytes,
+    helpers::generated::{bpf_redirect, bpf_skb_store_bytes},
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
-use cnsmo_common::probe::BENCH_HEADERS;
+use cnsmo_common::{
+    blob::DPORT_AT,
+    probe::{BENCH_HEADERS, Header, TRACE_LEN},
+};
 use cnsmo_ebpf::{
     packet::{Direct, FRONT, WHOLE},
     pipeline::{ETHERNET, Verdict, run},
@@ -16,7 +20,7 @@ use cnsmo_ebpf::{
 
 use crate::{
     maps::Maps,
-    probe::{POSITION, RESULTS},
+    probe::{POSITION, RESULTS, TRACE},
     programs::tc,
 };
 
@@ -56,6 +60,64 @@ pub fn bench_balancer(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn bench_no_balancer(ctx: TcContext) -> i32 {
     if restore(&ctx) { TC_ACT_OK as i32 } else { TC_ACT_SHOT }
+}
+
+/// Sends the next frame of many out of a device: addresses and destination port are those of the next IPv4 header of the
+/// trace, the source port is that of the next flow, and the rest is the frame that `RESULTS` begins with. Behind it is the
+/// device. Whoever had the memory of the frame before may have written to all of it.
+#[xdp]
+pub fn bench_send(ctx: XdpContext) -> u32 {
+    match next_frame(&ctx) {
+        // SAFETY: no pointers.
+        Some(device) => (unsafe { bpf_redirect(device, 0) }) as u32,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+/// What a packet costs before anybody looks at it.
+#[xdp]
+pub fn bench_drop(_: XdpContext) -> u32 {
+    xdp_action::XDP_DROP
+}
+
+/// Returns the index of the device.
+#[inline(always)]
+fn next_frame(ctx: &XdpContext) -> Option<u32> {
+    const WORDS: usize = BENCH_HEADERS / 8;
+    /// In the frame at hand: what the rest of the header adds up to.
+    const CHECKSUM: usize = 14 + 10;
+    let position = POSITION.get_ptr_mut(0)?;
+    let trace = TRACE.get_ptr(0)?.cast::<Header>();
+    let results = RESULTS.get_ptr(0)?;
+    let frame = ctx.data();
+    if frame + BENCH_HEADERS > ctx.data_end() {
+        return None;
+    }
+    // SAFETY: this program's own maps, whose values live as long as it runs and are longer than what is read; the index into
+    // the trace is masked; the frame's length is checked above.
+    unsafe {
+        let flow = (*position)[0];
+        (*position)[0] = flow.wrapping_add(1);
+        let words = results.cast::<u64>();
+        for n in 0..WORDS {
+            (frame as *mut u64).add(n).write_unaligned(*words.add(n));
+        }
+        let header = &*trace.add((flow & (TRACE_LEN - 1)) as usize);
+        let (source, destination) = (header.src[1] as u32, header.dst[1] as u32);
+        let (_, port) = flow_ends(flow);
+        let rest = u16::from_be(*((frame + CHECKSUM) as *const u16));
+        let halves = |address: u32| (address >> 16) + (address & 0xffff);
+        let sum = u32::from(rest) + halves(source) + halves(destination);
+        let sum = (sum >> 16) + (sum & 0xffff);
+        let sum = !((sum >> 16) + sum) as u16;
+        *((frame + CHECKSUM) as *mut [u8; 2]) = sum.to_be_bytes();
+        *((frame + SOURCE_ADDRESS) as *mut [u8; 4]) = source.to_be_bytes();
+        *((frame + SOURCE_ADDRESS + 4) as *mut [u8; 4]) = destination.to_be_bytes();
+        *((frame + SOURCE_PORT) as *mut [u8; 2]) = port;
+        let to = (header.lanes >> DPORT_AT) as u16;
+        *((frame + SOURCE_PORT + 2) as *mut [u8; 2]) = to.to_be_bytes();
+        Some(*results.cast::<u32>().add(BENCH_HEADERS / 4))
+    }
 }
 
 /// Sets the next flow in the headers that `RESULTS` begins with, as [`next_flow`] does, and writes them to the frame.

@@ -18,10 +18,10 @@ use cnsmo_ebpf::tables::Tables as _;
 
 use crate::maps::{Maps, classify_v4, classify_v6, place};
 
-/// Headers to classify.
+/// Headers to classify, or to send.
 #[map]
-static TRACE: Array<[Header; TRACE_LEN as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
-/// Their rule indexes. While the balancer is timed: the headers of its packets.
+pub static TRACE: Array<[Header; TRACE_LEN as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+/// Their rule indexes. In a benchmark: the headers of packets, and the device that they go to.
 #[map]
 pub static RESULTS: Array<[u32; TRACE_LEN as usize]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 /// The number of the next header or flow, and a mask for it.

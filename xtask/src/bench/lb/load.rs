@@ -15,7 +15,7 @@ use crate::{interrupt, netns::Netns};
 
 /// TCP: messages of [`MESSAGE`] bytes, each answered by one that begins with the backend's name. After one that begins with
 /// [`SINK`] bytes are taken until the end, and the answer has their number behind the name.
-pub(super) const TCP_PORT: u16 = 80;
+pub(in crate::bench) const TCP_PORT: u16 = 80;
 /// UDP: each datagram is answered by the backend's name (in place of RFC 862's echo).
 pub(super) const UDP_PORT: u16 = 7;
 
@@ -42,7 +42,7 @@ const BURST: u64 = 256;
 const LOST_AFTER: Duration = Duration::from_millis(100);
 
 /// Starts a backend inside. It ends with this process.
-pub(super) fn serve(netns: &Netns, name: &'static str) -> anyhow::Result<()> {
+pub(in crate::bench) fn serve(netns: &Netns, name: &'static str) -> anyhow::Result<()> {
     let sockets = netns.run(|| -> io::Result<_> {
         Ok((TcpListener::bind(("0.0.0.0", TCP_PORT))?, UdpSocket::bind(("0.0.0.0", UDP_PORT))?))
     })?;
@@ -160,7 +160,7 @@ pub(super) fn stream(client: &Netns, to: SocketAddr) -> anyhow::Result<f64> {
 }
 
 /// Connections per second: opened, one answer, closed.
-pub(super) fn connections(client: &Netns, to: SocketAddr) -> anyhow::Result<f64> {
+pub(in crate::bench) fn connections(client: &Netns, to: SocketAddr) -> anyhow::Result<f64> {
     let start = Instant::now();
     in_parallel(client, CLIENTS, || (0..NEW_CONNECTIONS).try_for_each(|_| once(to).map(drop)))?;
     Ok(f64::from(CLIENTS * NEW_CONNECTIONS) / start.elapsed().as_secs_f64())
