@@ -35,7 +35,7 @@ pub fn limits(policy: &Effective) -> Vec<Limit> {
         // At most 1,000,000 flows a second: never 0.
         let interval = u64::from(period_seconds) * SECOND / u64::from(flows);
         let tolerance = interval * u64::from(burst - 1);
-        Limit { interval, tolerance, per_source: per_source.into() }
+        Limit { interval, tolerance, per_source: per_source.into(), ..Limit::default() }
     });
     std::iter::once(Limit::default()).chain(of_rules).collect()
 }
@@ -104,7 +104,8 @@ mod tests {
             seen,
             [(7, allow, 0, 0), (8, allow, 0, 1), (9, verdict::REJECT, both, 0), (10, allow, 0, 2)]
         );
-        let limit = |interval, tolerance| Limit { interval, tolerance, per_source: 1 };
+        let limit =
+            |interval, tolerance| Limit { interval, tolerance, per_source: 1, ..Limit::default() };
         let second = limit(6_000_000_000, 24_000_000_000);
         assert_eq!(limits(&policy), [Limit::default(), second, limit(1_000, 0)]);
     }

@@ -25,13 +25,14 @@ use super::{
 };
 
 /// Maps that are pinned: everything a packet's fate depends on.
-const PINNED: [&str; 18] = [
+const PINNED: [&str; 19] = [
     "CONTROL",
     "BLOB_V4",
     "BLOB_V6",
     "RULES",
     "LIMITS",
     "BUCKETS",
+    "OPEN_FLOWS",
     "RULE_COUNTS",
     "STAT_COUNTS",
     "ESTABLISHED_V4",
