@@ -6,7 +6,7 @@
 
 use cnsmo_common::{
     control::BucketKey,
-    flow::{Flow, flag},
+    flow::{Flow, FlowKey, flag},
     stat::Reason,
 };
 
@@ -37,7 +37,7 @@ pub fn change<A: Family, T: Tables + FlowTables<A>>(
     change: Change,
 ) {
     if change != Change::Begin {
-        set_key(case);
+        case.bucket_key = number_of(&case.key, &case.flow);
         end(&case.bucket_key, tables);
         mark(case, tables, 0, 0);
     }
@@ -50,7 +50,7 @@ pub fn change<A: Family, T: Tables + FlowTables<A>>(
     if group == 0 || !mark(case, tables, flag::COUNTED, group) {
         return;
     }
-    set_key(case);
+    case.bucket_key = number_of(&case.key, &case.flow);
     let max = if change == Change::Begin { max(case, tables) } else { u64::MAX };
     if !begin(&case.bucket_key, tables, max) {
         if case.flow.conn.flags & flag::TRANSLATED != 0 {
@@ -107,18 +107,18 @@ impl<A> Visit<A> for Mark {
     }
 }
 
-/// Of who began the flow, as the rules see it.
+/// Under which a flow counts: who began it, as the rules see it, and its group.
 #[inline(always)]
-fn set_key<A: Family>(case: &mut Case<A>) {
-    let flags = case.flow.conn.flags;
+pub fn number_of<A: Family>(key: &FlowKey<A>, flow: &Flow<A>) -> BucketKey {
+    let flags = flow.conn.flags;
     let address = if !balance::is_judged_here(flags) {
-        case.flow.translation.src
+        flow.translation.src
     } else if flags & flag::ORIGIN_HIGH != 0 {
-        case.key.high
+        key.high
     } else {
-        case.key.low
+        key.low
     };
-    case.bucket_key = BucketKey { source: source(address), limit: case.flow.conn.group as u32 };
+    BucketKey { source: source(address), limit: flow.conn.group as u32 }
 }
 
 /// What the rule in force allows.

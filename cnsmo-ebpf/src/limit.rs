@@ -52,7 +52,7 @@ fn take<A: Family, T: Tables>(case: &mut Case<A>, tables: &T, place: u16) -> boo
 
 /// What stands for an address where sources are told apart.
 #[inline(always)]
-pub(crate) fn source<A: Family>(address: A) -> [u8; 16] {
+pub fn source<A: Family>(address: A) -> [u8; 16] {
     if size_of::<A>() == 4 {
         address.widen()
     } else {
