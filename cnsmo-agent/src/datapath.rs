@@ -7,10 +7,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use cnsmo_proto::model::{Direction, Name};
 
-use crate::{
-    effective::{Balancer, Effective},
-    explain::{Answer, Question},
-};
+use crate::effective::{Balancer, Effective};
 
 /// A data path that enforces one policy at a time.
 pub trait Datapath: Send + 'static {
@@ -29,15 +26,6 @@ pub trait Datapath: Send + 'static {
 
     /// Removes a bounded number of expired flows; called every second.
     fn sweep(&mut self);
-
-    /// What would happen to a packet. Nothing is changed by the question.
-    ///
-    /// # Errors
-    /// Of the kernel.
-    fn explain(
-        &mut self,
-        question: &Question,
-    ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>>;
 }
 
 /// The policy cannot be enforced; the one before still is.

@@ -28,7 +28,6 @@ pub mod catalog;
 pub mod cluster;
 pub mod error;
 mod events;
-pub mod explain;
 pub mod fleet;
 pub mod grpc;
 pub mod http;

@@ -16,9 +16,7 @@ use cnsmo_common::{
 };
 
 use crate::{
-    balance,
-    connections::{self, Change},
-    limit,
+    balance, limit,
     packet::{Packet, Role},
     parse::Datagram,
     pipeline::{self, Verdict},
@@ -68,8 +66,6 @@ pub struct HostTables {
     /// Nanoseconds of the monotonic clock.
     pub nanoseconds: Cell<u64>,
     buckets: RefCell<HashMap<BucketKey, u64>>,
-    /// Open flows that are counted.
-    pub open: RefCell<HashMap<BucketKey, u64>>,
     /// What was told.
     pub records: RefCell<Vec<Record>>,
     /// Virtual addresses.
@@ -118,7 +114,6 @@ impl HostTables {
             limits: Vec::new(),
             nanoseconds: Cell::new(0),
             buckets: RefCell::default(),
-            open: RefCell::default(),
             records: RefCell::default(),
             services: RefCell::default(),
             rings: RefCell::default(),
@@ -185,9 +180,6 @@ impl Tables for HostTables {
     fn rule(&self, index: u32, _: Live) -> Option<RuleAction> {
         self.rules.get(index as usize).copied()
     }
-    fn rule_of(&self, slot: u32) -> Option<RuleAction> {
-        self.rules.iter().find(|rule| rule.slot == slot).copied()
-    }
     fn limit(&self, place: u16, _: Live, into: &mut Limit) -> bool {
         match self.limits.get(usize::from(place)) {
             Some(limit) => {
@@ -211,18 +203,6 @@ impl Tables for HostTables {
     }
     fn begin_bucket(&self, key: &BucketKey, word: u64) {
         self.buckets.borrow_mut().insert(*key, word);
-    }
-    fn touch_open(&self, key: &BucketKey, visit: &mut impl VisitBucket) -> bool {
-        match self.open.borrow_mut().get_mut(key) {
-            Some(word) => {
-                visit.visit(Cell::from_mut(word));
-                true
-            }
-            None => false,
-        }
-    }
-    fn begin_open(&self, key: &BucketKey, word: u64) -> bool {
-        self.open.borrow_mut().insert(*key, word).is_none()
     }
     fn spend(&self, _: u32) -> bool {
         true
@@ -340,11 +320,8 @@ macro_rules! flow_tables {
             fn settle(&self, case: &mut Case<$address>) {
                 balance::settle(case, self);
             }
-            fn admit(&self, case: &mut Case<$address>, place: u16) {
-                limit::admit(case, self, place);
-            }
-            fn change_open(&self, case: &mut Case<$address>, change: Change) {
-                connections::change(case, self, change);
+            fn admits(&self, case: &mut Case<$address>, limit: u16) -> bool {
+                limit::admits(case, self, limit)
             }
             fn tell(&self, case: &mut Case<$address>) {
                 pipeline::tell(case, self);
@@ -466,7 +443,7 @@ impl Rewrite for Frame {
 
 pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
     let a = A::default();
-    let conn = Conn { seen: 0, generation: 0, slot: 0, state: 0, flags: 0, group: 0 };
+    let conn = Conn { seen: 0, generation: 0, slot: 0, state: 0, flags: 0, pad: [0; 2] };
     let key = FlowKey {
         low: a,
         high: a,
@@ -512,8 +489,6 @@ pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
         outcome: Err(Reason::Classifier),
         why: 0,
         slot: 0,
-        fresh: false,
-        group: 0,
         record: empty_record(),
         limit: Limit::default(),
         bucket_key: BucketKey::default(),

@@ -6,7 +6,6 @@
 
 pub mod balance;
 pub mod classify;
-pub mod connections;
 pub mod conntrack;
 #[cfg(test)]
 mod frames;

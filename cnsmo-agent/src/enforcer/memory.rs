@@ -48,9 +48,6 @@ impl MemoryEnforcer {
                 Message::Status { reply } => {
                     let _ = reply.send(VmStatus::default());
                 }
-                Message::Explain { reply, .. } => {
-                    let _ = reply.send(Err("there is no data path".to_owned()));
-                }
                 Message::CoreAt { reply, .. }
                 | Message::Named { reply, .. }
                 | Message::ConfirmWithin { reply, .. }
