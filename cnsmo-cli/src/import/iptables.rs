@@ -328,18 +328,17 @@ impl Reader<'_> {
             }
             let table = id.split(' ').nth(1).unwrap_or_default();
             let forward = table == "filter" && name == "FORWARD";
-            let can_drop = (*drops || self.set.can_drop(id)) && table != "nat" && !forward;
-            let (reason, effect) = if can_drop {
-                let reason = "rules outside of the filter's INPUT and OUTPUT are not translated, and \
-                              some of these may drop";
-                (reason, Effect::Wider)
-            } else if forward {
-                (
-                    "what the machine forwards is not translated: ingress and egress rules judge it too",
-                    Effect::None,
-                )
-            } else {
-                ("only the chains INPUT and OUTPUT of table filter are translated", Effect::None)
+            let can_drop = (*drops || self.set.can_drop(id)) && table != "nat";
+            let effect = if can_drop { Effect::Wider } else { Effect::None };
+            let reason = match (forward, can_drop) {
+                (true, _) => {
+                    "what the machine forwards is not translated: ingress and egress rules judge it too"
+                }
+                (false, true) => {
+                    "rules outside of the filter's INPUT and OUTPUT are not translated, and some of these \
+                     may drop"
+                }
+                (false, false) => "only the chains INPUT and OUTPUT of table filter are translated",
             };
             let rule = format!("table {table}, chain {name}, {rules} rules");
             self.set.left.push(Left {

@@ -1,5 +1,7 @@
 //! Names of numbers as nft and iptables print them.
 
+use cnsmo_proto::{manifest, model::protocol};
+
 /// IANA protocol numbers by the names of /etc/protocols.
 pub(super) const PROTOCOLS: [(&str, u8); 17] = [
     ("icmp", 1),
@@ -21,33 +23,17 @@ pub(super) const PROTOCOLS: [(&str, u8); 17] = [
     ("udplite", 136),
 ];
 
-/// ICMP types of nft.
-pub(super) const ICMP: [(&str, u8); 15] = [
-    ("echo-reply", 0),
-    ("destination-unreachable", 3),
+/// ICMP types of nft that a manifest has no name for.
+const ICMP: [(&str, u8); 5] = [
     ("source-quench", 4),
-    ("redirect", 5),
-    ("echo-request", 8),
-    ("router-advertisement", 9),
-    ("router-solicitation", 10),
-    ("time-exceeded", 11),
-    ("parameter-problem", 12),
-    ("timestamp-request", 13),
-    ("timestamp-reply", 14),
     ("info-request", 15),
     ("info-reply", 16),
     ("address-mask-request", 17),
     ("address-mask-reply", 18),
 ];
 
-/// ICMPv6 types of nft.
-pub(super) const ICMPV6: [(&str, u8); 19] = [
-    ("destination-unreachable", 1),
-    ("packet-too-big", 2),
-    ("time-exceeded", 3),
-    ("parameter-problem", 4),
-    ("echo-request", 128),
-    ("echo-reply", 129),
+/// ICMPv6 types of nft that a manifest has no name for, or another one.
+const ICMPV6: [(&str, u8); 13] = [
     ("mld-listener-query", 130),
     ("mld-listener-report", 131),
     ("mld-listener-done", 132),
@@ -88,6 +74,13 @@ pub(super) const ICMPV6_CODES: [(&str, u8); 6] = [
 /// States of connection tracking, in lower case.
 pub(super) const STATES: [(&str, u8); 5] =
     [("new", 0), ("established", 1), ("related", 2), ("invalid", 3), ("untracked", 4)];
+
+/// Of an ICMP type, as nft calls it.
+pub(super) fn icmp_type(v6: bool, name: &str) -> Option<u8> {
+    let (of_nft, number): (&[_], _) =
+        if v6 { (&ICMPV6, protocol::ICMPV6) } else { (&ICMP, protocol::ICMP) };
+    number_of(of_nft, name).or_else(|| number_of(manifest::icmp_types(number.into()), name))
+}
 
 pub(super) fn number_of(names: &[(&str, u8)], name: &str) -> Option<u8> {
     names.iter().find(|(known, _)| *known == name).map(|(_, number)| *number)

@@ -14,7 +14,7 @@ use super::{
     draft::{self, Draft, TCP_FLAGS},
     iptables::ends,
     ir::{Base, Effect, Left, Origin, Rule, RuleSet, Verdict},
-    names::{ICMP, ICMP_CODES, ICMPV6, ICMPV6_CODES, PROTOCOLS, STATES, number_of},
+    names::{ICMP_CODES, ICMPV6_CODES, PROTOCOLS, STATES, icmp_type, number_of},
     sets::{Field, Match, Ranges},
     text,
 };
@@ -227,20 +227,16 @@ impl Reader<'_> {
             if rules == 0 && !drops || family == "arp" {
                 continue;
             }
-            let can_drop =
-                (*drops || self.set.can_drop(id)) && !forwards && !what.starts_with("nat");
-            let (reason, effect) = if *forwards {
-                (
-                    "what the machine forwards is not translated: ingress and egress rules judge it too",
-                    Effect::None,
-                )
-            } else if can_drop {
-                (
-                    "only filter chains at the hooks input and output are translated, and this one may drop",
-                    Effect::Wider,
-                )
-            } else {
-                ("only filter chains at the hooks input and output are translated", Effect::None)
+            let can_drop = (*drops || self.set.can_drop(id)) && !what.starts_with("nat");
+            let effect = if can_drop { Effect::Wider } else { Effect::None };
+            let reason = match (forwards, can_drop) {
+                (true, _) => {
+                    "what the machine forwards is not translated: ingress and egress rules judge it too"
+                }
+                (false, true) => {
+                    "only filter chains at the hooks input and output are translated, and this one may drop"
+                }
+                (false, false) => "only filter chains at the hooks input and output are translated",
             };
             self.set.left.push(Left {
                 place: format!("{}: {id}", self.file),
@@ -554,8 +550,6 @@ impl Asked {
     fn number(&self, value: &Value) -> Result<u128, String> {
         let names: &[(&str, u8)] = match self {
             Self::Protocol | Self::Protocol4 => &PROTOCOLS,
-            Self::IcmpType { v6: false } => &ICMP,
-            Self::IcmpType { v6: true } => &ICMPV6,
             Self::IcmpCode { v6: false } => &ICMP_CODES,
             Self::IcmpCode { v6: true } => &ICMPV6_CODES,
             Self::State => &STATES,
@@ -564,6 +558,7 @@ impl Asked {
             Self::Address { .. }
             | Self::Ports { .. }
             | Self::Device { .. }
+            | Self::IcmpType { .. }
             | Self::TcpFlags { .. } => &[],
         };
         let unknown = || format!("the value {value} is not known here");
@@ -572,6 +567,9 @@ impl Asked {
                 let address: IpAddr = text.parse().map_err(|_| unknown())?;
                 let address = Some(address).filter(|address| address.is_ipv6() == *v6);
                 address.map(|address| ends(address.into()).0).ok_or_else(unknown)
+            }
+            (Self::IcmpType { v6 }, Value::String(name)) => {
+                icmp_type(*v6, name).map(Into::into).ok_or_else(unknown)
             }
             (Self::State | Self::Family, Value::Number(_)) => Err(unknown()),
             (_, Value::String(name)) => number_of(names, name).map(Into::into).ok_or_else(unknown),

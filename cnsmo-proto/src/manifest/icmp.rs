@@ -48,7 +48,7 @@ const ICMPV6: [(&str, u8); 17] = [
 ];
 
 /// The types of a protocol; none where it is not ICMP.
-pub(super) fn types(protocol: u32) -> &'static [(&'static str, u8)] {
+pub fn types(protocol: u32) -> &'static [(&'static str, u8)] {
     match u8::try_from(protocol) {
         Ok(protocol::ICMP) => &ICMP,
         Ok(protocol::ICMPV6) => &ICMPV6,

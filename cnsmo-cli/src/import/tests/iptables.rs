@@ -179,7 +179,7 @@ fn other_tables_and_what_is_forwarded_are_named() {
     assert_eq!(
         found,
         [
-            ("table filter, chain FORWARD, 1 rules", Effect::None),
+            ("table filter, chain FORWARD, 1 rules", Effect::Wider),
             ("table nat, chain PREROUTING, 1 rules", Effect::None),
             ("table raw, chain PREROUTING, 1 rules", Effect::Wider),
         ]

@@ -337,7 +337,10 @@ fn chains_elsewhere_are_named() {
     );
     assert_left(&closed_with(vec![early, drop], &[]), Effect::Wider, "may drop");
     let forward = base("inet", "filter", "forward", 0, "drop");
-    assert_left(&closed_with(vec![forward], &[]), Effect::None, "forwards");
+    assert_left(&closed_with(vec![forward], &[]), Effect::Wider, "forwards");
+    let forward = base("inet", "filter", "forward", 0, "accept");
+    let accepts = rule("inet", "filter", "forward", 1, json!([{"accept": null}]));
+    assert_left(&closed_with(vec![forward, accepts], &[]), Effect::None, "forwards");
 }
 
 #[test]
