@@ -23,8 +23,8 @@ use cnsmo_common::{
 use cnsmo_proto::model::{Addresses, Algorithm, Name, ServicePort};
 
 use super::{
-    Bench, FLOWS, NEW_FLOWS, OPEN_PORT, REPEAT, ROUNDS, TCP_ACK, TCP_SYN, XDP_PASS, frame, median,
-    row, set_flow, text,
+    Bench, FLOWS, NEW_FLOWS, OPEN_PORT, REPEAT, ROUNDS, TCP, TCP_ACK, TCP_SYN, XDP_PASS, frame,
+    median, row, set_flow, text,
 };
 
 const BALANCERS: u8 = 10;
@@ -38,7 +38,6 @@ const TC_SHOT: u32 = 2;
 const TC_UNSPEC: u32 = u32::MAX;
 const TC_REDIRECT: u32 = 7;
 
-const TCP: u8 = 6;
 const UDP: u8 = 17;
 const TARGET_PORT: u16 = 8_080;
 

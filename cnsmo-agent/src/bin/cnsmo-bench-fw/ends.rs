@@ -29,15 +29,11 @@ use cnsmo_agent::{
     effective::Effective,
 };
 use cnsmo_common::probe::{BENCH_HEADERS, TRACE_LEN};
-use cnsmo_proto::{
-    model::{Action, Direction, FirewallPolicy, Name, Protocol},
-    pb::policy as pb,
-};
+use cnsmo_proto::model::{Action, Direction, Protocol};
 use rayon::prelude::*;
 
-use super::{FLOWS, OPEN_PORT, RULES, TCP_SYN, reversed};
+use super::{FLOWS, OPEN_PORT, RULES, TCP, TCP_SYN, allowing, reversed};
 
-const TCP: u8 = 6;
 const UDP: u8 = 17;
 /// Where forwarded packets go to (RFC 5737, documentation): a host and its port that discards (RFC 863).
 const BEYOND: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
@@ -104,7 +100,6 @@ fn send(pins: &Path, state: &Path) -> anyhow::Result<()> {
         let device = nix::net::if_::if_nametoindex(device)?;
         kernel.set_bench_traffic(headers, &frame, device);
         let time = kernel.send(frames.parse()?, batch.parse()?)?;
-        kernel.send(frames.parse()?, batch.parse()?)?;
         Ok(serde_json::json!({ "ns": time.as_nanos() }).to_string())
     });
     drop(kernel);
@@ -157,27 +152,6 @@ fn denying() -> anyhow::Result<Effective> {
     policy.rules.truncate(RULES);
     ensure!(policy.rules.len() == RULES, "there are {} rules", policy.rules.len());
     Ok(policy)
-}
-
-/// All but one of the rules are about others.
-fn allowing(rules: usize, protocol: u8, port: u16) -> anyhow::Result<Effective> {
-    let mut policy = sample::policy(Style::Groups, AddressFamily::V4, rules - 1, 1);
-    let spec = pb::FirewallPolicySpec {
-        default_ingress: pb::Action::Deny.into(),
-        rules: vec![pb::FirewallRule {
-            name: "open".into(),
-            action: pb::Action::Allow.into(),
-            direction: pb::Direction::Ingress.into(),
-            protocol: Some(protocol.into()),
-            ports: vec![pb::PortRange { first: port.into(), last: port.into() }],
-            ..Default::default()
-        }],
-        ..Default::default()
-    };
-    let open = FirewallPolicy::try_from(spec)?;
-    let own = Effective::merge(vec![], [(&Name::new("bench")?, &open)]);
-    policy.rules.extend(own.rules);
-    Ok(Effective { open: false, ingress: own.ingress, ..policy })
 }
 
 /// To the hosts and ports that rules are about, from others than they say: a search goes all the way, and no rule matches.

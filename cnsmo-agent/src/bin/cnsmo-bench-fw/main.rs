@@ -37,6 +37,7 @@ const ESTABLISHED_MAX: f64 = 110.0;
 const XDP_DROP: u32 = 1;
 const XDP_PASS: u32 = 2;
 
+const TCP: u8 = 6;
 const TCP_SYN: u8 = 2;
 const TCP_ACK: u8 = 16;
 const OPEN_PORT: u16 = 80;
@@ -75,7 +76,7 @@ fn measure() -> anyhow::Result<Vec<String>> {
 /// The whole firewall on whole packets, 10,000 rules loaded. `classify`: what classification alone takes there.
 fn packets(classify: f64) -> anyhow::Result<Vec<String>> {
     let mut bench = Bench::open(RULES as u32 + 16, 1 << 20, 1 << 16)?;
-    bench.kernel.apply(&policy()?)?;
+    bench.kernel.apply(&allowing(RULES, TCP, OPEN_PORT)?)?;
     bench.kernel.change_control(|control| control.pickup_until = 0);
     bench.establish()?;
 
@@ -176,18 +177,17 @@ fn remove(pins: &std::path::Path, state: &std::path::Path) {
     let _ = std::fs::remove_dir_all(state);
 }
 
-/// 10,000 rules about others, then the open port, then nothing.
-fn policy() -> anyhow::Result<Effective> {
-    let mut policy = sample::policy(Style::Groups, AddressFamily::V4, RULES - 1, 1);
+/// So many rules, all but the last about others; then nothing may come in.
+fn allowing(rules: usize, protocol: u8, port: u16) -> anyhow::Result<Effective> {
+    let mut policy = sample::policy(Style::Groups, AddressFamily::V4, rules - 1, 1);
     let spec = pb::FirewallPolicySpec {
         default_ingress: pb::Action::Deny.into(),
         rules: vec![pb::FirewallRule {
             name: "open".into(),
             action: pb::Action::Allow.into(),
             direction: pb::Direction::Ingress.into(),
-            to_cidrs: vec!["192.0.2.1/32".into()],
-            protocol: Some(6),
-            ports: vec![pb::PortRange { first: OPEN_PORT.into(), last: OPEN_PORT.into() }],
+            protocol: Some(protocol.into()),
+            ports: vec![pb::PortRange { first: port.into(), last: port.into() }],
             ..Default::default()
         }],
         ..Default::default()

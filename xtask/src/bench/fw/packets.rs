@@ -33,8 +33,8 @@ const BEYOND: &str = "198.51.100.1";
 const BATCH: u32 = 64;
 /// Void rounds before giving up.
 const TRIES: usize = 5;
-/// One in so many frames may be missing in a round.
-const MISSING: u64 = 1_000;
+/// One in so many frames may be missing in a round, or be another's.
+const WRONG: u64 = 1_000;
 /// For frames that are still under way when the sender has ended.
 const UNDER_WAY: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_millis(5);
@@ -174,7 +174,8 @@ impl Sender {
                 pause(POLL);
                 count = judged()? - before;
             }
-            if count + u64::from(frames) / MISSING >= u64::from(frames) {
+            // More are as wrong as fewer: others were judged, and not these.
+            if count.abs_diff(frames.into()) <= u64::from(frames) / WRONG {
                 return Ok(sent.ns);
             }
             seen.push(count);
