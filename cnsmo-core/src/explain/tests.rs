@@ -27,12 +27,15 @@ fn map() -> Map {
             })
             .collect();
         let status = NodeStatus {
-            addresses: vec![
-                format!("10.70.0.{n}"),
-                "fe80::1".into(),
-                format!("198.51.100.{n}"),
-                format!("2001:db8::{n}"),
-            ],
+            addresses: [
+                (n < 4).then(|| format!("10.70.0.{n}")),
+                Some("fe80::1".into()),
+                Some(format!("198.51.100.{n}")),
+                Some(format!("2001:db8::{n}")),
+            ]
+            .into_iter()
+            .flatten()
+            .collect(),
             overlay: Some(OverlayStatus { peers, ..OverlayStatus::default() }),
             ..NodeStatus::default()
         };
