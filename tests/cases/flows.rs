@@ -75,13 +75,20 @@ async fn flows_shows_what_happened_to_packets_and_why() {
     assert_eq!(brief(81), ["rejected", "denied", "web", "shut"]);
     assert_eq!(brief(82), ["dropped", "denied-by-default", "-", "-"]);
 
+    until("the first report, with the addresses of the VM", async || {
+        let node = core.cnsmo(&["get", "node", "vm1", "-o", "json"]);
+        let node: Value = serde_json::from_str(&node).unwrap();
+        node["status"]["addresses"][0].is_string().then_some(())
+    })
+    .await;
     let explain = |to: &str| {
         let mut command = Command::new(program("cnsmo"));
         command.env("CNSMO_SOCKET", core.socket());
         let from = PEER4.to_string();
         let output = command.args(["explain", "--from", &from, "--to", to, "-o", "json"]).output();
         let output = output.unwrap();
-        let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let said: Value = serde_json::from_slice(&output.stdout).expect(&errors);
         let step = |key: &str| said["steps"][0][key].as_str().unwrap_or("-").to_owned();
         let words = ["node", "verdict", "reason", "policy", "rule", "destination"].map(step);
         (output.status.code(), words)

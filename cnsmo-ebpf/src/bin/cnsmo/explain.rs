@@ -10,7 +10,7 @@ use cnsmo_common::{
     balance::{Backend, Ring, Service, ServiceKey},
     control::{BucketKey, Control, Limit, Live, RuleAction},
     explain::{Explanation, NO_ANSWER, PASSES},
-    flow::{Address as _, Flow, FlowKey, Fragment, FragmentKey, flag},
+    flow::{Flow, FlowKey, Fragment, FragmentKey, flag},
     record::{Record, why},
     stat::{Count, Reason},
 };
