@@ -6,6 +6,7 @@ mod attach;
 mod balancer;
 mod bus;
 mod confirm;
+mod explain;
 mod firewall;
 mod flows;
 mod import;

@@ -7,7 +7,10 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use cnsmo_proto::model::{Direction, Name};
 
-use crate::effective::{Balancer, Effective};
+use crate::{
+    effective::{Balancer, Effective},
+    explain::{Answer, Question},
+};
 
 /// A data path that enforces one policy at a time.
 pub trait Datapath: Send + 'static {
@@ -26,6 +29,15 @@ pub trait Datapath: Send + 'static {
 
     /// Removes a bounded number of expired flows; called every second.
     fn sweep(&mut self);
+
+    /// What would happen to a packet. Nothing is changed by the question.
+    ///
+    /// # Errors
+    /// Of the kernel.
+    fn explain(
+        &mut self,
+        question: &Question,
+    ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>>;
 }
 
 /// The policy cannot be enforced; the one before still is.

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use cnsmo_proto::model::{
-    Action, Addresses, Algorithm, FirewallPolicy, Name, PolicyMode, Rule, ServicePort,
+    Action, Addresses, Algorithm, FirewallPolicy, FlowTimeouts, Name, PolicyMode, Rule, ServicePort,
 };
 use ipnet::IpNet;
 
@@ -20,6 +20,10 @@ pub struct Effective {
     pub audit: [bool; 2],
     /// In order; the first match decides. The place in this list is the rule's index in the data path.
     pub rules: Vec<OwnedRule>,
+    /// When flows are over, where policies that enforce say so.
+    pub timeouts: FlowTimeouts,
+    /// Fragments pass whose first one was not seen.
+    pub orphans_pass: bool,
     /// The tunnel into the network that this VM is in.
     pub tunnel: Option<TunnelDevice>,
     /// By name.
@@ -110,6 +114,10 @@ impl Effective {
         });
         let built_in = built_in.into_iter();
         let built_in = built_in.map(|rule| OwnedRule { policy: None, rule, audit: false });
+        let enforced = || policies.iter().map(|(_, policy)| policy).filter(|p| !is_audited(p));
+        let timeouts =
+            enforced().map(|p| p.timeouts).fold(FlowTimeouts::default(), FlowTimeouts::or);
+        let orphans_pass = enforced().find_map(|p| p.orphan_fragments).unwrap_or(false);
         let (ingress, ingress_audit) = default(|p| p.defaults.ingress);
         let (egress, egress_audit) = default(|p| p.defaults.egress);
         Self {
@@ -118,6 +126,8 @@ impl Effective {
             egress,
             audit: [ingress_audit, egress_audit],
             rules: built_in.chain(owned).collect(),
+            timeouts,
+            orphans_pass,
             tunnel: None,
             balancers: Vec::new(),
         }
@@ -195,6 +205,29 @@ mod tests {
         let merged = Effective::merge(vec![], both);
         assert_eq!((merged.open, merged.audit), (false, [true, false]));
         assert_eq!(merged.rules.iter().map(|r| r.audit).collect::<Vec<_>>(), [true, false]);
+    }
+
+    #[test]
+    fn each_time_is_of_the_first_policy_in_force_that_states_it() {
+        let seconds = |tcp_established, echo| FlowTimeouts {
+            tcp_established,
+            echo,
+            ..FlowTimeouts::default()
+        };
+        let mut trial = policy(1, None, &[]);
+        trial.mode = PolicyMode::Audit;
+        (trial.timeouts, trial.orphan_fragments) = (seconds(Some(1), Some(1)), Some(true));
+        let mut first = policy(2, None, &[]);
+        (first.timeouts, first.orphan_fragments) = (seconds(Some(60), None), Some(false));
+        let mut second = policy(3, None, &[]);
+        (second.timeouts, second.orphan_fragments) = (seconds(Some(90), Some(5)), Some(true));
+        let names = [name("a"), name("b"), name("c")];
+        let all = [(&names[2], &second), (&names[1], &first), (&names[0], &trial)];
+        let merged = Effective::merge(vec![], all);
+        assert_eq!(merged.timeouts, seconds(Some(60), Some(5)));
+        assert!(!merged.orphans_pass);
+        let merged = Effective::merge(vec![], [(&names[2], &second)]);
+        assert!(merged.orphans_pass);
     }
 
     #[test]

@@ -24,6 +24,7 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 pub use self::{memory::MemoryEnforcer, worker::Enforcer};
 use crate::{
     datapath::{Datapath, Status},
+    explain::{Answer, Question},
     health::{Checks, View},
     ledger::Ledger,
     parts::{Part, Parts},
@@ -121,6 +122,7 @@ enum Message {
     Named { node: Name, reply: oneshot::Sender<()> },
     Health { view: View, reply: oneshot::Sender<()> },
     Status { reply: oneshot::Sender<VmStatus> },
+    Explain { question: Question, reply: oneshot::Sender<Result<Answer, String>> },
     Followed { reply: oneshot::Sender<()> },
     Held,
     Sweep { part: Part },
@@ -190,6 +192,14 @@ impl EnforcerHandle {
     /// See [`Gone`].
     pub async fn status(&self) -> Result<VmStatus, Gone> {
         self.ask(|reply| Message::Status { reply }).await
+    }
+
+    /// What the data path would do with a packet, or why it cannot tell.
+    ///
+    /// # Errors
+    /// See [`Gone`].
+    pub async fn explain(&self, question: Question) -> Result<Result<Answer, String>, Gone> {
+        self.ask(|reply| Message::Explain { question, reply }).await
     }
 
     /// A service runs from now on: returns when its part is what the core has sent last.

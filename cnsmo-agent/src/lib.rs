@@ -7,6 +7,7 @@ pub mod datapath;
 pub mod desired;
 pub mod effective;
 pub mod enforcer;
+pub mod explain;
 pub mod flows;
 pub mod health;
 pub mod ledger;

@@ -15,6 +15,7 @@ use cnsmo_proto::{
         },
         balancer::BackendStatus,
         catalog::{self, Instance},
+        flow::{Judgement, PacketQuery},
         node::{DropCounter, FirewallStatus, Interface, NodeStatus, OverlayStatus, PeerStatus},
         policy::RuleCounter,
     },
@@ -30,7 +31,8 @@ use tonic::Code;
 use crate::{
     datapath::{Attachment, Count},
     effective::BackendTarget,
-    enforcer::VmStatus,
+    enforcer::{EnforcerHandle, VmStatus},
+    explain::Question,
     flows::FlowLog,
     node,
     plan::BackendState,
@@ -46,13 +48,14 @@ pub struct Services {
     /// Of this run of the agent.
     incarnation: String,
     flows: Arc<FlowLog>,
+    enforcer: EnforcerHandle,
 }
 
 impl Services {
     /// `node`: the name of this VM.
-    pub fn new(host: Host, node: Name, flows: Arc<FlowLog>) -> Self {
+    pub fn new(host: Host, node: Name, flows: Arc<FlowLog>, enforcer: EnforcerHandle) -> Self {
         let local = Local::new(host.clone(), node.as_str());
-        Self { local, host, node, incarnation: incarnation(), flows }
+        Self { local, host, node, incarnation: incarnation(), flows, enforcer }
     }
 
     /// The services themselves.
@@ -67,8 +70,26 @@ impl Services {
                 let page = command_result::Result::Records(self.flows.answer(query));
                 CommandResult { id, result: Some(page), ..CommandResult::default() }
             }
+            Command::Explain(query) => match self.explain(&query).await {
+                Ok(judgement) => {
+                    let result = Some(command_result::Result::Judgement(judgement));
+                    CommandResult { id, result, ..CommandResult::default() }
+                }
+                Err((code, message)) => {
+                    let code = i32::from(code).unsigned_abs();
+                    CommandResult { id, code, message, result: None }
+                }
+            },
             command => self.local.answer(id, command).await,
         }
+    }
+
+    async fn explain(&self, query: &PacketQuery) -> Result<Judgement, (Code, String)> {
+        let question = Question::try_from(query)
+            .map_err(|error| (Code::InvalidArgument, error.to_string()))?;
+        let answer = self.enforcer.explain(question).await;
+        let answer = answer.map_err(|gone| (Code::Unavailable, gone.to_string()))?;
+        answer.map(Judgement::from).map_err(|why| (Code::FailedPrecondition, why))
     }
 
     /// All states from now on.

@@ -98,7 +98,7 @@ pub async fn run(
     let workloads = Workloads::new(host.clone(), &config.state_dir, systemd);
     let leaving = workloads.leaving();
     let working = workloads.run(enforcer.instances(), parts_stop.clone());
-    let services = |node| Services::new(host.clone(), node, flows);
+    let services = |node| Services::new(host.clone(), node, flows, enforcer.clone());
     let talking = talk(config, locator, enforcer.clone(), services, parts_stop);
     let parts = async {
         tokio::try_join!(

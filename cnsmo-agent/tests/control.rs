@@ -20,6 +20,7 @@ use cnsmo_agent::{
     desired::RESOURCE_TYPE,
     effective::{Balancer, Effective},
     enforcer::{OpenDatapath, OpenTunnel},
+    explain::{Answer, Question},
     runtime,
     tunnel::{Backend, Device, Tunnel, TunnelConfig, TunnelError, TunnelStatus},
 };
@@ -137,6 +138,14 @@ impl Datapath for Fake {
     }
 
     fn sweep(&mut self) {}
+
+    fn explain(
+        &mut self,
+        question: &Question,
+    ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
+        let dropped = (question.dst.port() != 80).then_some("denied");
+        Ok(Answer { dropped, ..Answer::default() })
+    }
 }
 
 const PUBLIC_KEY: PublicKey = PublicKey([9; 32]);

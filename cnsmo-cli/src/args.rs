@@ -10,6 +10,7 @@ use cnsmo_service::channel::CoreAddress;
 use crate::{
     audit::AuditArgs,
     bus::BusCommand,
+    explain::End,
     identity::{IdentityCommand, LoginArgs, RoleArg},
     import::ImportCommand,
 };
@@ -74,6 +75,8 @@ pub(crate) enum Command {
     Events(EventsArgs),
     /// Packets of one VM that were dropped, rejected, logged or let pass on trial, with the rule that decided
     Flows(FlowsArgs),
+    /// What would happen to a packet, from hook to hook; exit code 4 if it would be dropped
+    Explain(ExplainArgs),
     /// Make networks, policies and balancers what they were at a revision, as one new revision
     Rollback(RollbackArgs),
     /// Wait until VMs enforce a revision; exit code 3 if they do not in time
@@ -205,6 +208,26 @@ pub(crate) struct FlowsArgs {
     /// Only what was dropped
     #[arg(long)]
     pub(crate) dropped: bool,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ExplainArgs {
+    /// Where it comes from: a VM, or an address outside; with `:PORT` from that port
+    #[arg(long, value_name = "NAME[:PORT]")]
+    pub(crate) from: End,
+    /// Where it goes: a VM, a load balancer or an address, such as vm2:443/tcp, front:80, 10.0.0.7:53/udp, [fd00::7]:22;
+    /// without a port an ICMP echo request
+    #[arg(long, value_name = "NAME[:PORT[/PROTOCOL]]")]
+    pub(crate) to: End,
+    /// The gateway by which a client outside reaches a load balancer
+    #[arg(long, value_name = "NAME")]
+    pub(crate) via: Option<Name>,
+    /// Between the network cards, also where both VMs are in a network
+    #[arg(long)]
+    pub(crate) underlay: bool,
+    /// By IPv6, where a name has addresses of both families
+    #[arg(short = '6', long)]
+    pub(crate) ipv6: bool,
 }
 
 #[derive(clap::Args)]

@@ -12,6 +12,7 @@ mod describe;
 mod diff;
 mod drain;
 mod events;
+mod explain;
 mod flows;
 mod get;
 mod history;
@@ -91,6 +92,7 @@ async fn run(args: Args) -> Result<ExitCode> {
         }
         Command::Events(args) => events::events(&client, format, args).await?,
         Command::Flows(args) => flows::flows(&client, format, args).await?,
+        Command::Explain(args) => return explain::explain(&client, format, args).await,
         Command::History { last } => history::history(&client, format, last).await?,
         Command::Rollback(args) => return history::rollback(&client, format, args).await,
         Command::Wait(wait) => return wait::wait(&client, wait).await,

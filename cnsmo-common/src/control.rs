@@ -54,6 +54,8 @@ pub mod switch {
     pub const PREFIX_V4: u32 = 4;
     /// `prefix_v6` is in force.
     pub const PREFIX_V6: u32 = 8;
+    /// Later fragments whose first one was not seen pass.
+    pub const ORPHANS_PASS: u32 = 16;
 }
 
 impl Control {
@@ -229,29 +231,36 @@ pub mod rule_flag {
     pub const AUDIT: u8 = 2;
 }
 
-/// How many new flows a rule allows: the generic cell rate algorithm (ITU-T I.371), which needs one word per bucket.
+/// How many flows a rule allows: new ones by the generic cell rate algorithm (ITU-T I.371), which needs one word per
+/// bucket, and open ones of one source.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limit {
-    /// Nanoseconds between flows at the rate allowed.
+    /// Nanoseconds between flows at the rate allowed; 0: any rate.
     pub interval: u64,
     /// Nanoseconds that a flow may be early: (burst - 1) intervals.
     pub tolerance: u64,
+    /// Flows that one source may have open; 0: any number.
+    pub connections: u32,
+    /// Under which those are counted, the same for the same rule of the next policy. Not 0 where `connections` is not.
+    pub group: u16,
     /// 1: each source has a bucket of its own; 0: all share one.
-    pub per_source: u64,
+    pub per_source: u8,
+    /// Zero.
+    pub pad: u8,
 }
 const _: () = assert!(size_of::<Limit>() == 24);
 
 /// Limits in one half, the unused place 0 among them; a power of two.
 pub const LIMITS_MAX: u32 = 1_024;
 
-/// Whose bucket it is.
+/// Whose bucket, or whose number of open flows it is.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BucketKey {
     /// IPv4 address as [`Address::widen`] has it; of IPv6 the first 64 bits, which is what one host has for itself.
     pub source: [u8; 16],
-    /// Place of the limit.
+    /// Place of the limit; of open flows its group.
     pub limit: u32,
 }
 const _: () = assert!(size_of::<BucketKey>() == 20);

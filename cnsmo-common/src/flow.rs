@@ -85,8 +85,8 @@ pub struct Conn {
     pub state: u8,
     /// Bits of [`flag`].
     pub flags: u8,
-    /// Zero.
-    pub pad: [u8; 2],
+    /// Under which it counts for its source while it is open ([`crate::control::Limit::group`]); 0: it does not.
+    pub group: u16,
 }
 const _: () = assert!(size_of::<Conn>() == 16);
 
@@ -171,6 +171,8 @@ pub mod flag {
     pub const TRANSLATED: u8 = 32;
     /// Of a translated flow: the entry whose key holds the virtual address.
     pub const OUTER: u8 = 64;
+    /// It is among the open flows of its source.
+    pub const COUNTED: u8 = 128;
     /// What the two entries of a translated flow do not share.
     pub const OF_ENTRY: u8 = ORIGIN_HIGH | OUTER;
 }

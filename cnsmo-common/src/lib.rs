@@ -7,6 +7,7 @@
 pub mod balance;
 pub mod blob;
 pub mod control;
+pub mod explain;
 pub mod flow;
 #[cfg(feature = "user")]
 mod pod;
@@ -15,7 +16,7 @@ pub mod record;
 pub mod stat;
 
 /// Bumped with every change of this crate's layouts or meanings; `cargo xtask tidy` refuses a change without it.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// Towards the VM, or away from it; the number is the place of the direction's part in all tables.
 #[repr(u8)]

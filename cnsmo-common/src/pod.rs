@@ -1,6 +1,6 @@
 //! The only promises of plain old data: `repr(C)`, every bit pattern valid, no implicit padding (see the assertions).
 
-use crate::{balance, control, flow, probe, record, stat};
+use crate::{balance, control, explain, flow, probe, record, stat};
 
 // SAFETY: as the module says.
 unsafe impl aya::Pod for flow::FlowKey<[u8; 4]> {}
@@ -22,6 +22,10 @@ unsafe impl aya::Pod for control::Control {}
 unsafe impl aya::Pod for control::RuleAction {}
 // SAFETY: as the module says.
 unsafe impl aya::Pod for control::Limit {}
+// SAFETY: as the module says.
+unsafe impl aya::Pod for control::BucketKey {}
+// SAFETY: as the module says.
+unsafe impl aya::Pod for explain::Explanation {}
 // SAFETY: as the module says.
 unsafe impl aya::Pod for record::Record {}
 // SAFETY: as the module says.

@@ -52,11 +52,13 @@ pub enum Reason {
     NotTunnelled = 15,
     /// A rule allows it, but not that many new flows in that time.
     Limited = 16,
+    /// A rule allows it, but not that many open flows of one source.
+    Connections = 17,
 }
 
 impl Reason {
     /// All reasons, in the order of their numbers.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Malformed,
         Self::TcpFlags,
         Self::FragmentTiny,
@@ -74,6 +76,7 @@ impl Reason {
         Self::NatPorts,
         Self::NotTunnelled,
         Self::Limited,
+        Self::Connections,
     ];
 
     /// The stable word.
@@ -96,6 +99,7 @@ impl Reason {
             Self::NatPorts => "nat-ports",
             Self::NotTunnelled => "not-tunnelled",
             Self::Limited => "limited",
+            Self::Connections => "connections",
         }
     }
 
@@ -107,5 +111,7 @@ impl Reason {
 
 /// Flows that stay in the half-open table, where they can be evicted, because the table of established flows is full.
 pub const STAT_ESTABLISHED_FULL: u32 = Reason::ALL.len() as u32 * 2;
+/// Later fragments that passed although their first one was not seen.
+pub const STAT_ORPHANS_PASSED: u32 = STAT_ESTABLISHED_FULL + 1;
 /// Counters in all.
-pub const STATS: u32 = STAT_ESTABLISHED_FULL + 1;
+pub const STATS: u32 = STAT_ORPHANS_PASSED + 1;

@@ -114,7 +114,7 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     let parts = agent::Parts { core: core.clone(), catalog: catalog.clone(), links: links.clone() };
     let agents = agent::Service::new(parts);
-    let flows = flow::Service::new(links.clone(), stopping.clone());
+    let flows = flow::Service::new(core.clone(), links.clone(), stopping.clone());
     let hosts = Front(host::Hosts::new(Local::new(host, own::NODE), links));
     let hosts = HostServiceServer::new(hosts).max_decoding_message_size(HOST_BYTES_MAX);
     let identity = Arc::new(identity::Service::new(core.clone(), issuer, audit));

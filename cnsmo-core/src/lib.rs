@@ -28,6 +28,7 @@ pub mod catalog;
 pub mod cluster;
 pub mod error;
 mod events;
+pub mod explain;
 pub mod fleet;
 pub mod grpc;
 pub mod http;

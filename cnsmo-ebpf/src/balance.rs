@@ -171,7 +171,7 @@ fn claim<A: Family, T: Tables + FlowTables<A>>(case: &mut Case<A>, tables: &T, c
         slot: case.flow.conn.slot,
         state: conntrack::first(case.datagram.kind, if syn { tcp::SYN } else { 0 }, false),
         flags: origin | way | flag::TRANSLATED | flag::OUTER,
-        pad: [0; 2],
+        group: case.group,
     };
     set_twin(case);
     // Our own kernel gives out the ports of our own flows, and knows when one may be used again. Of a gateway's ports the

@@ -16,7 +16,9 @@ use cnsmo_common::{
 };
 
 use crate::{
-    balance, limit,
+    balance,
+    connections::{self, Change},
+    limit,
     packet::{Packet, Role},
     parse::Datagram,
     pipeline::{self, Verdict},
@@ -66,6 +68,8 @@ pub struct HostTables {
     /// Nanoseconds of the monotonic clock.
     pub nanoseconds: Cell<u64>,
     buckets: RefCell<HashMap<BucketKey, u64>>,
+    /// Open flows that are counted.
+    pub open: RefCell<HashMap<BucketKey, u64>>,
     /// What was told.
     pub records: RefCell<Vec<Record>>,
     /// Virtual addresses.
@@ -114,6 +118,7 @@ impl HostTables {
             limits: Vec::new(),
             nanoseconds: Cell::new(0),
             buckets: RefCell::default(),
+            open: RefCell::default(),
             records: RefCell::default(),
             services: RefCell::default(),
             rings: RefCell::default(),
@@ -180,6 +185,9 @@ impl Tables for HostTables {
     fn rule(&self, index: u32, _: Live) -> Option<RuleAction> {
         self.rules.get(index as usize).copied()
     }
+    fn rule_of(&self, slot: u32) -> Option<RuleAction> {
+        self.rules.iter().find(|rule| rule.slot == slot).copied()
+    }
     fn limit(&self, place: u16, _: Live, into: &mut Limit) -> bool {
         match self.limits.get(usize::from(place)) {
             Some(limit) => {
@@ -203,6 +211,18 @@ impl Tables for HostTables {
     }
     fn begin_bucket(&self, key: &BucketKey, word: u64) {
         self.buckets.borrow_mut().insert(*key, word);
+    }
+    fn touch_open(&self, key: &BucketKey, visit: &mut impl VisitBucket) -> bool {
+        match self.open.borrow_mut().get_mut(key) {
+            Some(word) => {
+                visit.visit(Cell::from_mut(word));
+                true
+            }
+            None => false,
+        }
+    }
+    fn begin_open(&self, key: &BucketKey, word: u64) -> bool {
+        self.open.borrow_mut().insert(*key, word).is_none()
     }
     fn spend(&self, _: u32) -> bool {
         true
@@ -320,8 +340,11 @@ macro_rules! flow_tables {
             fn settle(&self, case: &mut Case<$address>) {
                 balance::settle(case, self);
             }
-            fn admits(&self, case: &mut Case<$address>, limit: u16) -> bool {
-                limit::admits(case, self, limit)
+            fn admit(&self, case: &mut Case<$address>, place: u16) {
+                limit::admit(case, self, place);
+            }
+            fn change_open(&self, case: &mut Case<$address>, change: Change) {
+                connections::change(case, self, change);
             }
             fn tell(&self, case: &mut Case<$address>) {
                 pipeline::tell(case, self);
@@ -443,7 +466,7 @@ impl Rewrite for Frame {
 
 pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
     let a = A::default();
-    let conn = Conn { seen: 0, generation: 0, slot: 0, state: 0, flags: 0, pad: [0; 2] };
+    let conn = Conn { seen: 0, generation: 0, slot: 0, state: 0, flags: 0, group: 0 };
     let key = FlowKey {
         low: a,
         high: a,
@@ -489,6 +512,8 @@ pub(crate) fn empty_case<A: Copy + Default>() -> Case<A> {
         outcome: Err(Reason::Classifier),
         why: 0,
         slot: 0,
+        fresh: false,
+        group: 0,
         record: empty_record(),
         limit: Limit::default(),
         bucket_key: BucketKey::default(),

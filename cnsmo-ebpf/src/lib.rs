@@ -6,6 +6,7 @@
 
 pub mod balance;
 pub mod classify;
+pub mod connections;
 pub mod conntrack;
 #[cfg(test)]
 mod frames;

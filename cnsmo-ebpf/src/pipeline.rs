@@ -7,18 +7,20 @@
 use cnsmo_common::{
     Direction,
     blob::{NO_RULE, lanes},
-    control::{Control, rule_flag, verdict},
+    control::{Control, rule_flag, switch, verdict},
     flow::{
         Conn, Flow, FlowKey, Fragment, FragmentKey, Translation, ZONE_OVERLAY, ZONE_UNDERLAY, flag,
+        state,
     },
     record::{ANSWER_MARK, PASSED, budget, why},
-    stat::{Count, Reason},
+    stat::{Count, Reason, STAT_ORPHANS_PASSED},
 };
 
 use network_types::icmp::Icmpv4Hdr;
 
 use crate::{
     balance,
+    connections::Change,
     conntrack::{self, NO_STATE, Segment, Step},
     packet::{Packet, Role},
     parse::{Carried, Datagram, Family, ICMP, ICMPV6, Kind, UDP, frame, tcp},
@@ -179,6 +181,10 @@ where
             }
             Kind::Later => {
                 place_later(case, tables, control);
+                if case.outcome.is_err() && control.switches & switch::ORPHANS_PASS != 0 {
+                    tables.count_stat(STAT_ORPHANS_PASSED, case.count);
+                    return Ok(UNCOUNTED);
+                }
                 case.outcome?;
             }
             _ => place(case),
@@ -193,6 +199,9 @@ where
             Some(Step::Promote) => {
                 case.outcome = Ok(case.flow.conn.slot);
                 promote(case, tables);
+                if case.flow.conn.group != 0 {
+                    tables.change_open(case, Change::Begin);
+                }
             }
             Some(Step::Contradict) => return Err(Reason::TcpState),
             Some(Step::Astray) => return Err(Reason::NoFlow),
@@ -201,12 +210,26 @@ where
                 if case.outcome.is_ok() {
                     resume(case, tables, control);
                 }
+                if case.flow.conn.flags & flag::COUNTED != 0 {
+                    move_open(case, tables);
+                }
             }
-            Some(Step::Over) => tables.decide(case, control, true),
+            Some(Step::Over) => {
+                if case.flow.conn.flags & flag::COUNTED != 0 {
+                    tables.change_open(case, Change::End);
+                }
+                tables.decide(case, control, true);
+            }
             None => tables.decide(case, control, false),
         }
-        if case.flow.conn.flags & flag::TRANSLATED != 0 {
-            tables.settle(case);
+        if case.flow.conn.flags & (flag::TRANSLATED | flag::COUNTED) != 0 {
+            let is_open = case.flow.conn.state != state::TIME_WAIT;
+            if case.flow.conn.flags & flag::COUNTED != 0 && !is_open {
+                tables.change_open(case, Change::End);
+            }
+            if case.flow.conn.flags & flag::TRANSLATED != 0 {
+                tables.settle(case);
+            }
         }
         if case.datagram.fragmented && case.datagram.kind != Kind::Later {
             remember(case, tables);
@@ -260,6 +283,16 @@ fn promote<A: Family, T: FlowTables<A>>(case: &mut Case<A>, tables: &T) {
         case.flow.translation = Translation::none();
     }
     tables.promote(&case.key, &case.flow);
+}
+
+/// The flow counts for the rule that admits it now; refused, for none.
+#[inline(always)]
+fn move_open<A: Family, T: FlowTables<A>>(case: &mut Case<A>, tables: &T) {
+    if case.outcome.is_err() {
+        tables.change_open(case, Change::End);
+    } else if case.flow.conn.group != case.group {
+        tables.change_open(case, Change::Move);
+    }
 }
 
 /// Neither IP nor ARP: the defaults decide.
@@ -338,6 +371,7 @@ impl<A: Family> Visit<A> for Advance<'_, A> {
 struct Stamp {
     slot: u32,
     generation: u32,
+    group: u16,
 }
 
 impl<A> Visit<A> for Stamp {
@@ -345,6 +379,10 @@ impl<A> Visit<A> for Stamp {
     fn visit(&mut self, flow: &mut Flow<A>) {
         flow.conn.slot = self.slot;
         flow.conn.generation = self.generation;
+        // What it counts for while it does is changed together with the number.
+        if flow.conn.flags & flag::COUNTED == 0 {
+            flow.conn.group = self.group;
+        }
     }
 }
 
@@ -394,6 +432,7 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
     }
     case.flow.conn.flags = 0;
     case.flow.conn.slot = 0;
+    case.group = 0;
     if state != NO_STATE && balance::is_served(case, tables, control) {
         return begin_translated(case, tables, control);
     }
@@ -410,7 +449,7 @@ fn begin<A: Family, T: Tables + FlowTables<A>>(
             slot,
             state,
             flags: origin | way,
-            pad: [0; 2],
+            group: case.group,
         };
         case.flow.translation = Translation::none();
         tables.insert_half_open(&case.key, &case.flow);
@@ -443,8 +482,9 @@ fn begin_translated<A: Family, T: Tables + FlowTables<A>>(
         }
     };
     case.flow.conn.slot = slot;
+    case.flow.conn.group = case.group;
     if own {
-        let mut stamp = Stamp { slot, generation: case.live.generation() };
+        let mut stamp = stamp(case, slot);
         balance::stamp_twin(case, tables, &mut stamp);
     } else {
         tables.choose(case, control);
@@ -491,7 +531,7 @@ pub fn decide_again<A: Family, T: Tables + FlowTables<A>>(
         case.outcome = Err(Reason::Revoked);
         return;
     };
-    let mut stamp = Stamp { slot, generation: case.live.generation() };
+    let mut stamp = stamp(case, slot);
     if !tables.touch_established(&case.key, &mut stamp) {
         tables.touch_half_open(&case.key, &mut stamp);
     }
@@ -499,6 +539,11 @@ pub fn decide_again<A: Family, T: Tables + FlowTables<A>>(
         balance::stamp_twin(case, tables, &mut stamp);
     }
     case.outcome = Ok(slot);
+}
+
+#[inline(always)]
+fn stamp<A>(case: &Case<A>, slot: u32) -> Stamp {
+    Stamp { slot, generation: case.live.generation(), group: case.group }
 }
 
 /// The rules judge the other entry's packets.
@@ -539,15 +584,21 @@ fn ask<A: Family, T: Tables + FlowTables<A>>(
     };
     case.slot = action.slot;
     case.why = why::RULE;
+    case.fresh = fresh;
+    case.group = 0;
     if fresh && action.flags & rule_flag::LOG != 0 {
         case.why |= why::LOG;
     }
     let refusal = if action.verdict != verdict::ALLOW {
         refusal
-    } else if fresh && action.limit != 0 && !tables.admits(case, action.limit) {
-        Reason::Limited
-    } else {
+    } else if action.limit == 0 {
         return Ok(action.slot);
+    } else {
+        tables.admit(case, action.limit);
+        match case.outcome {
+            Ok(_) => return Ok(action.slot),
+            Err(reason) => reason,
+        }
     };
     if action.flags & rule_flag::AUDIT != 0 {
         case.why |= why::AUDIT;

@@ -9,7 +9,7 @@ use cnsmo_common::{
     stat::{Count, Reason},
 };
 
-use crate::{conntrack::Step, parse::Datagram};
+use crate::{connections::Change, conntrack::Step, parse::Datagram};
 
 /// Everything that is known about one packet while it is judged.
 #[derive(Clone, Copy, Debug)]
@@ -72,6 +72,10 @@ pub struct Case<A> {
     pub why: u8,
     /// Counter of the rule that decided, if `why` says so.
     pub slot: u32,
+    /// The flow begins: limits and the log are for such.
+    pub fresh: bool,
+    /// Under which the rule that decided counts the open flows of a source; 0: it does not.
+    pub group: u16,
     /// What is told of the packet.
     pub record: Record,
     /// The limit of the rule.
@@ -161,8 +165,10 @@ pub trait FlowTables<A> {
     fn attempt(&self, case: &mut Case<A>, control: &Control, place: u32, port: u32);
     /// [`crate::balance::settle`].
     fn settle(&self, case: &mut Case<A>);
-    /// [`crate::limit::admits`].
-    fn admits(&self, case: &mut Case<A>, limit: u16) -> bool;
+    /// [`crate::limit::admit`].
+    fn admit(&self, case: &mut Case<A>, place: u16);
+    /// [`crate::connections::change`].
+    fn change_open(&self, case: &mut Case<A>, change: Change);
     /// [`crate::pipeline::tell`].
     fn tell(&self, case: &mut Case<A>);
 }
@@ -177,6 +183,8 @@ pub trait Tables: FlowTables<[u8; 4]> + FlowTables<[u8; 16]> {
     fn now(&self) -> u64;
     /// What rule `index` of the live half does.
     fn rule(&self, index: u32, live: Live) -> Option<RuleAction>;
+    /// What the rule with that counter does.
+    fn rule_of(&self, slot: u32) -> Option<RuleAction>;
     /// Copies the limit at `place` of the live half; false if there is none.
     fn limit(&self, place: u16, live: Live, into: &mut Limit) -> bool;
     /// Nanoseconds of the monotonic clock.
@@ -185,6 +193,11 @@ pub trait Tables: FlowTables<[u8; 4]> + FlowTables<[u8; 16]> {
     fn touch_bucket(&self, key: &BucketKey, visit: &mut impl VisitBucket) -> bool;
     /// Begins a bucket. Full: the one that was not asked for longest is forgotten.
     fn begin_bucket(&self, key: &BucketKey, word: u64);
+    /// Has `visit` called with the number of a source's open flows; false if there is none.
+    fn touch_open(&self, key: &BucketKey, visit: &mut impl VisitBucket) -> bool;
+    /// Begins to count the open flows of a source; false if another CPU was first. Full: the source that was not asked for
+    /// longest is forgotten, and may have as many again.
+    fn begin_open(&self, key: &BucketKey, word: u64) -> bool;
     /// Whether there is something left of a budget ([`cnsmo_common::record::budget`]), and takes one of it.
     fn spend(&self, budget: u32) -> bool;
     /// Hands a record to the agent. No room: it is lost.

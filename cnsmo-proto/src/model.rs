@@ -20,9 +20,9 @@ pub use deployment::{
 };
 pub use error::Invalid;
 pub use firewall::{
-    Action, Direction, FirewallPolicy, IcmpMatch, LIMIT_FLOWS_MAX, LIMIT_PERIODS, PEERS_MAX,
-    PRIORITY_MAX, PolicyDefaults, PolicyMode, PortRange, Protocol, RANGES_MAX, RULES_MAX,
-    RateLimit, Rule, protocol,
+    Action, CONNECTIONS_MAX, Direction, FirewallPolicy, FlowTimeouts, IcmpMatch, LIMIT_FLOWS_MAX,
+    LIMIT_PERIODS, PEERS_MAX, PRIORITY_MAX, PolicyDefaults, PolicyMode, PortRange, Protocol,
+    RANGES_MAX, RULES_MAX, RateLimit, Rule, TIMEOUT_SECONDS_MAX, protocol,
 };
 pub use network::{
     Addresses, ENDPOINTS_MAX, LISTEN_PORT, MTU_MAX, MTU_MIN, Member, Network, PublicKey,

@@ -8,10 +8,14 @@ use std::{
 };
 
 use cnsmo_agent::{
-    datapath::kernel::{Kernel, Options, XdpChoice},
+    datapath::{
+        Datapath as _,
+        kernel::{Kernel, Options, XdpChoice},
+    },
     effective::Effective,
     flows::{FlowLog, FlowRecord, Why},
 };
+use cnsmo_common::flow::state::CLOSED;
 use cnsmo_proto::model::{
     Action, Direction, FirewallPolicy, PolicyMode, Protocol, RateLimit, Rule, protocol,
 };
@@ -192,6 +196,59 @@ fn each_source_has_a_limit_of_its_own_if_asked() {
         }
         let arrived = std::iter::repeat_with(|| arrives(&inside)).take_while(|arrived| *arrived);
         assert_eq!(arrived.count(), expected, "per source: {per_source}");
+    }
+}
+
+#[test]
+fn a_source_has_no_more_connections_open_than_a_rule_allows() {
+    for (hook, xdp) in HOOKS {
+        let two = Rule { connections_per_source: Some(2), ..allow_in("web", tcp(80)) };
+        let (lab, mut kernel, log) =
+            guard(&format!("act-open-{hook}"), xdp, &deny_in(vec![two.clone()]));
+        let listeners = FAMILIES.map(|(vm, _)| lab.listen(&lab.vm, vm, 80));
+        let connect = |vm, limit| lab.connect(&lab.peer, (vm, 80).into(), limit);
+        let open = |n: usize| {
+            let client = connect(FAMILIES[n].0, PATIENCE).unwrap();
+            (client, listeners[n].accept().unwrap().0)
+        };
+        let (first, second) = (open(0), open(0));
+        assert_eq!(refused(connect(VM4, SILENCE)), io::ErrorKind::TimedOut, "{hook}");
+        assert!(dropped(&mut kernel, Direction::Ingress, "connections") > 0, "{hook}");
+        assert_eq!(told(&log, 80, 1)[0].dropped, Some("connections"), "{hook}");
+        // By IPv6 it is another source.
+        let _others = [open(1), open(1)];
+        // A change of the policy elsewhere gives nobody more.
+        lab.apply(&mut kernel, &deny_in(vec![allow_in("other", udp(6_000)), two]));
+        for (client, server) in [&first, &second] {
+            io::Write::write_all(&mut &*client, b"x").unwrap();
+            io::Read::read_exact(&mut &*server, &mut [0; 1]).unwrap();
+        }
+        assert_eq!(refused(connect(VM4, SILENCE)), io::ErrorKind::TimedOut, "{hook}");
+
+        // Closed by both ends, one more may come.
+        drop(first);
+        let third = soon(|| connect(VM4, SILENCE).ok());
+        assert_eq!(refused(connect(VM4, SILENCE)), io::ErrorKind::TimedOut, "{hook}");
+        // What ends otherwise counts until it is forgotten.
+        kernel.change_control(|control| control.timeouts[usize::from(CLOSED)] = 0);
+        socket2::SockRef::from(&second.0).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(second);
+        let fourth = soon(|| {
+            kernel.sweep();
+            connect(VM4, SILENCE).ok()
+        });
+        drop((third, fourth));
+    }
+}
+
+/// What there is after a while at the latest.
+fn soon<T>(mut there: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(it) = there() {
+            return it;
+        }
+        assert!(Instant::now() < end, "not in time");
     }
 }
 

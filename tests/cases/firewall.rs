@@ -158,6 +158,39 @@ fn fragments_follow_their_first_one() {
     assert_eq!(dropped(&mut kernel, Direction::Ingress, "fragment-orphan"), 2 * 5);
 }
 
+#[test]
+fn early_fragments_pass_where_the_policy_says_so_and_are_no_datagram() {
+    let mut lets = spec(Action::Deny, Action::Allow, vec![allow_in("open", udp(80))]);
+    lets.orphan_fragments = Some(true);
+    let lab = Lab::new("fw-orphan");
+    let mut kernel = lab.guard(&Effective::merge(vec![], [(&name("p"), &lets)]));
+    for (vm, peer) in FAMILIES {
+        let shut = lab.udp(&lab.vm, vm, 81);
+        lab.udp(&lab.peer, peer, 53).send_to(&[7; 8_000], (vm, 81)).unwrap();
+        assert!(!arrives(&shut), "its first fragment is refused");
+    }
+    assert_eq!(dropped(&mut kernel, Direction::Ingress, "denied-by-default"), 2);
+    assert_eq!(dropped(&mut kernel, Direction::Ingress, "fragment-orphan"), 0);
+}
+
+#[test]
+fn a_flow_is_over_when_the_policy_says_so() {
+    for (seconds, answered) in [(1, false), (60, true)] {
+        let mut brief = spec(Action::Deny, Action::Allow, vec![]);
+        brief.timeouts.unreplied = Some(seconds);
+        let lab = Lab::new(&format!("fw-time-{seconds}"));
+        let mut kernel = lab.guard(&Effective::merge(vec![], [(&name("p"), &brief)]));
+        let (inside, outside) = (lab.udp(&lab.vm, VM4, 0), lab.udp(&lab.peer, PEER4, 53));
+        inside.send_to(b"x", (PEER4, 53)).unwrap();
+        let (_, from) = outside.recv_from(&mut [0; 8]).unwrap();
+        cnsmo_tests::pause(Duration::from_millis(2_500));
+        outside.send_to(b"y", from).unwrap();
+        assert_eq!(arrives(&inside), answered, "after {seconds} s");
+        let late = dropped(&mut kernel, Direction::Ingress, "denied-by-default");
+        assert_eq!(late, u64::from(!answered));
+    }
+}
+
 /// Order matters to it, so that a lost, doubled or moved part shows.
 fn fold(sum: u64, bytes: &[u8]) -> u64 {
     let word = |part: &[u8]| part.iter().fold(0u64, |word, byte| word << 8 | u64::from(*byte));

@@ -75,6 +75,33 @@ async fn flows_shows_what_happened_to_packets_and_why() {
     assert_eq!(brief(81), ["rejected", "denied", "web", "shut"]);
     assert_eq!(brief(82), ["dropped", "denied-by-default", "-", "-"]);
 
+    until("the first report, with the addresses of the VM", async || {
+        let node = core.cnsmo(&["get", "node", "vm1", "-o", "json"]);
+        let node: Value = serde_json::from_str(&node).unwrap();
+        node["status"]["addresses"][0].is_string().then_some(())
+    })
+    .await;
+    let explain = |to: &str| {
+        let mut command = Command::new(program("cnsmo"));
+        command.env("CNSMO_SOCKET", core.socket());
+        let from = PEER4.to_string();
+        let output = command.args(["explain", "--from", &from, "--to", to, "-o", "json"]).output();
+        let output = output.unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let said: Value = serde_json::from_slice(&output.stdout).expect(&errors);
+        let step = |key: &str| said["steps"][0][key].as_str().unwrap_or("-").to_owned();
+        let words = ["node", "verdict", "reason", "policy", "rule", "destination"].map(step);
+        (output.status.code(), words)
+    };
+    let (vm, to) = ("vm1", |port: u16| SocketAddr::new(VM4, port).to_string());
+    let words = |words: [&str; 6]| words.map(str::to_owned);
+    let open = words([vm, "passes", "-", "web", "open", &to(80)]);
+    assert_eq!(explain("vm1:80"), (Some(0), open));
+    let shut = words([vm, "rejected", "denied", "web", "shut", &to(81)]);
+    assert_eq!(explain("vm1:81/tcp"), (Some(4), shut));
+    let default = words([vm, "dropped", "denied-by-default", "-", "-", &to(82)]);
+    assert_eq!(explain(&to(82)), (Some(4), default));
+
     let dropped = seen(&["--dropped"]);
     assert_eq!(of(&dropped, 80), Value::Null);
     assert_ne!(of(&dropped, 81), Value::Null);

@@ -129,6 +129,7 @@ fn prove(fleet: &mut Fleet, report: &mut Report, take_apart: bool) -> anyhow::Re
     let start = start.finish()?;
     progress::heading("Firewall, network and balancer");
     checks::judge(fleet, State::Enforced, report)?;
+    scenarios::policy::explained(fleet, report)?;
     progress::heading("Privacy of the network");
     scenarios::overlay::private(fleet, report)?;
     scenarios::secrets::keys(fleet, &[start], report)?;

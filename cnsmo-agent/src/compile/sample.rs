@@ -134,6 +134,8 @@ pub fn effective(rules: Vec<Rule>) -> Effective {
         egress: Action::Allow,
         audit: [false; 2],
         rules: rules.into_iter().map(own).collect(),
+        timeouts: Default::default(),
+        orphans_pass: false,
         tunnel: None,
         balancers: Vec::new(),
     }

@@ -6,8 +6,10 @@
 mod attach;
 mod balance;
 mod check;
+mod explain;
 mod load;
 mod log;
+mod open;
 mod records;
 mod sys;
 
@@ -30,17 +32,20 @@ use balance::{Balancers, Plan};
 use cnsmo_common::{
     balance::FILTER_WORDS,
     control::{Control, LIMITS_MAX, Limit, LiveParts, RuleAction, SLOT_FIRST, TIMEOUTS, switch},
+    explain::Explanation,
     flow::{Flow, FlowKey, flag, state},
     probe::{BENCH_HEADERS, Header},
     record::budget,
     stat,
 };
+use cnsmo_ebpf::{connections::number_of, parse};
 use cnsmo_proto::{
-    model::{Direction, Name},
+    model::{Direction, FlowTimeouts, Name},
     pb::{agent as pb, policy::RuleCounter},
 };
 use ipnet::IpNet;
 use log::ProgramLog;
+use open::{Numbers, OpenFlows};
 use prost::Message as _;
 use records::{Halves, Names, Records};
 use sys::{Batches, GracePeriod, Mapped};
@@ -53,6 +58,7 @@ use crate::{
         compile, trace,
     },
     effective::{Balancer, Effective, TunnelDevice},
+    explain::{Answer, Question},
     flows::FlowLog,
 };
 
@@ -165,20 +171,24 @@ pub struct Kernel {
     limits: Mapped<Limit>,
     trace: Mapped<Header>,
     results: Mapped<u32>,
+    explanation: Mapped<Explanation>,
     position: Mapped<u32>,
     rule_counts: PerCpuArray<MapData, stat::Count>,
     rule_counts_fd: OwnedFd,
     stat_counts: PerCpuArray<MapData, stat::Count>,
     flows_v4: Flows<[u8; 4]>,
     flows_v6: Flows<[u8; 16]>,
+    open_flows: OpenFlows,
     balancers: Balancers,
     grace: GracePeriod,
     clock: Clock,
     live: LiveParts,
     /// When it became live, or when this was opened.
     live_since: Instant,
-    /// Of the live rules, by index.
+    /// Of the live rules, by index; those built in have none.
     names: Vec<Option<(Name, Name)>>,
+    /// As `names`, with those that are built in.
+    rules_in_force: Vec<(Option<Name>, Name)>,
     /// As `names`, of both halves, for who reads the records.
     halves: Halves,
     /// `None`: nobody reads them, and there are none.
@@ -363,7 +373,7 @@ impl Kernel {
     fn set_times(&mut self, fresh: bool) {
         let (now, hz) = (self.clock.now(), self.clock.hz);
         self.change_control(|control| {
-            control.timeouts = timeouts().map(|seconds| seconds * hz);
+            control.timeouts = timeouts(FlowTimeouts::default()).map(|seconds| seconds * hz);
             control.fragment_timeout = FRAGMENT_SECONDS * hz;
             control.refresh = hz;
             if fresh {
@@ -430,9 +440,15 @@ impl Kernel {
         self.grace.settle();
         self.retire(policy);
         self.live = next;
-        self.names = names(policy);
+        self.set_names(policy);
         write_retired(&self.retired_path(), &self.retired);
         Ok(())
+    }
+
+    fn set_names(&mut self, policy: &Effective) {
+        self.names = names(policy);
+        let rules = policy.rules.iter();
+        self.rules_in_force = rules.map(|o| (o.policy.clone(), o.rule.name.clone())).collect();
     }
 
     /// For who reads the records of packets that `live` judges.
@@ -603,6 +619,17 @@ impl Kernel {
         changed
     }
 
+    fn set_flow_rules(&self, policy: &Effective) {
+        let hz = self.clock.hz;
+        self.set_control(|control| {
+            control.timeouts = timeouts(policy.timeouts).map(|seconds| seconds * hz);
+            control.switches &= !switch::ORPHANS_PASS;
+            if policy.orphans_pass {
+                control.switches |= switch::ORPHANS_PASS;
+            }
+        });
+    }
+
     /// Changes all but the live word, each word by one store.
     fn set_control(&self, change: impl FnOnce(&mut Control)) {
         let before = self.control.read(0, 1)[0];
@@ -716,12 +743,13 @@ impl Kernel {
         let generation = self.live.generation.checked_add(1).unwrap_or(1);
         let next = live(policy, compiled, self.live.half ^ 1, generation);
         if !self.moved && self.is_live(policy, compiled, next) {
-            self.names = names(policy);
+            self.set_names(policy);
             self.publish_names(self.live, policy);
         } else {
             self.switch(policy, compiled, next)?;
             self.moved = false;
         }
+        self.set_flow_rules(policy);
         if !is_live {
             self.attach(policy, plan)?;
         }
@@ -793,6 +821,13 @@ impl Datapath for Kernel {
         }
     }
 
+    fn explain(
+        &mut self,
+        question: &Question,
+    ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.ask(question)?)
+    }
+
     fn sweep(&mut self) {
         self.follow_devices();
         self.follow_tunnel();
@@ -807,25 +842,32 @@ impl Datapath for Kernel {
                 tracing::warn!(%error, "failed to sweep expired flows; will try again");
             }
         }
+        let rounds = [self.flows_v4.counted.take(), self.flows_v6.counted.take()];
+        for (v6, counted) in [false, true].into_iter().zip(rounds) {
+            let Some(counted) = counted else { continue };
+            if let Err(error) = self.open_flows.correct(v6, &counted) {
+                tracing::warn!(%error, "failed to compare the numbers of open flows; will try again");
+            }
+        }
         self.narrow_filters();
         self.tell_full();
     }
 }
 
-/// Seconds without a packet after which a flow of a state is over; RFC 5382 and RFC 4787 ask for 2 h and 2 min at
-/// least where a connection may be idle.
-fn timeouts() -> [u32; TIMEOUTS] {
+/// Seconds without a packet after which a flow of a state is over, where the policy does not say; RFC 5382 and RFC 4787 ask
+/// for 2 h and 2 min at least where a connection may be idle.
+fn timeouts(stated: FlowTimeouts) -> [u32; TIMEOUTS] {
     let mut seconds = [10; TIMEOUTS];
     for (state, timeout) in [
-        (state::SYN_SENT, 60),
-        (state::SYN_RECV, 60),
-        (state::ESTABLISHED, 7_440),
-        (state::FIN_WAIT, 60),
+        (state::SYN_SENT, stated.tcp_opening.unwrap_or(60)),
+        (state::SYN_RECV, stated.tcp_opening.unwrap_or(60)),
+        (state::ESTABLISHED, stated.tcp_established.unwrap_or(7_440)),
+        (state::FIN_WAIT, stated.tcp_closing.unwrap_or(60)),
         (state::TIME_WAIT, 30),
         (state::CLOSED, 10),
-        (state::UNREPLIED, 30),
-        (state::REPLIED, 120),
-        (state::ECHOED, 10),
+        (state::UNREPLIED, stated.unreplied.unwrap_or(30)),
+        (state::REPLIED, stated.replied.unwrap_or(120)),
+        (state::ECHOED, stated.echo.unwrap_or(10)),
     ] {
         seconds[usize::from(state)] = timeout;
     }
@@ -876,18 +918,31 @@ struct Flows<A> {
     for_clients: u64,
     /// Whole rounds so far.
     rounds: u64,
-    seen: (u64, ByBackend<A>, u64),
+    /// Of the round that has just ended: flows that count for their sources.
+    counted: Option<Numbers>,
+    seen: Seen<A>,
 }
 
-impl<A: Copy + Ord + 'static> Flows<A>
+/// What a round has seen so far.
+#[derive(Default)]
+struct Seen<A> {
+    live: u64,
+    backends: ByBackend<A>,
+    for_clients: u64,
+    counted: Numbers,
+}
+
+impl<A: parse::Family + Ord + 'static> Flows<A>
 where
     FlowKey<A>: aya::Pod,
     Flow<A>: aya::Pod,
 {
     fn new(fd: OwnedFd, map: HashMap<MapData, FlowKey<A>, Flow<A>>) -> Self {
         let (batches, backends) = (Batches::new(BATCH), BTreeMap::new());
-        let seen = (0, BTreeMap::new(), 0);
-        Self { fd, map, batches, live: 0, backends, for_clients: 0, rounds: 0, seen }
+        let seen =
+            Seen { live: 0, backends: BTreeMap::new(), for_clients: 0, counted: Numbers::new() };
+        let counted = None;
+        Self { fd, map, batches, live: 0, backends, for_clients: 0, rounds: 0, counted, seen }
     }
 
     fn backends(&self) -> impl Iterator<Item = (SocketAddr, u64)>
@@ -915,15 +970,20 @@ where
                 }
                 if conn.flags & flag::OUTER != 0 {
                     let to = (flow.translation.dst, flow.translation.dport);
-                    *self.seen.1.entry(to).or_default() += 1;
-                    self.seen.2 += u64::from(conn.flags & flag::EGRESS == 0);
+                    *self.seen.backends.entry(to).or_default() += 1;
+                    self.seen.for_clients += u64::from(conn.flags & flag::EGRESS == 0);
                 }
                 if conn.flags & (flag::TRANSLATED | flag::OUTER) != flag::TRANSLATED {
-                    self.seen.0 += 1;
+                    self.seen.live += 1;
+                    if conn.flags & flag::COUNTED != 0 {
+                        *self.seen.counted.entry(number_of(&key, &flow)).or_default() += 1;
+                    }
                 }
             }
             if done {
-                (self.live, self.backends, self.for_clients) = std::mem::take(&mut self.seen);
+                let Seen { live, backends, for_clients, counted } = std::mem::take(&mut self.seen);
+                (self.live, self.backends, self.for_clients) = (live, backends, for_clients);
+                self.counted = Some(counted);
                 self.rounds += 1;
                 break;
             }

@@ -48,6 +48,9 @@ impl MemoryEnforcer {
                 Message::Status { reply } => {
                     let _ = reply.send(VmStatus::default());
                 }
+                Message::Explain { reply, .. } => {
+                    let _ = reply.send(Err("there is no data path".to_owned()));
+                }
                 Message::CoreAt { reply, .. }
                 | Message::Named { reply, .. }
                 | Message::ConfirmWithin { reply, .. }

@@ -13,6 +13,7 @@ use crate::{
     datapath::{ApplyError, Datapath, Status},
     desired::Key,
     effective::{Balancer, Effective, TunnelDevice},
+    explain::{Answer, Question},
     plan::Plan,
     tunnel::{Device, Tunnel, TunnelConfig, TunnelStatus},
 };
@@ -102,6 +103,11 @@ impl Plane {
     /// Removes expired flows.
     pub(super) fn sweep(&mut self) {
         self.datapath.sweep();
+    }
+
+    /// What the data path would do with a packet, or why it cannot tell.
+    pub(super) fn explain(&mut self, question: &Question) -> Result<Answer, String> {
+        self.datapath.explain(question).map_err(|error| Chain(&*error).to_string())
     }
 
     /// Revives what has died of the tunnel. What that cannot mend takes another [`Self::enforce`]. Returns whether the tunnel
@@ -255,7 +261,17 @@ fn guard(device: Device, config: Option<&TunnelConfig>) -> TunnelDevice {
 }
 
 fn differ_in_backends_only(one: &Effective, other: &Effective) -> bool {
-    let Effective { open, ingress, egress, audit, rules, tunnel, balancers } = one;
+    let Effective {
+        open,
+        ingress,
+        egress,
+        audit,
+        rules,
+        timeouts,
+        orphans_pass,
+        tunnel,
+        balancers,
+    } = one;
     let same = |(a, b): (&Balancer, &Balancer)| {
         let Balancer { name, addresses, ports, algorithm, gateway, backends: _ } = a;
         (name, addresses, ports, algorithm, gateway)
@@ -263,6 +279,7 @@ fn differ_in_backends_only(one: &Effective, other: &Effective) -> bool {
     };
     (open, ingress, egress, audit, tunnel)
         == (&other.open, &other.ingress, &other.egress, &other.audit, &other.tunnel)
+        && (timeouts, orphans_pass) == (&other.timeouts, &other.orphans_pass)
         && balancers.len() == other.balancers.len()
         && balancers.iter().zip(&other.balancers).all(same)
         && *rules == other.rules

@@ -19,6 +19,7 @@ use crate::{
     datapath::ApplyError,
     desired::RESOURCE_TYPE,
     effective::{Balancer, Effective},
+    explain::{Answer, Question},
     health::{Subject, Verdict},
     tunnel::{Backend, Device, PeerStatus, TunnelConfig, TunnelError},
 };
@@ -154,6 +155,14 @@ impl Datapath for Fake {
 
     fn sweep(&mut self) {
         self.set(|inner| inner.sweeps += 1);
+    }
+
+    fn explain(
+        &mut self,
+        question: &Question,
+    ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
+        let dropped = (question.dst.port() != 80).then_some("denied");
+        Ok(Answer { dropped, ..Answer::default() })
     }
 }
 

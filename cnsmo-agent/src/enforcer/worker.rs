@@ -168,6 +168,9 @@ impl Enforcer {
             Message::Status { reply } => {
                 let _ = reply.send(self.status());
             }
+            Message::Explain { question, reply } => {
+                let _ = reply.send(self.plane.explain(&question));
+            }
             Message::Followed { reply } => {
                 self.followed();
                 let _ = reply.send(());

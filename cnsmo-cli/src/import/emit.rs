@@ -246,7 +246,8 @@ impl Emitter {
             let name = self.name(&entry.origin.name)?;
             let log = entry.log && action == Action::Allow;
             let limit = entry.limit.map(rate_limit);
-            rules.push(model::Rule { name, action, direction, from, to, protocol, log, limit });
+            let rule = model::Rule::new(name, action, direction);
+            rules.push(model::Rule { from, to, protocol, log, limit, ..rule });
         }
         Ok(rules)
     }

@@ -2,11 +2,15 @@
 
 use std::time::Duration;
 
-use cnsmo_proto::pb::{
-    agent::{command::Command, command_result::Result as Outcome},
-    flow::{
-        ReadRecordsRequest, ReadRecordsResponse, RecordsPage, RecordsQuery,
-        flow_service_server::FlowService,
+use cnsmo_proto::{
+    model::Labels,
+    pb::{
+        agent::{command::Command, command_result::Result as Outcome},
+        flow::{
+            ExplainRequest, ExplainResponse, Judgement, PacketQuery, ReadRecordsRequest,
+            ReadRecordsResponse, RecordsPage, RecordsQuery, flow_service_server::FlowService,
+        },
+        resource::{Kind, resource::Resource},
     },
 };
 use futures::{StreamExt as _, stream::BoxStream};
@@ -14,7 +18,13 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use super::{quota::Quota, until_stopped};
-use crate::{error::Error, identity::caller::Caller, links::Links};
+use crate::{
+    actor::Core,
+    error::Error,
+    explain::{self, Judges, Map},
+    identity::caller::Caller,
+    links::Links,
+};
 
 /// Readers of this core; a further one is refused. Each keeps one page at most.
 const READERS_MAX: usize = 64;
@@ -29,6 +39,7 @@ const PAGE: u32 = 500;
 
 #[derive(Debug)]
 pub(super) struct Service {
+    core: Core,
     links: Links,
     readers: Quota,
     /// Ends the streams.
@@ -36,15 +47,40 @@ pub(super) struct Service {
 }
 
 impl Service {
-    pub(super) fn new(links: Links, stopping: CancellationToken) -> Self {
+    pub(super) fn new(core: Core, links: Links, stopping: CancellationToken) -> Self {
         let readers = Quota::new("readers of records", READERS_MAX, READERS_PER_IDENTITY_MAX);
-        Self { links, readers, stopping }
+        Self { core, links, readers, stopping }
+    }
+
+    async fn map(&self) -> Result<Map, Error> {
+        let mut map = Map::default();
+        for kind in [Kind::Node, Kind::Network, Kind::LoadBalancer] {
+            let (resources, _) = self.core.list(kind, None, Labels::default()).await?;
+            for resource in resources {
+                match resource.resource {
+                    Some(Resource::Node(node)) => map.nodes.push(node),
+                    Some(Resource::Network(network)) => map.networks.push(network),
+                    Some(Resource::LoadBalancer(balancer)) => map.balancers.push(balancer),
+                    _ => {}
+                }
+            }
+        }
+        Ok(map)
     }
 }
 
 #[tonic::async_trait]
 impl FlowService for Service {
     type ReadRecordsStream = BoxStream<'static, Result<ReadRecordsResponse, Status>>;
+
+    async fn explain(
+        &self,
+        request: Request<ExplainRequest>,
+    ) -> Result<Response<ExplainResponse>, Status> {
+        let request = request.into_inner();
+        let map = self.map().await?;
+        Ok(Response::new(explain::explain(&map, &request, &self.links).await?))
+    }
 
     async fn read_records(
         &self,
@@ -66,6 +102,16 @@ impl FlowService for Service {
             message
         });
         Ok(Response::new(stream.boxed()))
+    }
+}
+
+#[tonic::async_trait]
+impl Judges for Links {
+    async fn judge(&self, node: &str, packet: PacketQuery) -> Result<Judgement, Status> {
+        match self.ask(node, Command::Explain(packet), PATIENCE).await? {
+            Outcome::Judgement(judgement) => Ok(judgement),
+            _ => Err(other_answer()),
+        }
     }
 }
 
@@ -121,6 +167,10 @@ impl Reader {
 async fn ask(links: &Links, node: &str, query: RecordsQuery) -> Result<RecordsPage, Status> {
     match links.ask(node, Command::Records(query), PATIENCE).await? {
         Outcome::Records(page) => Ok(page),
-        _ => Err(Status::internal("the agent answers something else than it was asked")),
+        _ => Err(other_answer()),
     }
+}
+
+fn other_answer() -> Status {
+    Status::internal("the agent answers something else than it was asked")
 }

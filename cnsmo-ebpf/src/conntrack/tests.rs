@@ -30,7 +30,7 @@ fn control() -> Control {
 }
 
 fn conn(state: u8) -> Conn {
-    Conn { seen: 0, generation: 0, slot: 0, state, flags: 0, pad: [0; 2] }
+    Conn { seen: 0, generation: 0, slot: 0, state, flags: 0, group: 0 }
 }
 
 /// Begins a flow by `first_flags` and plays `segments`: who, flags, expected step and state.

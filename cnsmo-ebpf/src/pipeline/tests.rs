@@ -1,4 +1,4 @@
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
 
 use cnsmo_common::{
     control::{
@@ -745,10 +745,10 @@ fn a_policy_on_trial_drops_nothing_and_tells() {
 const MILLISECOND: u64 = 1_000_000;
 
 /// Ten flows a second, three at once.
-fn limited(per_source: u64) -> Path {
+fn limited(per_source: u8) -> Path {
     let mut path = only(RuleAction { limit: 1, ..action(verdict::ALLOW, 0) });
     let interval = 100 * MILLISECOND;
-    let limit = Limit { interval, tolerance: 2 * interval, per_source };
+    let limit = Limit { interval, tolerance: 2 * interval, per_source, ..Limit::default() };
     path.tables.limits = vec![Limit::default(), limit];
     path.tables.nanoseconds.set(1 << 40);
     path
@@ -821,11 +821,146 @@ fn a_bucket_that_another_rule_left_is_begun_anew() {
     let mut path = limited(0);
     let begin =
         |path: &Path, port| path.ingress(Ip::V4, &Ip::V4.tcp((PEERS[0], port), (VM, 80), SYN));
-    path.tables.limits[1] = Limit { interval: 1 << 50, tolerance: 0, per_source: 0 };
+    path.tables.limits[1] = Limit { interval: 1 << 50, ..Limit::default() };
     assert_eq!(begin(&path, 1), PASS);
     assert_eq!(begin(&path, 2), Verdict::Drop(Reason::Limited));
-    path.tables.limits[1] = Limit { interval: MILLISECOND, tolerance: 0, per_source: 0 };
+    path.tables.limits[1] = Limit { interval: MILLISECOND, ..Limit::default() };
     assert_eq!(begin(&path, 3), PASS);
+}
+
+/// Two open flows of each source.
+fn two_each() -> Path {
+    let mut path = only(RuleAction { limit: 1, ..action(verdict::ALLOW, 0) });
+    let limit = Limit { connections: 2, group: 77, ..Limit::default() };
+    path.tables.limits = vec![Limit::default(), limit];
+    path
+}
+
+impl Path {
+    /// What the sources' open flows are counted to be, all together.
+    fn open(&self) -> u64 {
+        self.tables.open.borrow().values().sum()
+    }
+
+    /// The verdict on the packet that ends the handshake.
+    fn accept(&self, ip: Ip, client: (u8, u16)) -> Verdict {
+        let server = (VM, 80);
+        let syn = self.ingress(ip, &ip.tcp(client, server, SYN));
+        if syn != PASS {
+            return syn;
+        }
+        assert_eq!(self.egress(ip, &ip.tcp(server, client, SYN_ACK)), PASS);
+        self.ingress(ip, &ip.tcp(client, server, ACK))
+    }
+}
+
+const TOO_MANY: Verdict = Verdict::Drop(Reason::Connections);
+
+#[test]
+fn a_source_has_no_more_open_flows_than_the_rule_allows() {
+    each(|ip, peer| {
+        let path = two_each();
+        let (client, server) = (|port| (peer, port), (VM, 80));
+        assert_eq!(path.accept(ip, client(1)), PASS);
+        assert_eq!(path.accept(ip, client(2)), PASS);
+        assert_eq!(path.accept(ip, client(3)), TOO_MANY);
+        assert_eq!(path.open(), 2);
+        assert_eq!(path.ingress(ip, &ip.tcp(client(1), server, ACK)), PASS, "the open ones go on");
+        // Closed by one end it is open still.
+        assert_eq!(path.ingress(ip, &ip.tcp(client(1), server, FIN)), PASS);
+        assert_eq!(path.accept(ip, client(3)), TOO_MANY);
+        assert_eq!(path.egress(ip, &ip.tcp(server, client(1), FIN)), PASS);
+        assert_eq!(path.ingress(ip, &ip.tcp(client(1), server, ACK)), PASS);
+        assert_eq!(path.open(), 1);
+        assert_eq!(path.accept(ip, client(3)), PASS);
+        assert_eq!(path.accept(ip, client(4)), TOO_MANY);
+        assert_eq!(path.dropped(Reason::Connections, Direction::Ingress).packets, 3);
+    });
+}
+
+#[test]
+fn a_forged_source_takes_nothing_from_the_real_one() {
+    each(|ip, peer| {
+        let path = two_each();
+        for port in 1..100 {
+            assert_eq!(path.ingress(ip, &ip.tcp((peer, port), (VM, 80), SYN)), PASS);
+        }
+        assert_eq!(path.open(), 0);
+        assert_eq!(path.accept(ip, (peer, 1_000)), PASS);
+    });
+}
+
+#[test]
+fn handshakes_at_the_same_time_do_not_get_past_the_number() {
+    each(|ip, peer| {
+        let path = two_each();
+        let server = (VM, 80);
+        for port in 1..5 {
+            assert_eq!(path.ingress(ip, &ip.tcp((peer, port), server, SYN)), PASS);
+            assert_eq!(path.egress(ip, &ip.tcp(server, (peer, port), SYN_ACK)), PASS);
+        }
+        let end = |port| path.ingress(ip, &ip.tcp((peer, port), server, ACK));
+        assert_eq!([end(1), end(2), end(3), end(4)], [PASS, PASS, TOO_MANY, TOO_MANY]);
+        assert_eq!(path.flows(), [2, 0], "what came too late is forgotten");
+        assert_eq!(path.egress(ip, &ip.tcp(server, (peer, 3), ACK)), NO_FLOW);
+    });
+}
+
+#[test]
+fn flows_count_for_the_rule_that_admits_them_now() {
+    each(|ip, peer| {
+        let mut path = two_each();
+        assert_eq!(path.accept(ip, (peer, 1)), PASS);
+        let seen = |path: &Path| {
+            let open = path.tables.open.borrow();
+            open.iter().map(|(key, open)| (key.limit, *open)).collect::<BTreeMap<_, _>>()
+        };
+        assert_eq!(seen(&path), [(77, 1)].into());
+        path.tables.limits[1].group = 78;
+        path.next_generation([false, false]);
+        assert_eq!(path.ingress(ip, &ip.tcp((peer, 1), (VM, 80), ACK)), PASS);
+        assert_eq!(seen(&path), [(77, 0), (78, 1)].into());
+        // Fewer than are open: those stay, others wait.
+        path.tables.limits[1].connections = 1;
+        path.next_generation([false, false]);
+        assert_eq!(path.ingress(ip, &ip.tcp((peer, 1), (VM, 80), ACK)), PASS);
+        assert_eq!(path.accept(ip, (peer, 2)), TOO_MANY);
+        // Without the limit none counts.
+        path.tables.limits[1] = Limit::default();
+        path.next_generation([false, false]);
+        assert_eq!(path.ingress(ip, &ip.tcp((peer, 1), (VM, 80), ACK)), PASS);
+        assert_eq!(path.open(), 0);
+    });
+}
+
+#[test]
+fn a_flow_that_is_revoked_or_over_does_not_count() {
+    each(|ip, peer| {
+        let mut path = two_each();
+        assert_eq!(path.accept(ip, (peer, 1)), PASS);
+        assert_eq!(path.accept(ip, (peer, 2)), PASS);
+        assert_eq!(path.ingress(ip, &ip.tcp((peer, 1), (VM, 80), RST)), PASS);
+        assert_eq!(path.open(), 2, "a RST may be forged");
+        assert_eq!(path.ingress(ip, &ip.tcp((peer, 1), (VM, 80), SYN)), PASS);
+        assert_eq!(path.open(), 1, "its own place was free when it began anew");
+        path.rules(|_, _| NO_RULE);
+        path.next_generation([false, false]);
+        assert_eq!(path.ingress(ip, &ip.tcp((peer, 2), (VM, 80), ACK)), REVOKED);
+        assert_eq!(path.open(), 0);
+    });
+}
+
+#[test]
+fn orphans_pass_where_the_policy_says_so() {
+    for ip in FAMILIES {
+        let mut path = Path::closed();
+        let later = ip.fragment((PEERS[0], VM), UDP, (185, false), &[0; 64]);
+        assert_eq!(path.ingress(ip, &later), ORPHAN);
+        path.tables.control.switches |= switch::ORPHANS_PASS;
+        assert_eq!(path.ingress(ip, &later), PASS);
+        let passed = path.tables.stat_counts.borrow()[&STAT_ORPHANS_PASSED];
+        assert_eq!(passed.packets, 1);
+    }
 }
 
 /// A packet that a process of this VM has marked.

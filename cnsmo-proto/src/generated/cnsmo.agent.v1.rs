@@ -295,7 +295,7 @@ pub struct InstanceReport {
 pub struct Command {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub command: ::core::option::Option<command::Command>,
 }
 /// Nested message and enum types in `Command`.
@@ -323,6 +323,8 @@ pub mod command {
         Follow(super::Follow),
         #[prost(message, tag = "11")]
         Records(super::super::super::flow::v1::RecordsQuery),
+        #[prost(message, tag = "12")]
+        Explain(super::super::super::flow::v1::PacketQuery),
     }
 }
 /// Output of a service, part by part: the next one is asked for when the last one was taken, so that a slow reader costs the
@@ -351,7 +353,7 @@ pub struct CommandResult {
     pub code: u32,
     #[prost(string, tag = "4")]
     pub message: ::prost::alloc::string::String,
-    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8, 9, 10, 11")]
     pub result: ::core::option::Option<command_result::Result>,
 }
 /// Nested message and enum types in `CommandResult`.
@@ -371,6 +373,8 @@ pub mod command_result {
         Part(super::LogPart),
         #[prost(message, tag = "10")]
         Records(super::super::super::flow::v1::RecordsPage),
+        #[prost(message, tag = "11")]
+        Judgement(super::super::super::flow::v1::Judgement),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -32,6 +32,36 @@ pub struct FirewallPolicySpec {
     /// Unspecified: enforce.
     #[prost(enumeration = "Mode", tag = "6")]
     pub mode: i32,
+    /// Of several policies the first one that states a time decides, time by time.
+    #[prost(message, optional, tag = "7")]
+    pub timeouts: ::core::option::Option<FlowTimeouts>,
+    /// For fragments whose first one was not seen: allow or deny. Of several policies the first one that states it decides; none
+    /// states it: deny.
+    #[prost(enumeration = "Action", tag = "8")]
+    pub orphan_fragments: i32,
+}
+/// After how long without a packet a flow is over, in whole seconds from 1 s to 7 days. Absent: not stated; none states it: as
+/// below.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FlowTimeouts {
+    /// A TCP handshake that is not complete. 60 s.
+    #[prost(message, optional, tag = "1")]
+    pub tcp_opening: ::core::option::Option<::prost_types::Duration>,
+    /// A TCP connection. 7,440 s (RFC 5382 asks for no less where addresses are translated).
+    #[prost(message, optional, tag = "2")]
+    pub tcp_established: ::core::option::Option<::prost_types::Duration>,
+    /// A TCP connection that one end has closed. 60 s.
+    #[prost(message, optional, tag = "3")]
+    pub tcp_closing: ::core::option::Option<::prost_types::Duration>,
+    /// A flow of another protocol, with packets from one end only. 30 s.
+    #[prost(message, optional, tag = "4")]
+    pub unreplied: ::core::option::Option<::prost_types::Duration>,
+    /// As `unreplied`, with packets from both ends. 120 s (RFC 4787).
+    #[prost(message, optional, tag = "5")]
+    pub replied: ::core::option::Option<::prost_types::Duration>,
+    /// An ICMP echo with its answer. 10 s.
+    #[prost(message, optional, tag = "6")]
+    pub echo: ::core::option::Option<::prost_types::Duration>,
 }
 /// Matches the first packet of a flow; answers follow it. Empty repeated fields match anything.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -65,6 +95,10 @@ pub struct FirewallRule {
     /// Of rules that allow: new flows beyond it are dropped.
     #[prost(message, optional, tag = "13")]
     pub limit: ::core::option::Option<RateLimit>,
+    /// Of rules that allow: flows that each source may have open at a time, an IPv6 source by its first 64 bits; more are
+    /// dropped. A flow counts from when both ends have sent packets. 1 to 1,000,000; 0: any number.
+    #[prost(uint32, tag = "14")]
+    pub connections_per_source: u32,
 }
 /// New flows that a rule allows.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -1,6 +1,6 @@
 //! Reads typed values out of a tree, remembers where it is and collects every problem instead of stopping at the first.
 
-use std::{collections::BTreeMap, fmt, ops::RangeInclusive};
+use std::{collections::BTreeMap, fmt, ops::RangeInclusive, time::Duration};
 
 use super::{
     Problem,
@@ -248,4 +248,34 @@ pub(super) fn word<T: Copy + PartialEq>(
 /// A decimal number without sign, which `parse` alone would accept.
 pub(super) fn digits(text: &str) -> Option<u32> {
     text.bytes().all(|b| b.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+/// A number and its unit.
+pub(super) fn time(d: &mut Decoder, node: &Node) -> Option<prost_types::Duration> {
+    let read = match &node.value {
+        Value::Text(text) => read_time(text),
+        _ => None,
+    };
+    if read.is_none() {
+        d.mistyped(node, "a time, such as 500ms, 2s, 5m or 1h");
+    }
+    read.and_then(|time| prost_types::Duration::try_from(time).ok())
+}
+
+fn read_time(text: &str) -> Option<Duration> {
+    let number = |unit: &str| digits(text.strip_suffix(unit)?).map(u64::from);
+    if let Some(ms) = number("ms") {
+        return Some(Duration::from_millis(ms));
+    }
+    let units = [("s", 1), ("m", 60), ("h", 3_600)];
+    units.into_iter().find_map(|(unit, seconds)| Some(Duration::from_secs(number(unit)? * seconds)))
+}
+
+/// The reverse of [`time`].
+pub(super) fn time_text(time: prost_types::Duration) -> Option<String> {
+    let time = Duration::try_from(time).ok()?;
+    Some(match time.subsec_millis() {
+        0 => format!("{}s", time.as_secs()),
+        _ => format!("{}ms", time.as_millis()),
+    })
 }

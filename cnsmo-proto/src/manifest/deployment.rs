@@ -1,12 +1,12 @@
 //! The spec of a `Deployment`.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use serde::Serialize;
 
 use super::{
     balancer::PROTOCOLS,
-    decode::{Decoder, Fields, digits, word},
+    decode::{Decoder, Fields, digits, time, time_text, word},
     document,
     tree::{Node, Value},
 };
@@ -244,36 +244,6 @@ fn rollout(d: &mut Decoder, node: &Node) -> Option<Rollout> {
     let most = |d: &mut Decoder, node: &Node| d.number(node, 1..=model::REPLICAS_MAX);
     let max_unavailable = d.optional(&fields, "maxUnavailable", most).unwrap_or_default();
     Some(Rollout { max_unavailable, soak: d.optional(&fields, "soak", time) })
-}
-
-/// A number and its unit.
-fn time(d: &mut Decoder, node: &Node) -> Option<prost_types::Duration> {
-    let read = match &node.value {
-        Value::Text(text) => read_time(text),
-        _ => None,
-    };
-    if read.is_none() {
-        d.mistyped(node, "a time, such as 500ms, 2s, 5m or 1h");
-    }
-    read.and_then(|time| prost_types::Duration::try_from(time).ok())
-}
-
-fn read_time(text: &str) -> Option<Duration> {
-    let number = |unit: &str| digits(text.strip_suffix(unit)?).map(u64::from);
-    if let Some(ms) = number("ms") {
-        return Some(Duration::from_millis(ms));
-    }
-    let units = [("s", 1), ("m", 60), ("h", 3_600)];
-    units.into_iter().find_map(|(unit, seconds)| Some(Duration::from_secs(number(unit)? * seconds)))
-}
-
-/// The reverse of [`time`].
-fn time_text(time: prost_types::Duration) -> Option<String> {
-    let time = Duration::try_from(time).ok()?;
-    Some(match time.subsec_millis() {
-        0 => format!("{}s", time.as_secs()),
-        _ => format!("{}ms", time.as_millis()),
-    })
 }
 
 /// The spec as it is written.

@@ -5,14 +5,15 @@ use std::{collections::BTreeMap, fmt};
 use serde::Serialize;
 
 use super::{
-    decode::{Decoder, digits, word},
+    decode::{Decoder, digits, time, time_text, word},
     document, icmp,
     tree::{Node, Value},
 };
 use crate::{
     model,
     pb::policy::{
-        Action, Direction, FirewallPolicySpec, FirewallRule, IcmpType, Mode, PortRange, RateLimit,
+        Action, Direction, FirewallPolicySpec, FirewallRule, FlowTimeouts, IcmpType, Mode,
+        PortRange, RateLimit,
     },
 };
 
@@ -32,7 +33,9 @@ const ANY: &str = "any";
 
 pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec> {
     let before = d.problems();
-    let fields = d.fields(node, &["target", "priority", "defaults", "mode", "rules"])?;
+    const FIELDS: [&str; 7] =
+        ["target", "priority", "defaults", "mode", "rules", "timeouts", "orphanFragments"];
+    let fields = d.fields(node, &FIELDS)?;
     let target = d.optional(&fields, "target", document::labels).unwrap_or_default();
     let priority =
         d.optional(&fields, "priority", |d, node| d.number(node, 0..=model::PRIORITY_MAX));
@@ -50,6 +53,11 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec>
         default_egress: egress.unwrap_or(Action::Unspecified).into(),
         rules: rules.unwrap_or_default(),
         mode: mode.unwrap_or(Mode::Unspecified).into(),
+        timeouts: d.optional(&fields, "timeouts", timeouts),
+        orphan_fragments: d
+            .optional(&fields, "orphanFragments", action)
+            .unwrap_or(Action::Unspecified)
+            .into(),
     };
     // What no rule can know alone; only of a spec that was read wholly, else the numbers of rules would be wrong.
     if d.problems() > before {
@@ -65,7 +73,7 @@ pub(super) fn decode(d: &mut Decoder, node: &Node) -> Option<FirewallPolicySpec>
 }
 
 fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
-    const FIELDS: [&str; 11] = [
+    const FIELDS: [&str; 12] = [
         "name",
         "action",
         "direction",
@@ -77,6 +85,7 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
         "icmpTypes",
         "log",
         "limit",
+        "connectionsPerSource",
     ];
     let before = d.problems();
     let fields = d.fields(node, &FIELDS)?;
@@ -110,6 +119,11 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
         icmp_types: icmp_types.unwrap_or_default(),
         log: d.optional(&fields, "log", Decoder::boolean).unwrap_or_default(),
         limit: d.optional(&fields, "limit", limit),
+        connections_per_source: d
+            .optional(&fields, "connectionsPerSource", |d, node| {
+                d.number(node, 1..=model::CONNECTIONS_MAX)
+            })
+            .unwrap_or_default(),
     };
     if d.problems() == before
         && let Err(invalid) = model::Rule::try_from(rule.clone())
@@ -121,6 +135,15 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
 
 fn action(d: &mut Decoder, node: &Node) -> Option<Action> {
     d.word(node, &ACTIONS)
+}
+
+fn timeouts(d: &mut Decoder, node: &Node) -> Option<FlowTimeouts> {
+    const FIELDS: [&str; 6] =
+        ["tcpOpening", "tcpEstablished", "tcpClosing", "unreplied", "replied", "echo"];
+    let fields = d.fields(node, &FIELDS)?;
+    let [tcp_opening, tcp_established, tcp_closing, unreplied, replied, echo] =
+        FIELDS.map(|field| d.optional(&fields, field, time));
+    Some(FlowTimeouts { tcp_opening, tcp_established, tcp_closing, unreplied, replied, echo })
 }
 
 /// A rate such as `100/s`; the burst is one period's worth if none is given.
@@ -302,6 +325,27 @@ pub(super) struct Document {
     #[serde(skip_serializing_if = "Option::is_none")]
     mode: Option<&'static str>,
     rules: Vec<RuleDocument>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeouts: Option<TimeoutsDocument>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    orphan_fragments: Option<&'static str>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct TimeoutsDocument {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tcp_opening: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tcp_established: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tcp_closing: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unreplied: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replied: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    echo: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -342,6 +386,8 @@ struct RuleDocument {
     log: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     limit: Option<LimitDocument>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    connections_per_source: Option<u32>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -378,6 +424,15 @@ impl Document {
             },
             mode: word(&MODES, spec.mode()),
             rules: spec.rules.iter().map(RuleDocument::new).collect(),
+            timeouts: spec.timeouts.as_ref().map(|timeouts| TimeoutsDocument {
+                tcp_opening: timeouts.tcp_opening.and_then(time_text),
+                tcp_established: timeouts.tcp_established.and_then(time_text),
+                tcp_closing: timeouts.tcp_closing.and_then(time_text),
+                unreplied: timeouts.unreplied.and_then(time_text),
+                replied: timeouts.replied.and_then(time_text),
+                echo: timeouts.echo.and_then(time_text),
+            }),
+            orphan_fragments: word(&ACTIONS, spec.orphan_fragments()),
         }
     }
 }
@@ -400,6 +455,7 @@ impl RuleDocument {
                 .collect(),
             log: rule.log,
             limit: rule.limit.as_ref().map(limit_document),
+            connections_per_source: Some(rule.connections_per_source).filter(|n| *n != 0),
         }
     }
 }
@@ -423,6 +479,9 @@ pub fn action_text(rule: &FirewallRule) -> String {
     if let Some(limit) = &rule.limit {
         let LimitDocument { rate, burst, per } = limit_document(limit);
         text.push_str(&format!(" {rate} per {per}, burst {burst}"));
+    }
+    if rule.connections_per_source != 0 {
+        text.push_str(&format!(", {} open per source", rule.connections_per_source));
     }
     if rule.log {
         text.push_str(", logged");

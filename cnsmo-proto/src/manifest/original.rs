@@ -72,8 +72,8 @@ pub(super) fn convert(
         priority: PRIORITY_DEFAULT,
         default_ingress: if converter.denyall { Action::Deny } else { Action::Allow }.into(),
         default_egress: Action::Allow.into(),
-        mode: 0,
         rules: converter.rules,
+        ..FirewallPolicySpec::default()
     };
     let spec = match (d.problems(), model::FirewallPolicy::try_from(spec)) {
         (0, Ok(policy)) => Some(FirewallPolicySpec::from(&policy)),

@@ -12,8 +12,8 @@ use crate::pb::{
     network::{Member, Network, NetworkSpec, NetworkStatus, Refused, StaticAddresses},
     node::{Node, NodeSpec, NodeStatus, OverlayStatus, PeerStatus},
     policy::{
-        Action, Direction, FirewallPolicy, FirewallPolicySpec, FirewallRule, IcmpType, PortRange,
-        RateLimit,
+        Action, Direction, FirewallPolicy, FirewallPolicySpec, FirewallRule, FlowTimeouts,
+        IcmpType, PortRange, RateLimit,
     },
     resource::{Resource, resource::Resource as Kind},
 };
@@ -143,6 +143,8 @@ fn a_bad_field_is_refused_with_its_path() {
         (rule(&["limit: {rate: 5/s, burst: 0}"]), "spec.rules[0].limit.burst"),
         (rule(&["limit: {rate: 5/s, per: host}"]), "spec.rules[0].limit.per"),
         (rule(&["action: deny", "limit: {rate: 5/s}"]), "spec.rules[0].limit"),
+        (rule(&["connectionsPerSource: 0"]), "spec.rules[0].connectionsPerSource"),
+        (rule(&["action: deny", "connectionsPerSource: 5"]), "spec.rules[0].connectionsPerSource"),
         (rule(&["port: [80]"]), "spec.rules[0].port"),
         (rule(&["from: 10.0.0.0/8"]), "spec.rules[0].from"),
         (rule(&["from: []"]), "spec.rules[0].from"),
@@ -902,6 +904,7 @@ prop_compose! {
         ingress: bool,
         log: bool,
         limit in prop::option::of((1_u32..1_000_001, 0_usize..4, 1_u32..1_000_001, any::<bool>())),
+        open in 0_u32..=1_000_000,
         from in cidrs(),
         to in cidrs(),
         protocol in prop_oneof![Just(None), (0_u32..256).prop_map(Some), Just(Some(6)), Just(Some(17)), Just(Some(1)), Just(Some(58))],
@@ -931,6 +934,7 @@ prop_compose! {
                 let period_seconds = crate::model::LIMIT_PERIODS[period];
                 RateLimit { flows, period_seconds, burst, per_source }
             }),
+            connections_per_source: if action == Action::Allow { open } else { 0 },
         }
         .swapped_if(!ingress, to)
     }
@@ -976,6 +980,8 @@ proptest! {
         default_ingress in 0..4,
         default_egress in 0..4,
         audit: bool,
+        times in prop::array::uniform6(prop::option::of(1_i64..=604_800)),
+        orphan_fragments in 0..3,
         mut rules in prop::collection::vec(rule(), 0..6),
     ) {
         for (n, rule) in rules.iter_mut().enumerate() {
@@ -985,6 +991,12 @@ proptest! {
             metadata: Some(Metadata { name: "web".to_owned(), labels, ..Metadata::default() }),
             spec: Some(FirewallPolicySpec {
                 target, priority, default_ingress, default_egress, rules, mode: if audit { 2 } else { 0 },
+                timeouts: times.iter().any(Option::is_some).then(|| {
+                    let [tcp_opening, tcp_established, tcp_closing, unreplied, replied, echo] = times
+                        .map(|time| Some(prost_types::Duration { seconds: time?, nanos: 0 }));
+                    FlowTimeouts { tcp_opening, tcp_established, tcp_closing, unreplied, replied, echo }
+                }),
+                orphan_fragments,
             }),
             status: None,
         };

@@ -15,6 +15,10 @@ pub const RANGES_MAX: usize = 256;
 pub const LIMIT_FLOWS_MAX: u32 = 1_000_000;
 /// Seconds of a [`RateLimit`]'s period: a second, a minute, an hour, a day.
 pub const LIMIT_PERIODS: [u32; 4] = [1, 60, 3_600, 86_400];
+/// Flows of one source that a rule can allow to be open.
+pub const CONNECTIONS_MAX: u32 = 1_000_000;
+/// Seconds in the longest of [`FlowTimeouts`].
+pub const TIMEOUT_SECONDS_MAX: u32 = 7 * 24 * 3_600;
 /// Highest priority number, the last to be asked.
 pub const PRIORITY_MAX: u32 = 1_000_000;
 
@@ -64,6 +68,37 @@ pub struct RateLimit {
     pub burst: u32,
     /// Each source has that much, an IPv6 source by its first 64 bits; else all sources together.
     pub per_source: bool,
+}
+
+/// After how many seconds without a packet a flow is over. `None`: not stated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowTimeouts {
+    /// A TCP handshake that is not complete.
+    pub tcp_opening: Option<u32>,
+    /// A TCP connection.
+    pub tcp_established: Option<u32>,
+    /// A TCP connection that one end has closed.
+    pub tcp_closing: Option<u32>,
+    /// A flow of another protocol, with packets from one end only.
+    pub unreplied: Option<u32>,
+    /// As `unreplied`, with packets from both ends.
+    pub replied: Option<u32>,
+    /// An ICMP echo with its answer.
+    pub echo: Option<u32>,
+}
+
+impl FlowTimeouts {
+    /// What is not stated here, as there.
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            tcp_opening: self.tcp_opening.or(other.tcp_opening),
+            tcp_established: self.tcp_established.or(other.tcp_established),
+            tcp_closing: self.tcp_closing.or(other.tcp_closing),
+            unreplied: self.unreplied.or(other.unreplied),
+            replied: self.replied.or(other.replied),
+            echo: self.echo.or(other.echo),
+        }
+    }
 }
 
 /// As seen from the VM.
@@ -167,13 +202,24 @@ pub struct Rule {
     pub log: bool,
     /// New flows beyond it are dropped. Of rules that allow.
     pub limit: Option<RateLimit>,
+    /// Flows that each source may have open at a time. Of rules that allow.
+    pub connections_per_source: Option<u32>,
 }
 
 impl Rule {
     /// A rule that matches everything of one direction.
     pub fn new(name: Name, action: Action, direction: Direction) -> Self {
-        let (from, to) = (Vec::new(), Vec::new());
-        Self { name, action, direction, from, to, protocol: Protocol::Any, log: false, limit: None }
+        Self {
+            name,
+            action,
+            direction,
+            from: Vec::new(),
+            to: Vec::new(),
+            protocol: Protocol::Any,
+            log: false,
+            limit: None,
+            connections_per_source: None,
+        }
     }
 }
 
@@ -199,6 +245,10 @@ pub struct FirewallPolicy {
     pub mode: PolicyMode,
     /// In order: the first match decides.
     pub rules: Vec<Rule>,
+    /// When flows are over.
+    pub timeouts: FlowTimeouts,
+    /// Whether fragments pass whose first one was not seen. `None`: this policy does not say.
+    pub orphan_fragments: Option<bool>,
 }
 
 impl TryFrom<pb::FirewallPolicySpec> for FirewallPolicy {
@@ -220,6 +270,16 @@ impl TryFrom<pb::FirewallPolicySpec> for FirewallPolicy {
             Ok(pb::Mode::Audit) => PolicyMode::Audit,
             Err(unknown) => return Err(Invalid::new(unknown.to_string()).at("mode")),
         };
+        let timeouts = spec.timeouts.map(FlowTimeouts::try_from).transpose();
+        let timeouts = timeouts.map_err(|e| e.at("timeouts"))?.unwrap_or_default();
+        let orphan_fragments = match action(spec.orphan_fragments) {
+            Ok(None) => Ok(None),
+            Ok(Some(Action::Allow)) => Ok(Some(true)),
+            Ok(Some(Action::Deny)) => Ok(Some(false)),
+            Ok(Some(Action::Reject)) => Err(Invalid::new("allow or deny: nobody can be told")),
+            Err(unknown) => Err(unknown),
+        };
+        let orphan_fragments = orphan_fragments.map_err(|e| e.at("orphanFragments"))?;
         at_most(spec.rules.len(), RULES_MAX, "rules").map_err(|e| e.at("rules"))?;
         let mut names = BTreeSet::new();
         let mut rules = Vec::with_capacity(spec.rules.len());
@@ -234,7 +294,8 @@ impl TryFrom<pb::FirewallPolicySpec> for FirewallPolicy {
             }
             rules.push(rule);
         }
-        Ok(Self { target, priority: spec.priority, defaults, mode, rules })
+        let priority = spec.priority;
+        Ok(Self { target, priority, defaults, mode, rules, timeouts, orphan_fragments })
     }
 }
 
@@ -282,7 +343,20 @@ impl TryFrom<pb::FirewallRule> for Rule {
         if limit.is_some() && action != Action::Allow {
             return Err(Invalid::new("only rules that allow have a limit").at("limit"));
         }
-        Ok(Self { name, action, direction, from, to, protocol, log: rule.log, limit })
+        let connections_per_source = match rule.connections_per_source {
+            0 => None,
+            n if n > CONNECTIONS_MAX => {
+                let reason = format!("{n} is above {CONNECTIONS_MAX}");
+                return Err(Invalid::new(reason).at("connectionsPerSource"));
+            }
+            _ if action != Action::Allow => {
+                let reason = "only rules that allow limit connections";
+                return Err(Invalid::new(reason).at("connectionsPerSource"));
+            }
+            n => Some(n),
+        };
+        let log = rule.log;
+        Ok(Self { name, action, direction, from, to, protocol, log, limit, connections_per_source })
     }
 }
 
@@ -302,6 +376,44 @@ impl TryFrom<pb::RateLimit> for RateLimit {
             return Err(Invalid::new(reason).at("periodSeconds"));
         }
         Ok(Self { flows, period_seconds, burst, per_source })
+    }
+}
+
+impl TryFrom<pb::FlowTimeouts> for FlowTimeouts {
+    type Error = Invalid;
+
+    fn try_from(wire: pb::FlowTimeouts) -> Result<Self, Invalid> {
+        let read = |time: Option<prost_types::Duration>, field| {
+            let Some(time) = time else { return Ok(None) };
+            let seconds = u32::try_from(time.seconds).ok().filter(|_| time.nanos == 0);
+            let seconds = seconds.filter(|n| (1..=TIMEOUT_SECONDS_MAX).contains(n));
+            let refused = || Invalid::new("not whole seconds from 1 s to 7 days").at(field);
+            seconds.map(Some).ok_or_else(refused)
+        };
+        Ok(Self {
+            tcp_opening: read(wire.tcp_opening, "tcpOpening")?,
+            tcp_established: read(wire.tcp_established, "tcpEstablished")?,
+            tcp_closing: read(wire.tcp_closing, "tcpClosing")?,
+            unreplied: read(wire.unreplied, "unreplied")?,
+            replied: read(wire.replied, "replied")?,
+            echo: read(wire.echo, "echo")?,
+        })
+    }
+}
+
+impl From<FlowTimeouts> for pb::FlowTimeouts {
+    fn from(timeouts: FlowTimeouts) -> Self {
+        let wire = |seconds: Option<u32>| {
+            seconds.map(|n| prost_types::Duration { seconds: n.into(), nanos: 0 })
+        };
+        Self {
+            tcp_opening: wire(timeouts.tcp_opening),
+            tcp_established: wire(timeouts.tcp_established),
+            tcp_closing: wire(timeouts.tcp_closing),
+            unreplied: wire(timeouts.unreplied),
+            replied: wire(timeouts.replied),
+            echo: wire(timeouts.echo),
+        }
     }
 }
 
@@ -409,6 +521,11 @@ impl From<&FirewallPolicy> for pb::FirewallPolicySpec {
             }
             .into(),
             rules: policy.rules.iter().map(Into::into).collect(),
+            timeouts: (policy.timeouts != FlowTimeouts::default()).then(|| policy.timeouts.into()),
+            orphan_fragments: wire_action(policy.orphan_fragments.map(|pass| match pass {
+                true => Action::Allow,
+                false => Action::Deny,
+            })),
         }
     }
 }
@@ -453,6 +570,7 @@ impl From<&Rule> for pb::FirewallRule {
                 burst: limit.burst,
                 per_source: limit.per_source,
             }),
+            connections_per_source: rule.connections_per_source.unwrap_or_default(),
         }
     }
 }
@@ -518,11 +636,19 @@ mod tests {
 
     #[test]
     fn log_limit_and_mode_survive_the_round_trip() {
-        let rule = pb::FirewallRule { log: true, limit: Some(limit()), ..rule() };
+        let rule = pb::FirewallRule {
+            log: true,
+            limit: Some(limit()),
+            connections_per_source: 7,
+            ..rule()
+        };
+        let seconds = |seconds| Some(prost_types::Duration { seconds, nanos: 0 });
         let spec = pb::FirewallPolicySpec {
             mode: pb::Mode::Audit.into(),
             default_ingress: pb::Action::Reject.into(),
             rules: vec![rule],
+            timeouts: Some(pb::FlowTimeouts { tcp_established: seconds(60), ..Default::default() }),
+            orphan_fragments: pb::Action::Allow.into(),
             ..Default::default()
         };
         let policy = FirewallPolicy::try_from(spec).unwrap();
@@ -532,6 +658,9 @@ mod tests {
         );
         let limit = RateLimit { flows: 10, period_seconds: 60, burst: 5, per_source: true };
         assert_eq!((policy.rules[0].log, policy.rules[0].limit), (true, Some(limit)));
+        assert_eq!(policy.rules[0].connections_per_source, Some(7));
+        assert_eq!(policy.timeouts.tcp_established, Some(60));
+        assert_eq!(policy.orphan_fragments, Some(true));
         let again = FirewallPolicy::try_from(pb::FirewallPolicySpec::from(&policy)).unwrap();
         assert_eq!(again, policy);
     }
@@ -547,7 +676,7 @@ mod tests {
     #[test]
     fn a_bad_rule_is_refused_with_the_field() {
         type Break = fn(&mut pb::FirewallRule);
-        let cases: [(&str, Break); 15] = [
+        let cases: [(&str, Break); 17] = [
             ("name", |r| r.name = "No".into()),
             ("action", |r| r.action = 0),
             ("action", |r| r.action = 99),
@@ -568,12 +697,33 @@ mod tests {
                 r.limit = Some(limit());
                 r.action = pb::Action::Reject.into();
             }),
+            ("connectionsPerSource", |r| r.connections_per_source = CONNECTIONS_MAX + 1),
+            ("connectionsPerSource", |r| {
+                r.connections_per_source = 1;
+                r.action = pb::Action::Deny.into();
+            }),
         ];
         for (field, break_it) in cases {
             let mut bad = rule();
             break_it(&mut bad);
             assert_eq!(Rule::try_from(bad).unwrap_err().field(), field);
         }
+    }
+
+    #[test]
+    fn times_and_fragments_are_refused_with_the_field() {
+        let refused = |spec: pb::FirewallPolicySpec| {
+            FirewallPolicy::try_from(spec).unwrap_err().field().to_owned()
+        };
+        for time in [(0, 0), (-1, 0), (1, 500), (i64::from(TIMEOUT_SECONDS_MAX) + 1, 0)] {
+            let echo = Some(prost_types::Duration { seconds: time.0, nanos: time.1 });
+            let timeouts = Some(pb::FlowTimeouts { echo, ..Default::default() });
+            let spec = pb::FirewallPolicySpec { timeouts, ..Default::default() };
+            assert_eq!(refused(spec), "timeouts.echo", "{time:?}");
+        }
+        let orphan_fragments = pb::Action::Reject.into();
+        let spec = pb::FirewallPolicySpec { orphan_fragments, ..Default::default() };
+        assert_eq!(refused(spec), "orphanFragments");
     }
 
     #[test]

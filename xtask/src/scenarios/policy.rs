@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{ANSWER_LIMIT, REPORT_LIMIT, apply, get, manifest, number, settle, unchanged};
 use crate::{
     checks::{self, Report, State},
-    fleet::{Fleet, SSH_PORT, To, said},
+    fleet::{Family, Fleet, SSH_PORT, To, said},
     interrupt,
     traffic::{self, Connection, Probe},
 };
@@ -59,6 +59,40 @@ pub(crate) fn update(fleet: &Fleet, report: &mut Report) -> anyhow::Result<()> {
     let closed = look(SILENCE_LIMIT);
     report.add_result("a new connection after the rule is gone", "timeout", closed);
     Ok(())
+}
+
+/// What `cnsmo explain` says of packets whose fate the checks before have seen.
+pub(crate) fn explained(fleet: &Fleet, report: &mut Report) -> anyhow::Result<()> {
+    let client = fleet.address(To::Underlay("client"), Family::V4)?.to_string();
+    let shop = fleet.socket_address(To::Public, 80)?.to_string();
+    for (from, to, expected) in [
+        (client.as_str(), shop.as_str(), "gw1 passes, backend passes"),
+        ("web1", "db1:5432", "web1 passes, db1 passes"),
+        ("gw1", "db1:5432", "gw1 passes, db1 dropped"),
+    ] {
+        let output = fleet.cli(&["explain", "--from", from, "--to", to, "-o", "json"])?;
+        let seen = serde_json::from_slice(&output.stdout)
+            .map_err(anyhow::Error::from)
+            .and_then(|document: Value| way(&document))
+            .unwrap_or_else(|_| said(&output));
+        report.add(&format!("cnsmo explain --from {from} --to {to}"), expected, &seen);
+    }
+    Ok(())
+}
+
+/// Each VM on the way and what happens there; one that was chosen to be the backend is called so.
+fn way(document: &Value) -> anyhow::Result<String> {
+    let steps = document["steps"].as_array().context("there are no steps")?;
+    let mut words = Vec::new();
+    let mut backend = "";
+    for step in steps {
+        let text = |key: &str| step[key].as_str().unwrap_or_default();
+        let node =
+            if !backend.is_empty() && text("node") == backend { "backend" } else { text("node") };
+        words.push(format!("{node} {}", text("verdict")));
+        backend = text("backend");
+    }
+    Ok(words.join(", "))
 }
 
 /// A rule's counter grows by exactly what was sent. Needs the policy that [`update`] applied.

@@ -138,8 +138,8 @@ impl Swarm {
                 locator: Locator::new(vec![self.core.into()], Vec::new(), handle.clone()),
                 credentials: credentials.clone(),
                 labels: Labels::new(labels).map_err(|error| anyhow::anyhow!("{error:?}"))?,
+                services: Services::new(Host::new(LIMITS), node, Arc::default(), handle.clone()),
                 enforcer: handle,
-                services: Services::new(Host::new(LIMITS), node, Arc::default()),
                 life: Lifecycle::new("Spawned"),
                 renew_first: false,
             };

@@ -60,6 +60,12 @@ impl Plan {
         filter
     }
 
+    /// The balancer of a virtual address.
+    pub(super) fn balancer_at(&self, address: IpAddr) -> Option<Name> {
+        let found = self.places.values().find(|balancer| balancer.addresses.contains(&address));
+        found.map(|balancer| balancer.name.clone())
+    }
+
     /// Some balancer serves clients at the network cards.
     pub(super) fn has_gateway(&self) -> bool {
         self.gateways().next().is_some()

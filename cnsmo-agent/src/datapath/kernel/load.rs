@@ -21,17 +21,19 @@ use cnsmo_common::{
 use super::{
     Balancers, Clock, Flows, GracePeriod, Halves, Kernel, KernelError, Mapped, OBJECT, Options,
     log::{ProgramLog, RING_BYTES},
+    open::OpenFlows,
     sys::{create_large_array, open_pinned, pin},
 };
 
 /// Maps that are pinned: everything a packet's fate depends on.
-const PINNED: [&str; 18] = [
+const PINNED: [&str; 19] = [
     "CONTROL",
     "BLOB_V4",
     "BLOB_V6",
     "RULES",
     "LIMITS",
     "BUCKETS",
+    "OPEN_FLOWS",
     "RULE_COUNTS",
     "STAT_COUNTS",
     "ESTABLISHED_V4",
@@ -137,6 +139,7 @@ impl Loaded {
         let live = LiveParts::unpack(Live(read_control(&control).live));
         let results = self.map_own("RESULTS", TRACE_LEN as usize)?;
         let clock = Clock::learn(&self.ebpf, &results)?;
+        let explanation = self.map_own("EXPLANATION", 1)?;
         let reports_left = self.map_own("REPORTS_LEFT", 1)?;
         let log = ProgramLog::open(&mut self.ebpf, reports_left)?;
         Ok(Kernel {
@@ -150,6 +153,7 @@ impl Loaded {
             stat_counts: self.per_cpu("STAT_COUNTS")?,
             flows_v4: self.flows("ESTABLISHED_V4")?,
             flows_v6: self.flows("ESTABLISHED_V6")?,
+            open_flows: self.open_flows()?,
             balancers: self.balancers()?,
             grace: GracePeriod::new().map_err(KernelError::kernel("create a map of maps"))?,
             ebpf: self.ebpf,
@@ -157,10 +161,12 @@ impl Loaded {
             tell_full_beyond: 0,
             control,
             results,
+            explanation,
             clock,
             live,
             live_since: std::time::Instant::now(),
             names: Vec::new(),
+            rules_in_force: Vec::new(),
             halves: Halves::default(),
             records: None,
             retired: std::collections::BTreeMap::new(),
@@ -207,7 +213,18 @@ impl Loaded {
         Balancers::new(services, words, rings, backends)
     }
 
-    fn flows<A: Copy + Ord + 'static>(&mut self, name: &str) -> Result<Flows<A>, KernelError>
+    fn open_flows(&mut self) -> Result<OpenFlows, KernelError> {
+        const NAME: &str = "OPEN_FLOWS";
+        let fd = self.pinned(NAME)?;
+        let map =
+            self.take(NAME)?.try_into().map_err(KernelError::kernel(format!("use {NAME}")))?;
+        Ok(OpenFlows::new(fd, map))
+    }
+
+    fn flows<A: cnsmo_ebpf::parse::Family + Ord + 'static>(
+        &mut self,
+        name: &str,
+    ) -> Result<Flows<A>, KernelError>
     where
         cnsmo_common::flow::FlowKey<A>: aya::Pod,
         cnsmo_common::flow::Flow<A>: aya::Pod,

@@ -14,7 +14,7 @@ use cnsmo_common::{
         BACKENDS_MAX, BALANCERS_MAX, Backend, RINGS_LEN, Ring, SERVICES_MAX, Service, ServiceKey,
     },
     blob::HEADER_WORDS,
-    control::{BucketKey, Control, LIMITS_MAX, Limit, Live, RuleAction},
+    control::{BucketKey, Control, LIMITS_MAX, Limit, Live, RuleAction, SLOT_FIRST},
     flow::{Flow, FlowKey, Fragment, FragmentKey},
     probe::BROKEN,
     record::{Record, budget},
@@ -22,6 +22,7 @@ use cnsmo_common::{
 };
 use cnsmo_ebpf::{
     classify::{Key4, Key6, Memory, classify},
+    connections::Change,
     tables::{Case, FlowTables, Question, Shared, Tables, Visit, VisitBucket, Work},
 };
 
@@ -45,7 +46,10 @@ static RULES: Array<RuleAction> = Array::with_max_entries(2, BPF_F_MMAPABLE);
 static LIMITS: Array<Limit> = Array::with_max_entries(2 * LIMITS_MAX, BPF_F_MMAPABLE);
 /// Full: the one that was not asked for longest is forgotten, and with it what it had left.
 #[map]
-static BUCKETS: LruHashMap<BucketKey, u64> = LruHashMap::with_max_entries(65_536, 0);
+pub static BUCKETS: LruHashMap<BucketKey, u64> = LruHashMap::with_max_entries(65_536, 0);
+/// Open flows by source and group.
+#[map]
+pub static OPEN_FLOWS: LruHashMap<BucketKey, u64> = LruHashMap::with_max_entries(65_536, 0);
 /// Not pinned, as [`BUDGETS`]: without an agent nobody reads, and nothing is told.
 #[map]
 static RECORDS: RingBuf = RingBuf::with_byte_size(256 * 1024, 0);
@@ -60,14 +64,16 @@ static RULE_COUNTS: PerCpuArray<Count> = PerCpuArray::with_max_entries(2, 0);
 static STAT_COUNTS: PerCpuArray<Count> = PerCpuArray::with_max_entries(STATS, 0);
 
 #[map]
-static ESTABLISHED_V4: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> = HashMap::with_max_entries(1, 0);
+pub static ESTABLISHED_V4: HashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> =
+    HashMap::with_max_entries(1, 0);
 #[map]
-static ESTABLISHED_V6: HashMap<FlowKey<[u8; 16]>, Flow<[u8; 16]>> = HashMap::with_max_entries(1, 0);
+pub static ESTABLISHED_V6: HashMap<FlowKey<[u8; 16]>, Flow<[u8; 16]>> =
+    HashMap::with_max_entries(1, 0);
 #[map]
-static HALF_OPEN_V4: LruHashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> =
+pub static HALF_OPEN_V4: LruHashMap<FlowKey<[u8; 4]>, Flow<[u8; 4]>> =
     LruHashMap::with_max_entries(1, 0);
 #[map]
-static HALF_OPEN_V6: LruHashMap<FlowKey<[u8; 16]>, Flow<[u8; 16]>> =
+pub static HALF_OPEN_V6: LruHashMap<FlowKey<[u8; 16]>, Flow<[u8; 16]>> =
     LruHashMap::with_max_entries(1, 0);
 /// Datagrams under way in fragments: short-lived and rare, so a small table. Full: the oldest is lost.
 #[map]
@@ -87,7 +93,7 @@ static RINGS: Array<[u64; 8]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 static BACKENDS: Array<Backend> = Array::with_max_entries(BACKENDS_MAX as u32, 0);
 /// Turns taken, by place of the balancer.
 #[map]
-static TURNS: PerCpuArray<u32> = PerCpuArray::with_max_entries(BALANCERS_MAX as u32, 0);
+pub static TURNS: PerCpuArray<u32> = PerCpuArray::with_max_entries(BALANCERS_MAX as u32, 0);
 
 /// Room for one packet's case: it does not fit on the stack.
 #[map]
@@ -134,6 +140,10 @@ impl Tables for Maps {
         RULES.get(live.half() as u32 * max + index).copied()
     }
     #[inline(always)]
+    fn rule_of(&self, slot: u32) -> Option<RuleAction> {
+        RULES.get(slot.wrapping_sub(SLOT_FIRST)).copied()
+    }
+    #[inline(always)]
     fn limit(&self, place: u16, live: Live, into: &mut Limit) -> bool {
         match LIMITS.get(live.half() as u32 * LIMITS_MAX + place as u32) {
             Some(limit) => {
@@ -162,6 +172,20 @@ impl Tables for Maps {
     fn begin_bucket(&self, key: &BucketKey, word: u64) {
         // Another CPU was first, or holds the bucket: one flow more than allowed.
         let _ = BUCKETS.insert(key, word, BPF_NOEXIST.into());
+    }
+    #[inline(always)]
+    fn touch_open(&self, key: &BucketKey, visit: &mut impl VisitBucket) -> bool {
+        match OPEN_FLOWS.get_ptr(key) {
+            Some(word) => {
+                visit.visit(&Bucket(word));
+                true
+            }
+            None => false,
+        }
+    }
+    #[inline(always)]
+    fn begin_open(&self, key: &BucketKey, word: u64) -> bool {
+        OPEN_FLOWS.insert(key, word, BPF_NOEXIST.into()).is_ok()
     }
     #[inline(always)]
     fn spend(&self, budget: u32) -> bool {
@@ -254,7 +278,7 @@ fn add(counter: Option<*mut Count>, count: Count) {
     }
 }
 
-/// A value of `BUCKETS`, valid while the program runs.
+/// A value of `BUCKETS` or `OPEN_FLOWS`, valid while the program runs.
 struct Bucket(*const u64);
 
 impl Shared for Bucket {
@@ -396,9 +420,14 @@ macro_rules! flow_tables {
                 stages::$family::settle();
             }
             #[inline(always)]
-            fn admits(&self, case: &mut Case<$address>, limit: u16) -> bool {
+            fn admit(&self, case: &mut Case<$address>, place: u16) {
                 lend(case);
-                stages::$family::admits(limit as u64) != 0
+                stages::$family::admit(place as u64);
+            }
+            #[inline(always)]
+            fn change_open(&self, case: &mut Case<$address>, change: Change) {
+                lend(case);
+                stages::$family::change_open(change as u64);
             }
             #[inline(always)]
             fn tell(&self, case: &mut Case<$address>) {
@@ -429,113 +458,101 @@ fn lend<A>(case: &mut Case<A>) {
     core::hint::black_box(case);
 }
 
-/// Stages that work on the case alone, as global functions: the verifier proves each once. Each finds the case anew,
-/// because a global function takes no pointer; the borrow of the caller is the same memory of the same CPU.
-mod stages {
-    macro_rules! stages {
-        ($family:ident, $case:ident, $decide:ident, $again:ident, $choose:ident, $attempt:ident, $settle:ident, $admits:ident, $tell:ident) => {
-            pub mod $family {
-                use cnsmo_ebpf::{balance, limit, pipeline, tables::Tables as _};
-
-                use crate::maps::{Maps, $case};
-
-                pub use $admits as admits;
-                pub use $again as decide_again;
-                pub use $attempt as attempt;
-                pub use $choose as choose;
-                pub use $decide as decide;
-                pub use $settle as settle;
-                pub use $tell as tell;
-
-                #[unsafe(no_mangle)]
-                #[inline(never)]
-                pub extern "C" fn $decide(stale: u64) -> u64 {
-                    if let (Some(case), Some(control)) = ($case.get_ptr_mut(0), Maps.control()) {
-                        // SAFETY: this CPU's own; the caller waits.
-                        pipeline::decide(unsafe { &mut *case }, &Maps, control, stale != 0);
-                    }
-                    0
-                }
-                #[unsafe(no_mangle)]
-                #[inline(never)]
-                pub extern "C" fn $again() -> u64 {
-                    if let (Some(case), Some(control)) = ($case.get_ptr_mut(0), Maps.control()) {
-                        // SAFETY: as above.
-                        pipeline::decide_again(unsafe { &mut *case }, &Maps, control);
-                    }
-                    0
-                }
-                #[unsafe(no_mangle)]
-                #[inline(never)]
-                pub extern "C" fn $choose() -> u64 {
-                    if let (Some(case), Some(control)) = ($case.get_ptr_mut(0), Maps.control()) {
-                        // SAFETY: as above.
-                        balance::choose(unsafe { &mut *case }, &Maps, control);
-                    }
-                    0
-                }
-                #[unsafe(no_mangle)]
-                #[inline(never)]
-                pub extern "C" fn $attempt(place: u64, port: u64) -> u64 {
-                    if let (Some(case), Some(control)) = ($case.get_ptr_mut(0), Maps.control()) {
-                        let (place, port) = (place as u32, port as u32);
-                        // SAFETY: as above.
-                        balance::attempt(unsafe { &mut *case }, &Maps, control, place, port);
-                    }
-                    0
-                }
-                #[unsafe(no_mangle)]
-                #[inline(never)]
-                pub extern "C" fn $settle() -> u64 {
-                    if let Some(case) = $case.get_ptr_mut(0) {
-                        // SAFETY: as above.
-                        balance::settle(unsafe { &mut *case }, &Maps);
-                    }
-                    0
-                }
-                #[unsafe(no_mangle)]
-                #[inline(never)]
-                pub extern "C" fn $admits(place: u64) -> u64 {
-                    let Some(case) = $case.get_ptr_mut(0) else {
-                        return 0;
-                    };
-                    // SAFETY: as above.
-                    limit::admits(unsafe { &mut *case }, &Maps, place as u16) as u64
-                }
-                #[unsafe(no_mangle)]
-                #[inline(never)]
-                pub extern "C" fn $tell() -> u64 {
-                    if let Some(case) = $case.get_ptr_mut(0) {
-                        // SAFETY: as above.
-                        pipeline::tell(unsafe { &mut *case }, &Maps);
-                    }
-                    0
-                }
+/// A stage that works on the case alone, as a global function: the verifier proves it once. It finds the case anew, because
+/// a global function takes no pointer; the borrow of the caller is the same memory of the same CPU.
+macro_rules! stage {
+    ($name:ident, $case:ident, |$on:ident, $control:ident $(, $argument:ident)*| $work:expr) => {
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        pub extern "C" fn $name($($argument: u64),*) -> u64 {
+            if let (Some(case), Some($control)) = ($case.get_ptr_mut(0), Maps.control()) {
+                // SAFETY: this CPU's own; the caller waits.
+                let $on = unsafe { &mut *case };
+                $work;
             }
+            0
+        }
+    };
+}
+pub(crate) use stage;
+
+/// As [`Change`] goes through a register.
+#[inline(always)]
+fn change_of(number: u64) -> Change {
+    match number {
+        0 => Change::Begin,
+        1 => Change::Move,
+        _ => Change::End,
+    }
+}
+
+mod stages {
+    use cnsmo_ebpf::{balance, connections, limit, pipeline, tables::Tables as _};
+
+    use super::{CASE_V4, CASE_V6, Maps, change_of};
+
+    stage!(decide_v4, CASE_V4, |case, control, stale| pipeline::decide(
+        case,
+        &Maps,
+        control,
+        stale != 0
+    ));
+    stage!(decide_again_v4, CASE_V4, |case, control| pipeline::decide_again(case, &Maps, control));
+    stage!(choose_v4, CASE_V4, |case, control| balance::choose(case, &Maps, control));
+    stage!(attempt_v4, CASE_V4, |case, control, place, port| balance::attempt(
+        case,
+        &Maps,
+        control,
+        place as u32,
+        port as u32
+    ));
+    stage!(settle_v4, CASE_V4, |case, _control| balance::settle(case, &Maps));
+    stage!(admit_v4, CASE_V4, |case, _control, place| limit::admit(case, &Maps, place as u16));
+    stage!(change_open_v4, CASE_V4, |case, _control, change| connections::change(
+        case,
+        &Maps,
+        change_of(change)
+    ));
+    stage!(tell_v4, CASE_V4, |case, _control| pipeline::tell(case, &Maps));
+
+    stage!(decide_v6, CASE_V6, |case, control, stale| pipeline::decide(
+        case,
+        &Maps,
+        control,
+        stale != 0
+    ));
+    stage!(decide_again_v6, CASE_V6, |case, control| pipeline::decide_again(case, &Maps, control));
+    stage!(choose_v6, CASE_V6, |case, control| balance::choose(case, &Maps, control));
+    stage!(attempt_v6, CASE_V6, |case, control, place, port| balance::attempt(
+        case,
+        &Maps,
+        control,
+        place as u32,
+        port as u32
+    ));
+    stage!(settle_v6, CASE_V6, |case, _control| balance::settle(case, &Maps));
+    stage!(admit_v6, CASE_V6, |case, _control, place| limit::admit(case, &Maps, place as u16));
+    stage!(change_open_v6, CASE_V6, |case, _control, change| connections::change(
+        case,
+        &Maps,
+        change_of(change)
+    ));
+    stage!(tell_v6, CASE_V6, |case, _control| pipeline::tell(case, &Maps));
+
+    pub mod v4 {
+        pub use super::{
+            admit_v4 as admit, attempt_v4 as attempt, change_open_v4 as change_open,
+            choose_v4 as choose, decide_again_v4 as decide_again, decide_v4 as decide,
+            settle_v4 as settle, tell_v4 as tell,
         };
     }
-    stages!(
-        v4,
-        CASE_V4,
-        decide_v4,
-        decide_again_v4,
-        choose_v4,
-        attempt_v4,
-        settle_v4,
-        admits_v4,
-        tell_v4
-    );
-    stages!(
-        v6,
-        CASE_V6,
-        decide_v6,
-        decide_again_v6,
-        choose_v6,
-        attempt_v6,
-        settle_v6,
-        admits_v6,
-        tell_v6
-    );
+    pub mod v6 {
+        pub use super::{
+            admit_v6 as admit, attempt_v6 as attempt, change_open_v6 as change_open,
+            choose_v6 as choose, decide_again_v6 as decide_again, decide_v6 as decide,
+            settle_v6 as settle, tell_v6 as tell,
+        };
+    }
 }
 
 #[inline(always)]
