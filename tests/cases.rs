@@ -13,6 +13,7 @@ mod import;
 mod kernel;
 mod lab;
 mod limits;
+mod live;
 mod overlay;
 mod programs;
 mod s01_apply;

@@ -234,6 +234,22 @@ impl DesiredSet {
         })
     }
 
+    /// The set that it would be with other policies. Nothing is staged.
+    ///
+    /// # Errors
+    /// Those that are no valid policies, by name.
+    pub fn with_policies(
+        &self,
+        upserts: Vec<Resource>,
+        removals: &[String],
+    ) -> Result<Self, Vec<ResourceError>> {
+        let names: BTreeSet<_> = upserts.iter().map(|resource| resource.name.clone()).collect();
+        let set = self.delta(upserts, removals).into_set();
+        let rejected = set.rejections().into_iter().filter(|error| names.contains(&error.name));
+        let rejected: Vec<_> = rejected.collect();
+        if rejected.is_empty() { Ok(set) } else { Err(rejected) }
+    }
+
     /// Takes resources out that are refused and that have no earlier version to go back to.
     /// `false`: none of them was there.
     pub fn drop_refused(&mut self, refused: &BTreeMap<Key, String>) -> bool {

@@ -29,8 +29,8 @@ use crate::{
     identity::{Enrolled, Issued, Peer, Subject, registry::Registry, to_ms},
     orchestrator::{self, Observed},
     state::{
-        Admission, Announcement, Enrolment, Event, FOLDERS, Note, Plan, State, Step, TokenRecord,
-        TokenSummary, Wanted,
+        Admission, Announcement, Enrolment, Event, FOLDERS, Note, Plan, PolicyChange, State, Step,
+        TokenRecord, TokenSummary, Wanted,
     },
     store::{Entry, Fence, Range, Revision, Store, StoreError, Txn},
 };
@@ -118,6 +118,11 @@ enum Input {
         dry_run: bool,
         note: Note,
         reply: Reply<ApplyResponse>,
+    },
+    Preview {
+        wanted: Vec<Wanted>,
+        mode: Mode,
+        reply: Reply<(ApplyResponse, BTreeMap<String, PolicyChange>)>,
     },
     Rollback {
         entries: Vec<Entry>,
@@ -300,6 +305,15 @@ impl Core {
         note: Note,
     ) -> Result<ApplyResponse, Error> {
         self.ask(|reply| Input::Apply { wanted, mode, dry_run, note, reply }).await
+    }
+
+    /// What committing all of `wanted` would change, and which VMs it would give other policies.
+    pub async fn preview(
+        &self,
+        wanted: Vec<Wanted>,
+        mode: Mode,
+    ) -> Result<(ApplyResponse, BTreeMap<String, PolicyChange>), Error> {
+        self.ask(|reply| Input::Preview { wanted, mode, reply }).await
     }
 
     /// Makes the resources what they were at a revision: `entries`, of [`crate::state::ROLLBACK_FOLDERS`]. Or says what
@@ -563,6 +577,14 @@ impl Actor {
                 let plan = self.state.plan_apply(wanted, mode, SystemTime::now());
                 let _ = reply.send(self.change(plan, dry_run, &note).await);
             }
+            Input::Preview { wanted, mode, reply } => {
+                let plan = self.state.plan_apply(wanted, mode, SystemTime::now());
+                let _ = reply.send(plan.map(|plan| {
+                    let changed = self.state.policy_changes(&plan);
+                    let (revision, changes) = (self.state.revision(), plan.changes);
+                    (ApplyResponse { revision, changes, ..ApplyResponse::default() }, changed)
+                }));
+            }
             Input::Rollback { entries, dry_run, note, reply } => {
                 let plan = self.state.plan_rollback(&entries, SystemTime::now());
                 let _ = reply.send(self.change(plan, dry_run, &note).await);
@@ -648,7 +670,8 @@ impl Actor {
         if !dry_run {
             self.commit(self.state.noted(plan, note, SystemTime::now())).await?;
         }
-        Ok(ApplyResponse { revision: self.state.revision(), changes })
+        let revision = self.state.revision();
+        Ok(ApplyResponse { revision, changes, ..ApplyResponse::default() })
     }
 
     async fn scale(

@@ -7,6 +7,7 @@ mod check;
 mod deployment;
 mod enrol;
 mod history;
+mod impact;
 mod node;
 mod overlay;
 mod record;
@@ -38,6 +39,7 @@ pub use enrol::{
     TokenRecord, TokenSummary,
 };
 pub use history::{HISTORY_MAX, Note, Remembered};
+pub use impact::PolicyChange;
 pub use node::{Announcement, Membership, NODES_MAX, Node};
 pub use overlay::MEMBERS_MAX;
 pub use record::{FOLDERS, ROLLBACK_FOLDERS};
