@@ -96,7 +96,9 @@ impl Path {
         let rules = RULES.into_iter().zip(SLOT_FIRST..);
         let rules =
             rules.map(|((verdict, flags, limit), slot)| RuleAction { slot, verdict, flags, limit });
-        tables.limits = vec![Limit::default(), Limit { interval: 1, tolerance: 3, per_source: 1 }];
+        let (interval, tolerance) = (1, 3);
+        let limit = Limit { interval, tolerance, connections: 2, group: 1, per_source: 1, pad: 0 };
+        tables.limits = vec![Limit::default(), limit];
         let by_port = mode == Mode::ByPort;
         let rule = move |lanes: u64| if by_port { (lanes >> DPORT_AT & 3) as u32 } else { NO_RULE };
         tables.set_rules(
