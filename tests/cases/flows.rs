@@ -123,8 +123,8 @@ async fn flows_shows_what_happened_to_packets_and_why() {
     assert_eq!((&impact["node"], &impact["refused"]), (&"vm1".into(), &Value::Null));
     let cut = impact["flows"].as_array().unwrap();
     let is_kept = |flow: &&Value| flow["source"] == from;
-    let of = cut.iter().find(is_kept).unwrap();
-    assert_eq!((&of["rule"], &of["cutByDefault"]), (&"open".into(), &true.into()), "{of}");
+    let ended = cut.iter().find(is_kept).unwrap();
+    assert_eq!((&ended["rule"], &ended["cutByDefault"]), (&"open".into(), &true.into()));
     let live: Value =
         serde_json::from_str(&core.cnsmo(&["flows", "--node", "vm1", "--live", "-o", "json"]))
             .unwrap();
