@@ -352,7 +352,7 @@ impl Core {
         self.ask(|reply| Input::Scale { name, replicas, note, reply }).await
     }
 
-    /// Services of which the orchestrator has to know the instances: deployments, and what they need.
+    /// Services of which the orchestrator has to know the instances: [`State::observed_services`].
     pub async fn observed_services(&self) -> Result<BTreeSet<String>, Error> {
         self.ask(|reply| Input::Observed { reply }).await
     }
@@ -802,7 +802,11 @@ impl Actor {
             self.registry.set(&identity, enrolled.as_ref());
         }
         let is_for_look = |event: &Event| {
-            matches!(event.kind, Kind::Deployment | Kind::Node | Kind::LoadBalancer)
+            let kind = event.kind;
+            matches!(
+                kind,
+                Kind::Deployment | Kind::Node | Kind::LoadBalancer | Kind::FirewallPolicy
+            )
         };
         if events.iter().any(is_for_look) {
             self.deployments.notify_one();

@@ -188,7 +188,7 @@ pub struct Resource {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// Tells what a name stands for now from what it stood for before, no more: of an operator's resource the store revision,
-    /// of a derived one the first 63 bits of the SHA-256 of its encoding. Above 0.
+    /// of a derived one, and of a policy with peers, the first 63 bits of the SHA-256 of its encoding. Above 0.
     #[prost(int64, tag = "2")]
     pub version: i64,
     #[prost(oneof = "resource::Spec", tags = "3, 4, 5, 6, 7, 8")]
@@ -198,6 +198,7 @@ pub struct Resource {
 pub mod resource {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Spec {
+        /// Peers are resolved to CIDRs. A policy with one that is not is refused: it stands for more than a policy takes.
         #[prost(message, tag = "3")]
         FirewallPolicy(super::super::super::policy::v1::FirewallPolicySpec),
         #[prost(message, tag = "4")]
