@@ -15,6 +15,7 @@ mod lab;
 mod limits;
 mod live;
 mod overlay;
+mod peers;
 mod programs;
 mod s01_apply;
 mod s02_idle;

@@ -580,7 +580,15 @@ impl Actor {
             Input::Preview { wanted, mode, reply } => {
                 let plan = self.state.plan_apply(wanted, mode, SystemTime::now());
                 let _ = reply.send(plan.map(|plan| {
-                    let changed = self.state.policy_changes(&plan);
+                    let mut changed = self.state.policy_changes(&plan);
+                    // Each policy once, however many VMs it is for.
+                    let mut sent = BTreeMap::new();
+                    for (name, spec) in changed.values_mut().flat_map(|change| &mut change.upserts)
+                    {
+                        let sent = sent.entry(name.clone());
+                        let as_sent = || self.fleet.as_sent(Arc::clone(spec), &self.state);
+                        *spec = Arc::clone(sent.or_insert_with(as_sent));
+                    }
                     let (revision, changes) = (self.state.revision(), plan.changes);
                     (ApplyResponse { revision, changes, ..ApplyResponse::default() }, changed)
                 }));

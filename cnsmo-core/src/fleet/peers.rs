@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use cnsmo_proto::{
@@ -117,6 +118,17 @@ impl Fleet {
         version
     }
 
+    /// What agents would be sent of a policy, its peers being what they are now.
+    pub fn as_sent(&self, spec: Arc<FirewallPolicySpec>, state: &State) -> Arc<FirewallPolicySpec> {
+        if spec.rules.iter().all(|rule| rule.from.is_none() && rule.to.is_none()) {
+            return spec;
+        }
+        let Ok(policy) = FirewallPolicy::try_from(FirewallPolicySpec::clone(&spec)) else {
+            return spec;
+        };
+        self.resolve(&policy, state, &mut Vec::new()).map_or(spec, Arc::new)
+    }
+
     /// A policy with networks in place of peers. A rule whose peer has no address stays, and matches nothing: what it names,
     /// such as a failsafe port, it still names.
     fn resolve(
@@ -154,9 +166,18 @@ impl Fleet {
             }
             rules.push(with(rule, networks));
         }
-        let FirewallPolicy { target, priority, defaults, mode, .. } = policy;
-        let (target, priority, defaults, mode) = (target.clone(), *priority, *defaults, *mode);
-        Ok((&FirewallPolicy { target, priority, defaults, mode, rules }).into())
+        let FirewallPolicy { target, priority, defaults, mode, timeouts, orphan_fragments, .. } =
+            policy;
+        Ok((&FirewallPolicy {
+            target: target.clone(),
+            priority: *priority,
+            defaults: *defaults,
+            mode: *mode,
+            rules,
+            timeouts: *timeouts,
+            orphan_fragments: *orphan_fragments,
+        })
+            .into())
     }
 
     fn stand(&self, peer: &Peer, state: &State) -> Stand {

@@ -45,7 +45,7 @@ type Specs<'a> = BTreeMap<&'a str, &'a Arc<FirewallPolicySpec>>;
 
 fn selecting<'a>(policies: impl Iterator<Item = &'a StoredPolicy>, labels: &Labels) -> Specs<'a> {
     policies
-        .filter(|policy| policy.model.selects(labels))
+        .filter(|policy| policy.model.target.selects(labels))
         .map(|policy| (policy.metadata.name.as_str(), &policy.spec))
         .collect()
 }

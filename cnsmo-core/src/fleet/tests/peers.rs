@@ -72,7 +72,7 @@ fn rules_about_labels_are_right_after_each_commit_and_sent_when_they_change() {
     for (node, labels) in [("a", "in=m,role=lb"), ("b", "role=web"), ("c", "in=m")] {
         world.label(node, labels);
     }
-    // Of which 10.1.0.77 is an address of the network, and another VM's to have.
+    // It announces 10.1.0.77 too, which is of the network: another VM's to have.
     world.announce("a", 1);
     let of = |protocol| FirewallRule { protocol: Some(protocol), ..about("", "role=lb") };
     let named = |name: &str, rule: FirewallRule| FirewallRule { name: name.into(), ..rule };
@@ -159,6 +159,8 @@ fn rules_about_a_service_wait_for_the_first_look_at_it_and_then_follow_it() {
     use InstancePhase::{Degraded, Draining, Failed, Installing, Lost, Ready};
     use InstancePhase::{Starting, Stopped, Unreachable};
     let mut world = World::new();
+    // Of which 10.1.0.77 is an address: no VM's word for it counts.
+    world.apply_all([network("m", "10.1.0.0/24", "in=nowhere", 0)]);
     for (n, node) in (1..).zip(NODES) {
         world.announce(node, n);
     }
