@@ -76,11 +76,11 @@ impl Services {
             }
             Command::Flows(ListFlowsRequest { max, .. }) => {
                 let flows = self.enforcer.flows(live::bounded(max)).await;
-                let flows = told(flows).map(|flows| flows.into());
+                let flows = told(flows).map(Into::into);
                 answered(id, flows.map(command_result::Result::Flows))
             }
             Command::Preview(preview) => {
-                let impact = told(self.enforcer.preview(preview).await).map(|impact| impact.into());
+                let impact = told(self.enforcer.preview(preview).await).map(Into::into);
                 answered(id, impact.map(command_result::Result::Impact))
             }
             command => self.local.answer(id, command).await,

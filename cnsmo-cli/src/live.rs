@@ -1,6 +1,9 @@
 //! Flows that a VM knows: `cnsmo flows --live`, and those that a change would cut.
 
-use std::time::Duration;
+use std::{
+    io::{self, Write as _},
+    time::Duration,
+};
 
 use anyhow::Result;
 use cnsmo_proto::{
@@ -34,7 +37,8 @@ pub(crate) async fn list(client: &Client, format: Format, node: String, max: u32
     print_table(&header, flows.iter().map(Document::row).collect())?;
     let (shown, total) = (answer.flows.len() as u64, answer.total);
     if shown < total {
-        eprintln!("{shown} of {total} flows, those with the latest packets; --max shows more");
+        let note = format!("{shown} of {total} flows, those with the latest packets; see --max");
+        writeln!(io::stderr(), "{note}")?;
     }
     Ok(())
 }
