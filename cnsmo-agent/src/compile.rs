@@ -21,7 +21,7 @@ use std::{cmp::Reverse, collections::BTreeMap, fmt, net::IpAddr};
 
 use cnsmo_common::blob::{DEPTH_MAX, HEADER_WORDS, NO_RULE, TARGET, lanes};
 use cnsmo_ebpf::classify::{Key4, Key6, classify};
-use cnsmo_proto::model::Name;
+use cnsmo_proto::model::{Direction, Name};
 use rayon::prelude::*;
 
 pub use boxes::BOXES_MAX;
@@ -127,11 +127,22 @@ impl Compiled {
     /// Walks the words on the host, as the data path does: the index of the first rule that matches, [`NO_RULE`], or
     /// `None` if the words are broken.
     pub fn classify(&self, header: &Header) -> Option<u32> {
-        let direction = direction_index(header.direction);
-        let header_at = u64::from(HEADER_WORDS) * direction as u64;
         let lanes = lanes(header.sport, header.dport, header.proto);
+        self.classify_lanes(header.src, header.dst, lanes, header.direction)
+    }
+
+    /// As [`Self::classify`], with ports and protocol as [`lanes`] packs them.
+    pub fn classify_lanes(
+        &self,
+        src: IpAddr,
+        dst: IpAddr,
+        lanes: u64,
+        direction: Direction,
+    ) -> Option<u32> {
+        let direction = direction_index(direction);
+        let header_at = u64::from(HEADER_WORDS) * direction as u64;
         let walk = |blob: &FamilyBlob| u64::from(blob.trees[direction]);
-        match (header.src, header.dst) {
+        match (src, dst) {
             (IpAddr::V4(src), IpAddr::V4(dst)) => {
                 let key = Key4::new(src.to_bits(), dst.to_bits(), lanes);
                 classify(&key, self.v4.words.as_slice(), header_at, walk(&self.v4))

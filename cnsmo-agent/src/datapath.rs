@@ -10,6 +10,7 @@ use cnsmo_proto::model::{Direction, Name};
 use crate::{
     effective::{Balancer, Effective},
     explain::{Answer, Question},
+    live::{Impact, LiveFlows},
 };
 
 /// A data path that enforces one policy at a time.
@@ -38,6 +39,18 @@ pub trait Datapath: Send + 'static {
         &mut self,
         question: &Question,
     ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>>;
+
+    /// At most `max` of the flows there are.
+    ///
+    /// # Errors
+    /// Of the kernel.
+    fn flows(&mut self, max: usize) -> Result<LiveFlows, Box<dyn std::error::Error + Send + Sync>>;
+
+    /// What [`Self::apply`] would do to the flows there are, of which at most `max` are named. Nothing is changed.
+    ///
+    /// # Errors
+    /// Those of [`Self::apply`] that come before anything is changed, and of the kernel.
+    fn preview(&mut self, policy: &Effective, max: usize) -> Result<Impact, ApplyError>;
 }
 
 /// The policy cannot be enforced; the one before still is.

@@ -11,7 +11,9 @@ use std::{
 
 use cnsmo_proto::{
     digest::Digest,
-    model::{Backend, FirewallPolicy, Instance, Invalid, LoadBalancer, Member, Name, Network},
+    model::{
+        Backend, FirewallPolicy, Instance, Invalid, LoadBalancer, Member, Name, Network, Peer, Rule,
+    },
     pb::agent::{Resource, ResourceError, TypeState, Update, resource, update::Kind},
 };
 
@@ -232,6 +234,22 @@ impl DesiredSet {
             Spec::Instance(instance) => Some(&**instance),
             _ => None,
         })
+    }
+
+    /// The set that it would be with other policies. Nothing is staged.
+    ///
+    /// # Errors
+    /// Those that are no valid policies, by name.
+    pub fn with_policies(
+        &self,
+        upserts: Vec<Resource>,
+        removals: &[String],
+    ) -> Result<Self, Vec<ResourceError>> {
+        let names: BTreeSet<_> = upserts.iter().map(|resource| resource.name.clone()).collect();
+        let set = self.delta(upserts, removals).into_set();
+        let rejected = set.rejections().into_iter().filter(|error| names.contains(&error.name));
+        let rejected: Vec<_> = rejected.collect();
+        if rejected.is_empty() { Ok(set) } else { Err(rejected) }
     }
 
     /// Takes resources out that are refused and that have no earlier version to go back to.
@@ -473,7 +491,7 @@ fn convert(resource: Resource) -> Result<(Key, Spec), Invalid> {
     let wire = resource.spec.ok_or_else(|| Invalid::new("missing").at("spec"))?;
     let spec = match (&key, wire) {
         (Key::FirewallPolicy(_), Wire::FirewallPolicy(spec)) => {
-            FirewallPolicy::try_from(spec).map(Spec::FirewallPolicy)
+            FirewallPolicy::try_from(spec).and_then(resolved).map(Spec::FirewallPolicy)
         }
         (Key::Network(_), Wire::Network(spec)) => Network::try_from(spec).map(Spec::Network),
         (Key::LoadBalancer(_), Wire::LoadBalancer(spec)) => {
@@ -498,6 +516,15 @@ fn convert(resource: Resource) -> Result<(Key, Spec), Invalid> {
         _ => Err(Invalid::new("is not of the kind that the name says")),
     };
     Ok((key, spec.map_err(|e| e.at("spec"))?))
+}
+
+/// A peer would match any address here.
+fn resolved(policy: FirewallPolicy) -> Result<FirewallPolicy, Invalid> {
+    let is_open = |rule: &Rule| !matches!(rule.peer, None | Some(Peer::Nobody));
+    let Some(n) = policy.rules.iter().position(is_open) else { return Ok(policy) };
+    let side = policy.rules[n].direction.far_side();
+    let why = "the core has not resolved it to CIDRs: the conditions of the policy say why";
+    Err(Invalid::new(why).at(side).at_index(n).at("rules"))
 }
 
 /// Name and content of a derived record must agree.

@@ -106,7 +106,8 @@ impl Effective {
             first.map_or((Action::Allow, false), |(action, policy)| (action, is_audited(policy)))
         };
         let owned = policies.iter().flat_map(|(name, policy)| {
-            policy.rules.iter().map(|rule| OwnedRule {
+            // What is left of a peer stands for nobody.
+            policy.rules.iter().filter(|rule| rule.peer.is_none()).map(|rule| OwnedRule {
                 policy: Some((*name).clone()),
                 rule: rule.clone(),
                 audit: is_audited(policy),

@@ -16,7 +16,7 @@ use std::{
 
 use cnsmo_proto::{
     model::{Instance, Name, PublicKey},
-    pb::agent::{Ack, TypeState, Update},
+    pb::agent::{Ack, PolicyPreview, TypeState, Update},
 };
 use cnsmo_service::supervise::Stop;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -27,6 +27,7 @@ use crate::{
     explain::{Answer, Question},
     health::{Checks, View},
     ledger::Ledger,
+    live::{Impact, LiveFlows},
     parts::{Part, Parts},
     plan::BackendState,
     tunnel::{Tunnel, TunnelStatus},
@@ -123,6 +124,8 @@ enum Message {
     Health { view: View, reply: oneshot::Sender<()> },
     Status { reply: oneshot::Sender<VmStatus> },
     Explain { question: Question, reply: oneshot::Sender<Result<Answer, String>> },
+    Flows { max: usize, reply: oneshot::Sender<Result<LiveFlows, String>> },
+    Preview { preview: Box<PolicyPreview>, reply: oneshot::Sender<Result<Impact, String>> },
     Followed { reply: oneshot::Sender<()> },
     Held,
     Sweep { part: Part },
@@ -200,6 +203,23 @@ impl EnforcerHandle {
     /// See [`Gone`].
     pub async fn explain(&self, question: Question) -> Result<Result<Answer, String>, Gone> {
         self.ask(|reply| Message::Explain { question, reply }).await
+    }
+
+    /// At most `max` of the flows there are, or why they cannot be read.
+    ///
+    /// # Errors
+    /// See [`Gone`].
+    pub async fn flows(&self, max: usize) -> Result<Result<LiveFlows, String>, Gone> {
+        self.ask(|reply| Message::Flows { max, reply }).await
+    }
+
+    /// What other policies would do to the flows there are, or why that cannot be told.
+    ///
+    /// # Errors
+    /// See [`Gone`].
+    pub async fn preview(&self, preview: PolicyPreview) -> Result<Result<Impact, String>, Gone> {
+        let preview = Box::new(preview);
+        self.ask(|reply| Message::Preview { preview, reply }).await
     }
 
     /// A service runs from now on: returns when its part is what the core has sent last.

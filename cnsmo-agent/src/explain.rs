@@ -58,6 +58,29 @@ pub enum Decider {
     Default,
 }
 
+impl Decider {
+    /// Policy, rule, and whether neither but the default decides.
+    pub fn in_words(self) -> (String, String, bool) {
+        match self {
+            Self::Nothing => Default::default(),
+            Self::Default => (String::new(), String::new(), true),
+            Self::Rule(policy, rule) => {
+                (policy.map_or_else(String::new, |name| name.to_string()), rule.to_string(), false)
+            }
+        }
+    }
+}
+
+/// Source and destination of a packet that is rewritten.
+pub(crate) fn translated([src, dst]: [SocketAddr; 2]) -> Translated {
+    Translated {
+        source: src.ip().to_string(),
+        destination: dst.ip().to_string(),
+        source_port: src.port().into(),
+        destination_port: dst.port().into(),
+    }
+}
+
 /// The query cannot be answered.
 #[derive(Debug, thiserror::Error)]
 #[error("{field}: {reason}")]
@@ -100,13 +123,7 @@ impl TryFrom<&PacketQuery> for Question {
 
 impl From<Answer> for Judgement {
     fn from(answer: Answer) -> Self {
-        let (policy, rule, by_default) = match answer.by {
-            Decider::Nothing => Default::default(),
-            Decider::Default => (String::new(), String::new(), true),
-            Decider::Rule(policy, rule) => {
-                (policy.map_or_else(String::new, |name| name.to_string()), rule.to_string(), false)
-            }
-        };
+        let (policy, rule, by_default) = answer.by.in_words();
         Self {
             unguarded: answer.unguarded,
             drop_reason: answer.dropped.unwrap_or_default().to_owned(),
@@ -116,12 +133,7 @@ impl From<Answer> for Judgement {
             rule,
             by_default,
             flow_state: answer.flow.unwrap_or_default().to_owned(),
-            translated: answer.translated.map(|[src, dst]| Translated {
-                source: src.ip().to_string(),
-                destination: dst.ip().to_string(),
-                source_port: src.port().into(),
-                destination_port: dst.port().into(),
-            }),
+            translated: answer.translated.map(translated),
             load_balancer: answer.balancer.map_or_else(String::new, |name| name.to_string()),
         }
     }

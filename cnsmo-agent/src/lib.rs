@@ -11,6 +11,7 @@ pub mod explain;
 pub mod flows;
 pub mod health;
 pub mod ledger;
+pub mod live;
 pub mod locate;
 pub mod node;
 pub mod parts;

@@ -15,7 +15,7 @@ use cnsmo_proto::{
         },
         balancer::BackendStatus,
         catalog::{self, Instance},
-        flow::{Judgement, PacketQuery},
+        flow::{Judgement, ListFlowsRequest, PacketQuery},
         node::{DropCounter, FirewallStatus, Interface, NodeStatus, OverlayStatus, PeerStatus},
         policy::RuleCounter,
     },
@@ -31,10 +31,10 @@ use tonic::Code;
 use crate::{
     datapath::{Attachment, Count},
     effective::BackendTarget,
-    enforcer::{EnforcerHandle, VmStatus},
+    enforcer::{EnforcerHandle, Gone, VmStatus},
     explain::Question,
     flows::FlowLog,
-    node,
+    live, node,
     plan::BackendState,
     tunnel::{self, Backend, TunnelStatus},
 };
@@ -70,16 +70,19 @@ impl Services {
                 let page = command_result::Result::Records(self.flows.answer(query));
                 CommandResult { id, result: Some(page), ..CommandResult::default() }
             }
-            Command::Explain(query) => match self.explain(&query).await {
-                Ok(judgement) => {
-                    let result = Some(command_result::Result::Judgement(judgement));
-                    CommandResult { id, result, ..CommandResult::default() }
-                }
-                Err((code, message)) => {
-                    let code = i32::from(code).unsigned_abs();
-                    CommandResult { id, code, message, result: None }
-                }
-            },
+            Command::Explain(query) => {
+                let judgement = self.explain(&query).await;
+                answered(id, judgement.map(command_result::Result::Judgement))
+            }
+            Command::Flows(ListFlowsRequest { max, .. }) => {
+                let flows = self.enforcer.flows(live::bounded(max)).await;
+                let flows = told(flows).map(Into::into);
+                answered(id, flows.map(command_result::Result::Flows))
+            }
+            Command::Preview(preview) => {
+                let impact = told(self.enforcer.preview(preview).await).map(Into::into);
+                answered(id, impact.map(command_result::Result::Impact))
+            }
             command => self.local.answer(id, command).await,
         }
     }
@@ -87,9 +90,7 @@ impl Services {
     async fn explain(&self, query: &PacketQuery) -> Result<Judgement, (Code, String)> {
         let question = Question::try_from(query)
             .map_err(|error| (Code::InvalidArgument, error.to_string()))?;
-        let answer = self.enforcer.explain(question).await;
-        let answer = answer.map_err(|gone| (Code::Unavailable, gone.to_string()))?;
-        answer.map(Judgement::from).map_err(|why| (Code::FailedPrecondition, why))
+        told(self.enforcer.explain(question).await).map(Judgement::from)
     }
 
     /// All states from now on.
@@ -125,6 +126,22 @@ impl Services {
         let removed = news.removed.iter().map(removed).collect();
         let instances = news.states.into_iter().map(instance).collect();
         InstanceReport { complete, instances, removed }
+    }
+}
+
+/// What the enforcer says, for who asked by a command.
+fn told<T>(answer: Result<Result<T, String>, Gone>) -> Result<T, (Code, String)> {
+    let answer = answer.map_err(|gone| (Code::Unavailable, gone.to_string()))?;
+    answer.map_err(|why| (Code::FailedPrecondition, why))
+}
+
+fn answered(id: u64, result: Result<command_result::Result, (Code, String)>) -> CommandResult {
+    match result {
+        Ok(result) => CommandResult { id, result: Some(result), ..CommandResult::default() },
+        Err((code, message)) => {
+            let code = i32::from(code).unsigned_abs();
+            CommandResult { id, code, message, result: None }
+        }
     }
 }
 

@@ -21,17 +21,23 @@ use tonic::Code;
 use crate::{
     args::{ApplyArgs, DeleteArgs, FileArgs, Format, OriginalArgs},
     client::{Client, Resources, refused},
-    deployment, diff, load,
-    output::{kind_of, kind_word, name_of, print_json, print_yaml, yaml},
+    deployment, diff,
+    live::{self, ImpactDocument},
+    load,
+    output::{kind_of, kind_word, name_of, print_json, print_text, print_yaml, yaml},
     wait,
 };
 
 pub(crate) async fn apply(client: &Client, format: Format, args: ApplyArgs) -> Result<ExitCode> {
     let resources = load::resources(&args.files.files, args.files.original)?;
     let mut core = client.resources().await?;
-    let request = ApplyRequest { resources, dry_run: args.dry_run, ..ApplyRequest::default() };
+    let ApplyArgs { dry_run, against_flows, .. } = args;
+    let request = ApplyRequest { resources, dry_run, against_flows, ..ApplyRequest::default() };
     let response = core.apply(request).await.map_err(refused)?.into_inner();
-    print_changes(format, &response, args.dry_run)?;
+    print_changes(format, &response, dry_run)?;
+    if against_flows && format == Format::Table {
+        print_text(&live::impacts(&response.impacts))?;
+    }
     if !args.wait {
         return Ok(ExitCode::SUCCESS);
     }
@@ -149,10 +155,12 @@ fn deleted_as(resource: &Resource) -> u8 {
 /// Stable field names, for programs.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Applied {
+struct Applied<'a> {
     revision: i64,
     dry_run: bool,
     changes: Vec<AppliedChange>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    impacts: Vec<ImpactDocument<'a>>,
 }
 
 #[derive(Serialize)]
@@ -172,6 +180,7 @@ pub(crate) fn print_changes(format: Format, response: &ApplyResponse, dry_run: b
         revision: response.revision,
         dry_run,
         changes: response.changes.iter().map(change).collect(),
+        impacts: response.impacts.iter().map(ImpactDocument::from).collect(),
     };
     match format {
         Format::Json => return print_json(&applied()),

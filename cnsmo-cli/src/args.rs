@@ -169,6 +169,9 @@ pub(crate) struct ApplyArgs {
     /// Validate and say what would change; commit nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// With --dry-run: which live flows the VMs would cut
+    #[arg(long, requires = "dry_run")]
+    pub(crate) against_flows: bool,
     /// Return when every VM enforces it and deployments are complete; exit code 3 if not in time
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) wait: bool,
@@ -208,6 +211,13 @@ pub(crate) struct FlowsArgs {
     /// Only what was dropped
     #[arg(long)]
     pub(crate) dropped: bool,
+    /// The flows that it knows now in place of records, the one with the latest packet first
+    #[arg(long, conflicts_with_all = ["tail", "follow", "dropped"])]
+    pub(crate) live: bool,
+    /// For --live, at most that many
+    #[arg(long, value_name = "N", default_value_t = 1_000, requires = "live",
+          value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) max: u32,
 }
 
 #[derive(clap::Args)]

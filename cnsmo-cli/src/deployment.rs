@@ -78,7 +78,7 @@ pub(crate) async fn spawn(client: &Client, args: SpawnArgs) -> Result<ExitCode> 
     let request = ApplyRequest {
         resources: vec![Resource { resource: Some(Inner::Deployment(one)) }],
         mode: Mode::Create.into(),
-        dry_run: false,
+        ..ApplyRequest::default()
     };
     let answer = client.resources().await?.apply(request).await.map_err(refused)?.into_inner();
     let (name, revision) = (&args.name, answer.revision);

@@ -10,7 +10,7 @@ use cnsmo_proto::{
     model::{Labels, Name},
     pb::{
         meta::{Condition, Metadata},
-        policy::{FirewallPolicy, FirewallRule},
+        policy::{FirewallPolicy, FirewallRule, ResolvedPeer},
         resource::{Kind, resource::Resource as Inner},
     },
 };
@@ -60,6 +60,11 @@ fn describe_policy(policy: &FirewallPolicy) -> Result<()> {
         spec.rules.iter().map(rule_row).collect(),
     )?;
     let status = policy.status.clone().unwrap_or_default();
+    if !status.peers.is_empty() {
+        let peer =
+            |p: &ResolvedPeer| vec![p.rule.clone(), p.nodes.to_string(), p.cidrs.to_string()];
+        section("Peers", &["RULE", "VMS", "CIDRS"], status.peers.iter().map(peer).collect())?;
+    }
     let node = |n: &cnsmo_proto::pb::policy::NodePolicyStatus| {
         vec![n.node.clone(), yes(n.applied), or_none(&n.message)]
     };
@@ -75,15 +80,12 @@ fn describe_policy(policy: &FirewallPolicy) -> Result<()> {
 }
 
 fn rule_row(rule: &FirewallRule) -> Vec<String> {
-    let any = |list: &[String]| {
-        if list.is_empty() { "any".to_owned() } else { list.join(",") }
-    };
     vec![
         rule.name.clone(),
         manifest::action_text(rule),
         manifest::direction(rule.direction()).to_owned(),
-        any(&rule.from_cidrs),
-        any(&rule.to_cidrs),
+        manifest::side_of(&rule.from_cidrs, rule.from.as_ref()),
+        manifest::side_of(&rule.to_cidrs, rule.to.as_ref()),
         manifest::traffic(rule),
     ]
 }

@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::{
     args::{ExplainArgs, Format},
     client::{Client, refused},
-    output::{age, print_json, print_yaml},
+    output::{age, end, print_json, print_yaml},
 };
 
 /// The packet would be dropped.
@@ -165,7 +165,7 @@ impl<'a> StepDocument<'a> {
     fn new(step: &'a ExplainStep) -> Option<Self> {
         let (packet, judgement) = step.packet.as_ref().zip(step.judgement.as_ref())?;
         let has_ports = matches!(packet.protocol, 6 | 17 | 132);
-        let end = |address: &str, port: u32| end_text(address, has_ports.then_some(port));
+        let end = |address: &str, port: u32| end(address, has_ports.then_some(port));
         Some(Self {
             node: &step.node,
             direction: manifest::direction(step.direction()),
@@ -199,14 +199,6 @@ fn verdict(judgement: &Judgement) -> &'static str {
         Judgement { drop_reason, .. } if !drop_reason.is_empty() => "dropped",
         Judgement { audited: true, .. } => "audited",
         _ => "passes",
-    }
-}
-
-fn end_text(address: &str, port: Option<u32>) -> String {
-    match port {
-        Some(port) if address.contains(':') => format!("[{address}]:{port}"),
-        Some(port) => format!("{address}:{port}"),
-        None => address.to_owned(),
     }
 }
 

@@ -1,9 +1,6 @@
 //! `cnsmo flows`: what happened to packets on one VM.
 
-use std::{
-    io::{self, Write as _},
-    net::IpAddr,
-};
+use std::io::{self, Write as _};
 
 use anyhow::{Context as _, Result, bail};
 use cnsmo_proto::{
@@ -15,12 +12,16 @@ use serde::Serialize;
 use crate::{
     args::{FlowsArgs, Format},
     client::{Client, refused},
-    output::{or_none, print_text, print_yaml},
+    live,
+    output::{end, or_none, print_text, print_yaml},
 };
 
 /// One line, object or document each, as they come.
 pub(crate) async fn flows(client: &Client, format: Format, args: FlowsArgs) -> Result<()> {
-    let FlowsArgs { node, tail, follow, dropped } = args;
+    let FlowsArgs { node, tail, follow, dropped, live, max } = args;
+    if live {
+        return live::list(client, format, node.to_string(), max).await;
+    }
     let (node, tail) = (node.to_string(), tail.unwrap_or_default());
     let request = ReadRecordsRequest { node, tail, follow };
     let mut core = client.flows().await?;
@@ -125,11 +126,6 @@ fn line(document: &Document<'_>) -> String {
     let time = or_none(document.time.clone().unwrap_or_default());
     let time = time.get(..23).unwrap_or(&time);
     let place = if document.overlay { "overlay" } else { "underlay" };
-    let end = |address: &str, port: Option<u32>| match (port, address.parse::<IpAddr>()) {
-        (Some(port), Ok(IpAddr::V6(_))) => format!("[{address}]:{port}"),
-        (Some(port), _) => format!("{address}:{port}"),
-        (None, _) => address.to_owned(),
-    };
     let [from, to] = [0, 1].map(|n| document.ports.map(|ports| ports[n]));
     let mut line = format!(
         "{time:<23}  {:<8} {:<7} {place:<8} {} {} > {}",

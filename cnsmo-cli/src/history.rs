@@ -42,7 +42,11 @@ pub(crate) async fn rollback(
     let mut core = client.resources().await?;
     let request = RollbackRequest { revision, dry_run };
     let response = core.rollback(request).await.map_err(refused)?.into_inner();
-    let response = ApplyResponse { revision: response.revision, changes: response.changes };
+    let response = ApplyResponse {
+        revision: response.revision,
+        changes: response.changes,
+        ..ApplyResponse::default()
+    };
     print_changes(format, &response, dry_run)?;
     if !wait {
         return Ok(ExitCode::SUCCESS);

@@ -62,7 +62,7 @@ pub(crate) async fn update(core: &mut Resources, node: Node) -> Result<i64> {
     let request = ApplyRequest {
         resources: vec![Resource { resource: Some(Inner::Node(node)) }],
         mode: Mode::Update.into(),
-        dry_run: false,
+        ..ApplyRequest::default()
     };
     Ok(core.apply(request).await.map_err(refused)?.into_inner().revision)
 }

@@ -20,6 +20,7 @@ mod identity;
 mod import;
 mod kv;
 mod label;
+mod live;
 mod load;
 mod output;
 mod service;

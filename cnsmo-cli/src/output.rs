@@ -130,6 +130,15 @@ pub(crate) fn short(time: Duration) -> String {
 }
 
 /// Addresses of both families, IPv4 first.
+/// An end of a connection; without a port, where the protocol has none.
+pub(crate) fn end(address: &str, port: Option<u32>) -> String {
+    match port {
+        Some(port) if address.contains(':') => format!("[{address}]:{port}"),
+        Some(port) => format!("{address}:{port}"),
+        None => address.to_owned(),
+    }
+}
+
 pub(crate) fn addresses(ipv4: &str, ipv6: &str) -> String {
     let given: Vec<_> = [ipv4, ipv6].into_iter().filter(|address| !address.is_empty()).collect();
     or_none(given.join(","))

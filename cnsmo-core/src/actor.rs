@@ -29,8 +29,8 @@ use crate::{
     identity::{Enrolled, Issued, Peer, Subject, registry::Registry, to_ms},
     orchestrator::{self, Observed},
     state::{
-        Admission, Announcement, Enrolment, Event, FOLDERS, Note, Plan, State, Step, TokenRecord,
-        TokenSummary, Wanted,
+        Admission, Announcement, Enrolment, Event, FOLDERS, Note, Plan, PolicyChange, State, Step,
+        TokenRecord, TokenSummary, Wanted,
     },
     store::{Entry, Fence, Range, Revision, Store, StoreError, Txn},
 };
@@ -118,6 +118,11 @@ enum Input {
         dry_run: bool,
         note: Note,
         reply: Reply<ApplyResponse>,
+    },
+    Preview {
+        wanted: Vec<Wanted>,
+        mode: Mode,
+        reply: Reply<(ApplyResponse, BTreeMap<String, PolicyChange>)>,
     },
     Rollback {
         entries: Vec<Entry>,
@@ -302,6 +307,15 @@ impl Core {
         self.ask(|reply| Input::Apply { wanted, mode, dry_run, note, reply }).await
     }
 
+    /// What committing all of `wanted` would change, and which VMs it would give other policies.
+    pub async fn preview(
+        &self,
+        wanted: Vec<Wanted>,
+        mode: Mode,
+    ) -> Result<(ApplyResponse, BTreeMap<String, PolicyChange>), Error> {
+        self.ask(|reply| Input::Preview { wanted, mode, reply }).await
+    }
+
     /// Makes the resources what they were at a revision: `entries`, of [`crate::state::ROLLBACK_FOLDERS`]. Or says what
     /// that would change.
     pub async fn roll_back(
@@ -338,7 +352,7 @@ impl Core {
         self.ask(|reply| Input::Scale { name, replicas, note, reply }).await
     }
 
-    /// Services of which the orchestrator has to know the instances: deployments, and what they need.
+    /// Services of which the orchestrator has to know the instances: [`State::observed_services`].
     pub async fn observed_services(&self) -> Result<BTreeSet<String>, Error> {
         self.ask(|reply| Input::Observed { reply }).await
     }
@@ -563,6 +577,22 @@ impl Actor {
                 let plan = self.state.plan_apply(wanted, mode, SystemTime::now());
                 let _ = reply.send(self.change(plan, dry_run, &note).await);
             }
+            Input::Preview { wanted, mode, reply } => {
+                let plan = self.state.plan_apply(wanted, mode, SystemTime::now());
+                let _ = reply.send(plan.map(|plan| {
+                    let mut changed = self.state.policy_changes(&plan);
+                    // Each policy once, however many VMs it is for.
+                    let mut sent = BTreeMap::new();
+                    for (name, spec) in changed.values_mut().flat_map(|change| &mut change.upserts)
+                    {
+                        let sent = sent.entry(name.clone());
+                        let as_sent = || self.fleet.as_sent(Arc::clone(spec), &self.state);
+                        *spec = Arc::clone(sent.or_insert_with(as_sent));
+                    }
+                    let (revision, changes) = (self.state.revision(), plan.changes);
+                    (ApplyResponse { revision, changes, ..ApplyResponse::default() }, changed)
+                }));
+            }
             Input::Rollback { entries, dry_run, note, reply } => {
                 let plan = self.state.plan_rollback(&entries, SystemTime::now());
                 let _ = reply.send(self.change(plan, dry_run, &note).await);
@@ -648,7 +678,8 @@ impl Actor {
         if !dry_run {
             self.commit(self.state.noted(plan, note, SystemTime::now())).await?;
         }
-        Ok(ApplyResponse { revision: self.state.revision(), changes })
+        let revision = self.state.revision();
+        Ok(ApplyResponse { revision, changes, ..ApplyResponse::default() })
     }
 
     async fn scale(
@@ -779,7 +810,11 @@ impl Actor {
             self.registry.set(&identity, enrolled.as_ref());
         }
         let is_for_look = |event: &Event| {
-            matches!(event.kind, Kind::Deployment | Kind::Node | Kind::LoadBalancer)
+            let kind = event.kind;
+            matches!(
+                kind,
+                Kind::Deployment | Kind::Node | Kind::LoadBalancer | Kind::FirewallPolicy
+            )
         };
         if events.iter().any(is_for_look) {
             self.deployments.notify_one();

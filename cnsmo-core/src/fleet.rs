@@ -7,6 +7,7 @@
 mod agent;
 mod behind;
 mod derive;
+mod peers;
 mod set;
 mod status;
 
@@ -45,6 +46,7 @@ use tonic::Status;
 
 use self::{
     agent::{Agent, Session},
+    peers::Resolved,
     set::{Key, Set},
 };
 use crate::{
@@ -285,6 +287,10 @@ pub struct Fleet {
     catalog: Catalog,
     /// Nodes that each policy selects.
     selected: BTreeMap<String, BTreeSet<String>>,
+    /// What is sent of each policy that has rules with peers.
+    resolved: BTreeMap<String, Resolved>,
+    /// Policies whose peers may stand for something else now.
+    unsettled: BTreeSet<String>,
     /// What each balancer has in the set of its network.
     served: BTreeMap<String, derive::Served>,
     /// VM of each instance of each deployment, by deployment and the instance's key.
@@ -317,6 +323,8 @@ impl Fleet {
             agents: BTreeMap::new(),
             catalog: Catalog::new(),
             selected: BTreeMap::new(),
+            resolved: BTreeMap::new(),
+            unsettled: BTreeSet::new(),
             served: BTreeMap::new(),
             placed: BTreeMap::new(),
             leaving: BTreeMap::new(),
@@ -348,7 +356,7 @@ impl Fleet {
         for Event { kind, name, deleted } in events {
             self.changed.insert((*kind, name.clone()));
             match kind {
-                Kind::FirewallPolicy => self.policy_changed(name, state, before),
+                Kind::FirewallPolicy => self.policy_edited(name, state, before),
                 Kind::Network => self.network_changed(name, state),
                 Kind::LoadBalancer => self.balancer_changed(name, state),
                 Kind::Deployment => self.deployment_changed(name, state, before, now),
@@ -365,7 +373,9 @@ impl Fleet {
         }
         if events.iter().any(|event| event.kind == Kind::Network) {
             self.networks_changed(state);
+            self.unsettled.extend(self.resolved.keys().cloned());
         }
+        self.settle_policies(state, before);
         self.tell_members(state, before);
     }
 
@@ -374,19 +384,17 @@ impl Fleet {
         let mut nodes = self.selected.remove(name).unwrap_or_default();
         let policy = state.policies().get(name);
         let wanted: BTreeSet<String> =
-            policy.map(|policy| self.matching(state, &policy.model)).unwrap_or_default();
+            policy.map(|policy| self.matching(state, &policy.model.target)).unwrap_or_default();
         nodes.extend(wanted.iter().cloned());
-        match policy {
-            Some(policy) => {
-                let spec = Spec::Policy(policy.spec.clone());
-                self.catalog.insert(Key::from(&*key), spec.into());
-                self.selected.insert(name.to_owned(), wanted.clone());
-            }
-            None => drop(self.catalog.remove(&*key)),
+        let version = policy.map(|policy| self.publish_policy(policy, state));
+        if policy.is_some() {
+            self.selected.insert(name.to_owned(), wanted.clone());
+        } else {
+            self.catalog.remove(&*key);
+            self.resolved.remove(name);
         }
-        let revision = policy.map(|policy| policy.metadata.revision);
         for node in nodes {
-            let want = revision.filter(|_| wanted.contains(&node));
+            let want = version.filter(|_| wanted.contains(&node));
             let Some(agent) = self.agents.get_mut(&node) else { continue };
             if agent.want(&key, want, before) {
                 if want.is_none() {
@@ -429,14 +437,23 @@ impl Fleet {
     fn node_changed(&mut self, name: &str, state: &State, before: Revision, now: Instant) {
         let Some(node) = state.nodes().get(name) else { return };
         let agent = self.agents.entry(name.to_owned()).or_insert_with(|| Agent::new(now));
-        for label in std::mem::replace(&mut agent.labels, node.labels.clone()).as_map() {
+        let old = std::mem::replace(&mut agent.labels, node.labels.clone());
+        for label in old.as_map() {
             unindex(&mut self.by_label, label, name);
         }
         for (key, value) in node.labels.as_map() {
             self.by_label.entry((key.clone(), value.clone())).or_default().insert(name.to_owned());
         }
+        self.unsettle_peers(name, &[&old, &node.labels]);
+        let Some(agent) = self.agents.get_mut(name) else { return };
         for (policy_name, policy) in state.policies() {
-            let want = policy.model.selects(&node.labels).then_some(policy.metadata.revision);
+            let version = match self.resolved.get(policy_name) {
+                // All that it selects are told, once all of the commit is known.
+                _ if self.unsettled.contains(policy_name) => continue,
+                Some(resolved) => resolved.version,
+                None => policy.metadata.revision,
+            };
+            let want = policy.model.target.selects(&node.labels).then_some(version);
             if agent.want(&format!("{POLICY}{policy_name}"), want, before) {
                 let nodes = self.selected.entry(policy_name.clone()).or_default();
                 if want.is_some() {
@@ -455,6 +472,7 @@ impl Fleet {
     fn node_deleted(&mut self, name: &str) {
         self.withdraw_node(name);
         let Some(mut agent) = self.agents.remove(name) else { return };
+        self.unsettle_peers(name, &[&agent.labels]);
         for label in agent.labels.as_map() {
             unindex(&mut self.by_label, label, name);
         }
@@ -577,17 +595,27 @@ impl Fleet {
     }
 
     /// Sends what has become due. What depends on services waits for the first look at them: VMs that go on with what they
-    /// have are better off.
+    /// have are better off. For rules about a service that is new to us, the VMs wait that have such rules.
     pub fn flush(&mut self, state: &State) {
         let by_service =
             |balancer: &StoredBalancer| matches!(balancer.model.backends, Backends::Service(_));
         if self.is_blind && state.balancers().values().any(by_service) {
             return;
         }
+        if self.outbox.is_empty() {
+            return;
+        }
+        let unknown: BTreeSet<&str> = self
+            .resolved
+            .iter()
+            .filter(|(_, resolved)| !resolved.is_known(&self.observed))
+            .map(|(name, _)| name.as_str())
+            .collect();
         for name in std::mem::take(&mut self.outbox) {
-            if let Some(agent) = self.agents.get_mut(&name)
-                && agent.push(&self.catalog, state.revision())
-            {
+            let Some(agent) = self.agents.get_mut(&name) else { continue };
+            if agent.policies().any(|policy| unknown.contains(policy)) {
+                self.outbox.insert(name);
+            } else if agent.push(&self.catalog, state.revision()) {
                 self.changed.insert((Kind::Node, name));
             }
         }
@@ -632,8 +660,7 @@ impl Fleet {
         }
     }
 
-    /// Takes over what the catalogue knows of the services that deployments are and need, and that balancers spread flows
-    /// over.
+    /// Takes over what the catalogue knows of the services that [`State::observed_services`] names.
     pub fn observe(&mut self, observed: Observed, state: &State) {
         let differ = observed.differences(&self.observed);
         let differ: BTreeSet<String> = differ.into_iter().map(ToOwned::to_owned).collect();
@@ -646,6 +673,8 @@ impl Fleet {
         for service in &differ {
             self.service_changed(service, state);
         }
+        self.unsettle_services(&differ);
+        self.settle_policies(state, state.revision());
         self.tell_members(state, state.revision());
     }
 

@@ -10,6 +10,7 @@ mod flow;
 pub mod gate;
 mod host;
 pub mod identity;
+mod impact;
 pub mod listen;
 mod quota;
 mod resource;
@@ -110,8 +111,9 @@ pub fn routes(parts: Parts) -> anyhow::Result<Routes> {
         .register_encoded_file_descriptor_set(cnsmo_proto::DESCRIPTORS)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
-    let resources = ResourceServiceServer::new(resource::Service::new(core.clone(), store.clone()))
-        .max_decoding_message_size(MESSAGE_BYTES_MAX);
+    let resources = resource::Service::new(core.clone(), store.clone(), links.clone());
+    let resources =
+        ResourceServiceServer::new(resources).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let parts = agent::Parts { core: core.clone(), catalog: catalog.clone(), links: links.clone() };
     let agents = agent::Service::new(parts);
     let flows = flow::Service::new(core.clone(), links.clone(), stopping.clone());

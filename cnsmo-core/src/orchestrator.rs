@@ -28,7 +28,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// While another core has the resources.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What the catalogue knows of the services that deployments are and need, and that balancers spread flows over.
+/// What the catalogue knows of the services that deployments are and need, that balancers spread flows over, and that rules
+/// of firewall policies are about.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed(BTreeMap<String, BTreeMap<String, Arc<Instance>>>);
 
@@ -41,6 +42,20 @@ impl Observed {
             of.insert(instance.name.clone(), instance);
         }
         all
+    }
+
+    /// With these services too, of which the catalogue need not know any instance.
+    #[must_use]
+    pub fn looked_at(mut self, services: impl IntoIterator<Item = String>) -> Self {
+        for service in services {
+            self.0.entry(service).or_default();
+        }
+        self
+    }
+
+    /// Whether it is known which instances of a service there are, be it none.
+    pub fn knows(&self, service: &str) -> bool {
+        self.0.contains_key(service)
     }
 
     /// One instance.
@@ -98,7 +113,7 @@ pub async fn run(core: Core, catalog: Catalog) {
 async fn look(core: &Core, catalog: &Catalog) -> Result<(), Error> {
     let services = core.observed_services().await?;
     let of = |service: String| catalog.list(&Filter { service, ..Filter::default() }).0;
-    let observed = Observed::new(services.into_iter().flat_map(of));
+    let observed = Observed::new(services.iter().cloned().flat_map(of)).looked_at(services);
     core.orchestrate(observed).await
 }
 

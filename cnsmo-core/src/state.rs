@@ -7,6 +7,7 @@ mod check;
 mod deployment;
 mod enrol;
 mod history;
+mod impact;
 mod node;
 mod overlay;
 mod record;
@@ -20,7 +21,10 @@ use std::{
 };
 
 use cnsmo_proto::{
-    model::{Addresses, Deployment, Invalid, Labels, LoadBalancer, Name, Network, PublicKey},
+    model::{
+        Addresses, Deployment, FirewallPolicy as Policy, Invalid, Labels, LoadBalancer, Name,
+        Network, Peer, PublicKey,
+    },
     pb::{
         balancer::{self, LoadBalancerSpec},
         deployment::{self as deployment_pb, DeploymentSpec},
@@ -38,6 +42,7 @@ pub use enrol::{
     TokenRecord, TokenSummary,
 };
 pub use history::{HISTORY_MAX, Note, Remembered};
+pub use impact::PolicyChange;
 pub use node::{Announcement, Membership, NODES_MAX, Node};
 pub use overlay::MEMBERS_MAX;
 pub use record::{FOLDERS, ROLLBACK_FOLDERS};
@@ -72,8 +77,33 @@ pub struct Stored<S, M> {
     pub model: M,
 }
 
-/// A firewall policy, and the VMs it is for.
-pub type StoredPolicy = Stored<FirewallPolicySpec, Labels>;
+/// What the core looks at of a firewall policy.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PolicyView {
+    /// VMs it is for.
+    pub target: Labels,
+    /// All of it, if rules have peers to be resolved.
+    pub unresolved: Option<Box<Policy>>,
+}
+
+impl PolicyView {
+    /// Peers of its rules, in order.
+    pub fn peers(&self) -> impl Iterator<Item = &Peer> {
+        let rules = self.unresolved.iter().flat_map(|policy| &policy.rules);
+        rules.filter_map(|rule| rule.peer.as_ref())
+    }
+}
+
+impl From<Policy> for PolicyView {
+    fn from(policy: Policy) -> Self {
+        let has_peers = policy.rules.iter().any(|rule| rule.peer.is_some());
+        let target = policy.target.clone();
+        Self { target, unresolved: has_peers.then(|| Box::new(policy)) }
+    }
+}
+
+/// A firewall policy.
+pub type StoredPolicy = Stored<FirewallPolicySpec, PolicyView>;
 /// A network.
 pub type StoredNetwork = Stored<NetworkSpec, Network>;
 /// A load balancer.
@@ -281,8 +311,8 @@ impl State {
         let metadata =
             || Metadata { labels: labels.as_map().clone(), ..created(name.as_str(), now) };
         Ok(match body {
-            Body::Policy { spec, target } => {
-                let new = Stored { metadata: metadata(), spec: Arc::new(spec), model: target };
+            Body::Policy { spec, view } => {
+                let new = Stored { metadata: metadata(), spec: Arc::new(spec), model: view };
                 let (outcome, new) = replace(self.policies.get(name.as_str()), new);
                 (outcome, new.map(Write::Policy))
             }

@@ -74,7 +74,7 @@ async fn bad_input_is_named_and_changes_nothing() {
     let create = ApplyRequest {
         resources: vec![policy("web", "", 81)],
         mode: Mode::Create.into(),
-        dry_run: false,
+        ..ApplyRequest::default()
     };
     let exists = core.admin.resources.apply(create).await.unwrap_err();
     assert_eq!(exists.code(), Code::AlreadyExists);

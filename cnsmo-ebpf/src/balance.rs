@@ -391,7 +391,7 @@ impl<A: Family, V: Visit<A>> Visit<A> for OfTwin<'_, A, V> {
 
 /// Whether the rules judge this entry's packets, or those of the other one: what is on the wire outside.
 #[inline(always)]
-pub(crate) fn is_judged_here(flags: u8) -> bool {
+pub fn is_judged_here(flags: u8) -> bool {
     flags & flag::TRANSLATED == 0 || (flags & flag::OUTER != 0) != (flags & flag::EGRESS != 0)
 }
 

@@ -683,9 +683,9 @@ fn question<A: Family>(d: &Datagram<A>, direction: Direction) -> Question<A> {
     Question { src: d.src, dst: d.dst, lanes, direction }
 }
 
-/// The first packet of a known flow.
+/// The first packet of a known flow, as rules are asked about it.
 #[inline(always)]
-fn original<A: Family>(key: &FlowKey<A>, flags: u8) -> Question<A> {
+pub fn original<A: Family>(key: &FlowKey<A>, flags: u8) -> Question<A> {
     let from_high = flags & flag::ORIGIN_HIGH != 0;
     let (src, dst) = if from_high { (key.high, key.low) } else { (key.low, key.high) };
     let (sport, dport) =

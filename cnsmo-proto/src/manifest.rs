@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, fmt};
 
 pub use balancer::{algorithm, ports};
 pub use document::Manifest;
-pub use firewall::{action_text, direction, mode, protocol_name as protocol, traffic};
+pub use firewall::{action_text, direction, mode, protocol_name as protocol, side_of, traffic};
 pub use icmp::types as icmp_types;
 pub use original::Original;
 pub use status::{instance_phase, phase, public_key};

@@ -21,8 +21,8 @@ pub use deployment::{
 pub use error::Invalid;
 pub use firewall::{
     Action, CONNECTIONS_MAX, Direction, FirewallPolicy, FlowTimeouts, IcmpMatch, LIMIT_FLOWS_MAX,
-    LIMIT_PERIODS, PEERS_MAX, PRIORITY_MAX, PolicyDefaults, PolicyMode, PortRange, Protocol,
-    RANGES_MAX, RULES_MAX, RateLimit, Rule, TIMEOUT_SECONDS_MAX, protocol,
+    LIMIT_PERIODS, PEERS_MAX, PRIORITY_MAX, Peer, PolicyDefaults, PolicyMode, PortRange, Protocol,
+    RANGES_MAX, RESOLVED_MAX, RULES_MAX, RateLimit, Rule, TIMEOUT_SECONDS_MAX, protocol,
 };
 pub use network::{
     Addresses, ENDPOINTS_MAX, LISTEN_PORT, MTU_MAX, MTU_MIN, Member, Network, PublicKey,
@@ -82,7 +82,7 @@ impl std::str::FromStr for Name {
 }
 
 /// Labels of a resource, or a selector: the labels that a resource must have, all of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Labels(BTreeMap<String, String>);
 
 impl Labels {

@@ -1,6 +1,11 @@
 //! What operators see of packets, by way of the core: agents in namespaces, real sockets, the command line.
 
-use std::{fs, io, net::SocketAddr, path::PathBuf, process::Command};
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use cnsmo_tests::{Process, sweep};
 use serde_json::Value;
@@ -101,6 +106,30 @@ async fn flows_shows_what_happened_to_packets_and_why() {
     assert_eq!(explain("vm1:81/tcp"), (Some(4), shut));
     let default = words([vm, "dropped", "denied-by-default", "-", "-", &to(82)]);
     assert_eq!(explain(&to(82)), (Some(4), default));
+
+    // What a change would do to a connection that is there, and that it does nothing yet.
+    let kept = connect(80, PACKETS).unwrap();
+    let kept = [kept, listener.accept().unwrap().0];
+    let from = kept[0].local_addr().unwrap().to_string();
+    let next = core.folder().join("next.yaml");
+    fs::write(&next, POLICY.replace("ports: [80]", "ports: [8080]")).unwrap();
+    let preview = |file: &Path| -> Value {
+        let file = file.to_str().unwrap();
+        let said = ["apply", "-f", file, "--dry-run", "--against-flows", "-o", "json"];
+        serde_json::from_str(&core.cnsmo(&said)).unwrap()
+    };
+    assert_eq!(preview(&file)["impacts"], Value::Null, "no VM gets another policy");
+    let impact = preview(&next)["impacts"][0].take();
+    assert_eq!((&impact["node"], &impact["refused"]), (&"vm1".into(), &Value::Null));
+    let cut = impact["flows"].as_array().unwrap();
+    let is_kept = |flow: &&Value| flow["source"] == from;
+    let ended = cut.iter().find(is_kept).unwrap();
+    assert_eq!((&ended["rule"], &ended["cutByDefault"]), (&"open".into(), &true.into()));
+    let live: Value =
+        serde_json::from_str(&core.cnsmo(&["flows", "--node", "vm1", "--live", "-o", "json"]))
+            .unwrap();
+    let found = live.as_array().unwrap().iter().find(is_kept).unwrap();
+    assert_eq!((&found["state"], &found["rule"]), (&"established".into(), &"open".into()));
 
     let dropped = seen(&["--dropped"]);
     assert_eq!(of(&dropped, 80), Value::Null);

@@ -7,6 +7,7 @@ mod attach;
 mod balance;
 mod check;
 mod explain;
+mod live;
 mod load;
 mod log;
 mod open;
@@ -60,6 +61,7 @@ use crate::{
     effective::{Balancer, Effective, TunnelDevice},
     explain::{Answer, Question},
     flows::FlowLog,
+    live::{Impact, LiveFlows},
 };
 
 /// The compiled programs.
@@ -826,6 +828,15 @@ impl Datapath for Kernel {
         question: &Question,
     ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
         Ok(self.ask(question)?)
+    }
+
+    fn flows(&mut self, max: usize) -> Result<LiveFlows, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.live_flows(max)?)
+    }
+
+    fn preview(&mut self, policy: &Effective, max: usize) -> Result<Impact, ApplyError> {
+        let compiled = compile(policy, &self.limits())?;
+        Ok(self.impact(policy, &compiled, max)?)
     }
 
     fn sweep(&mut self) {

@@ -1,7 +1,7 @@
 use cnsmo_proto::pb::{
     agent::resource::Spec as Wire,
     balancer as balancer_pb, network as network_pb,
-    policy::{Action, Direction, FirewallPolicySpec, FirewallRule},
+    policy::{Action, Direction, FirewallPolicySpec, FirewallRule, Peer},
 };
 use proptest::prelude::*;
 
@@ -348,6 +348,32 @@ fn a_refused_balancer_takes_its_changed_backends_back_with_it() {
     let rejected: Vec<_> = set.rejections().into_iter().map(|r| (r.name, r.version)).collect();
     assert_eq!(rejected, [("backend/b/x".to_owned(), 6), ("backend/b/y".to_owned(), 7)]);
     assert_eq!(set.sent_digest().to_vec(), digest(&sent));
+}
+
+#[test]
+fn a_peer_that_the_core_has_not_resolved_is_refused_by_name() {
+    let about = |version, peer: Peer| {
+        let mut policy = good("a", version);
+        if let Some(Wire::FirewallPolicy(spec)) = &mut policy.spec {
+            spec.rules[0].from = Some(peer);
+        }
+        policy
+    };
+    let services = Peer { service: "web".into(), ..Peer::default() };
+    let labels = Peer { labels: [("role".into(), "lb".into())].into(), ..Peer::default() };
+    for peer in [services, labels] {
+        let delta = Update {
+            upserts: vec![about(3, peer)],
+            ..update(Kind::Delta, 2, 3, &[("a", 3), ("b", 2)])
+        };
+        let staged = two().stage(EPOCH, delta).unwrap().into_set();
+        assert_eq!(names(&staged), [("a", 1, 1), ("b", 2, 2)], "the version before stays");
+        let [error] = &staged.errors(&BTreeMap::new())[..] else { panic!() };
+        assert!(error.message.starts_with("spec.rules[0].from: "), "{}", error.message);
+    }
+    let nobody = snapshot(3, &[about(3, Peer::default())]);
+    let staged = DesiredSet::default().stage(EPOCH, nobody).unwrap().into_set();
+    assert_eq!(names(&staged), [("a", 3, 3)]);
 }
 
 #[test]

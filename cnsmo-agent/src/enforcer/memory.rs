@@ -12,6 +12,8 @@ use crate::{
     parts::Parts,
 };
 
+const NO_DATAPATH: &str = "there is no data path";
+
 /// Serves a mailbox as long as there are handles to it.
 #[derive(Debug)]
 pub struct MemoryEnforcer {
@@ -49,7 +51,13 @@ impl MemoryEnforcer {
                     let _ = reply.send(VmStatus::default());
                 }
                 Message::Explain { reply, .. } => {
-                    let _ = reply.send(Err("there is no data path".to_owned()));
+                    let _ = reply.send(Err(NO_DATAPATH.to_owned()));
+                }
+                Message::Flows { reply, .. } => {
+                    let _ = reply.send(Err(NO_DATAPATH.to_owned()));
+                }
+                Message::Preview { reply, .. } => {
+                    let _ = reply.send(Err(NO_DATAPATH.to_owned()));
                 }
                 Message::CoreAt { reply, .. }
                 | Message::Named { reply, .. }

@@ -14,6 +14,7 @@ use crate::{
     desired::Key,
     effective::{Balancer, Effective, TunnelDevice},
     explain::{Answer, Question},
+    live::{Impact, LiveFlows},
     plan::Plan,
     tunnel::{Device, Tunnel, TunnelConfig, TunnelStatus},
 };
@@ -108,6 +109,19 @@ impl Plane {
     /// What the data path would do with a packet, or why it cannot tell.
     pub(super) fn explain(&mut self, question: &Question) -> Result<Answer, String> {
         self.datapath.explain(question).map_err(|error| Chain(&*error).to_string())
+    }
+
+    /// At most `max` of the flows there are, or why they cannot be read.
+    pub(super) fn flows(&mut self, max: usize) -> Result<LiveFlows, String> {
+        self.datapath.flows(max).map_err(|error| Chain(&*error).to_string())
+    }
+
+    /// What a policy would do to the flows there are.
+    ///
+    /// # Errors
+    /// Of the data path, which enforces what it did.
+    pub(super) fn preview(&mut self, policy: &Effective, max: usize) -> Result<Impact, ApplyError> {
+        self.guarded(|this| this.datapath.preview(policy, max))
     }
 
     /// Revives what has died of the tunnel. What that cannot mend takes another [`Self::enforce`]. Returns whether the tunnel

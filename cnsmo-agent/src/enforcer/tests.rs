@@ -21,6 +21,7 @@ use crate::{
     effective::{Balancer, Effective},
     explain::{Answer, Question},
     health::{Subject, Verdict},
+    live::{Impact, LiveFlows},
     tunnel::{Backend, Device, PeerStatus, TunnelConfig, TunnelError},
 };
 
@@ -163,6 +164,14 @@ impl Datapath for Fake {
     ) -> Result<Answer, Box<dyn std::error::Error + Send + Sync>> {
         let dropped = (question.dst.port() != 80).then_some("denied");
         Ok(Answer { dropped, ..Answer::default() })
+    }
+
+    fn flows(&mut self, max: usize) -> Result<LiveFlows, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(LiveFlows { total: max as u64, ..LiveFlows::default() })
+    }
+
+    fn preview(&mut self, policy: &Effective, _: usize) -> Result<Impact, ApplyError> {
+        Ok(Impact { judged: policy.rules.len() as u64, ..Impact::default() })
     }
 }
 

@@ -9,7 +9,7 @@ use anyhow::{Context as _, bail};
 use cnsmo_proto::{
     digest::Digest,
     model::{Action, Instance, Name},
-    pb::agent::{Ack, TypeState, Update, update::Kind},
+    pb::agent::{Ack, PolicyPreview, TypeState, Update, update::Kind},
 };
 use cnsmo_service::supervise::Chain;
 
@@ -24,6 +24,7 @@ use crate::{
     effective::Effective,
     health::{Checks, View},
     ledger::{Ledger, Loaded},
+    live::{self, Impact},
     node,
     parts::{Part, Parts},
     plan::{self, Always, Plan},
@@ -170,6 +171,12 @@ impl Enforcer {
             }
             Message::Explain { question, reply } => {
                 let _ = reply.send(self.plane.explain(&question));
+            }
+            Message::Flows { max, reply } => {
+                let _ = reply.send(self.plane.flows(max));
+            }
+            Message::Preview { preview, reply } => {
+                let _ = reply.send(self.preview(*preview));
             }
             Message::Followed { reply } => {
                 self.followed();
@@ -368,6 +375,29 @@ impl Enforcer {
             set.map(|set| plan::backends(set, self.node.get(), &self.health)).unwrap_or_default();
         balancers.retain(|name, _| self.plane.balancers().any(|in_force| in_force == name));
         VmStatus { datapath, tunnel, public_key: self.plane.public_key(), balancers }
+    }
+
+    /// As if the firewall followed the core, also where it does not now.
+    fn preview(&mut self, preview: PolicyPreview) -> Result<Impact, String> {
+        let PolicyPreview { upserts, removals, max } = preview;
+        let set =
+            self.set.as_ref().ok_or("this VM knows no policies: it waits for those of the core")?;
+        let set = match set.with_policies(upserts, &removals) {
+            Ok(set) => set,
+            Err(errors) => {
+                let refused = errors.into_iter().map(|error| (error.name, error.message));
+                return Ok(Impact { refused: refused.collect(), ..Impact::default() });
+            }
+        };
+        let plan = Plan::new(&set, self.node.get(), &self.always(), &self.health);
+        match self.plane.preview(&plan.effective, live::bounded(max)) {
+            Ok(impact) => Ok(impact),
+            Err(ApplyError::Refused(names)) => {
+                let refused = names.into_iter().map(|(name, why)| (name.to_string(), why));
+                Ok(Impact { refused: refused.collect(), ..Impact::default() })
+            }
+            Err(error) => Err(Chain(&error).to_string()),
+        }
     }
 
     /// What came while the service did not run.

@@ -332,3 +332,30 @@ fn a_failsafe_port_is_left_to_the_rules_that_name_it() {
         assert_eq!(is_open, stays_open, "{protocol} {ports:?} {direction:?}");
     }
 }
+
+#[test]
+fn a_rule_about_nobody_matches_nothing_and_still_names_its_port() {
+    let rule = |name: &str, from| policy_pb::FirewallRule {
+        name: name.into(),
+        action: policy_pb::Action::Allow.into(),
+        direction: policy_pb::Direction::Ingress.into(),
+        from,
+        protocol: Some(6),
+        ports: vec![policy_pb::PortRange { first: 22, last: 22 }],
+        ..Default::default()
+    };
+    let plan = |from| {
+        let rules = vec![rule("ssh", from)];
+        let spec = policy_pb::FirewallPolicySpec { rules, ..Default::default() };
+        let set = set(vec![resource("firewall-policy/p".into(), Spec::FirewallPolicy(spec))]);
+        Plan::new(&set, None, &Always { core: &[], ports: vec![22] }, &View::new())
+    };
+    let names = |plan: &Plan| {
+        let names = plan.effective.rules.iter().map(|owned| owned.rule.name.to_string());
+        names.collect::<Vec<_>>()
+    };
+    assert_eq!(names(&plan(None)), ["ssh"]);
+    let nobody = plan(Some(policy_pb::Peer::default()));
+    assert_eq!(names(&nobody), [""; 0], "neither for everybody nor left to the failsafe rule");
+    assert!(!nobody.effective.open, "its defaults are in force");
+}

@@ -241,7 +241,11 @@ impl ResourceService for Core {
             state.resources = resources;
             state.revision += 1;
         }
-        Ok(Response::new(ApplyResponse { revision: state.revision, changes }))
+        Ok(Response::new(ApplyResponse {
+            revision: state.revision,
+            changes,
+            ..ApplyResponse::default()
+        }))
     }
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {

@@ -666,6 +666,7 @@ fn describe_shows_status_and_counters() {
             rules: vec![RuleCounter { rule: "http".to_owned(), packets: 42, bytes: 4200 }],
         }],
         conditions: vec![],
+        peers: vec![],
     };
     for resource in core.state().resources.values_mut() {
         if let Some(Inner::FirewallPolicy(policy)) = &mut resource.resource {

@@ -166,6 +166,12 @@ impl Agent {
         true
     }
 
+    /// The version of a resource that it is to have.
+    #[cfg(test)]
+    pub(super) fn wants(&self, key: &str) -> Option<Revision> {
+        self.desired.get(key)
+    }
+
     /// The kernel of this node enforces the desired set.
     pub(super) fn in_sync(&self) -> bool {
         self.running.is_some_and(|(_, digest)| digest == self.desired.digest())

@@ -342,7 +342,7 @@ fn balancers_of<'a>(service: &'a str, state: &'a State) -> impl Iterator<Item = 
 }
 
 /// The first 63 bits of the SHA-256, but not 0.
-fn version_of(encoded: &[u8]) -> Revision {
+pub(super) fn version_of(encoded: &[u8]) -> Revision {
     let hash = ring::digest::digest(&ring::digest::SHA256, encoded);
     let mut first = [0; 8];
     first.copy_from_slice(&hash.as_ref()[..8]);

@@ -48,6 +48,8 @@ const APPLIED: &str = "Applied";
 const UNREACHABLE: &str = "Unreachable";
 const REJECTED: &str = "Rejected";
 const PENDING: &str = "Pending";
+/// Peers of a policy stand for more than it takes.
+const TOO_MANY: &str = "TooManyAddresses";
 
 impl Fleet {
     /// A resource with its status; none if there is no such resource.
@@ -106,8 +108,13 @@ impl Fleet {
                 rules: within(&mut room, agent.counters.get(name)),
             })
             .collect();
+        let resolved = self.resolved.get(name);
+        let peers = resolved.iter().flat_map(|one| one.peers.iter().take(COUNTERS_MAX).cloned());
+        let peers = peers.collect();
+        let refused = resolved.and_then(|resolved| resolved.refused.clone());
+        let judgement = refused.map_or(judgement, |why| (Truth::False, TOO_MANY, why));
         let condition = self.condition(Kind::FirewallPolicy, APPLIED, &policy.metadata, judgement);
-        let status = FirewallPolicyStatus { nodes, conditions: vec![condition] };
+        let status = FirewallPolicyStatus { nodes, conditions: vec![condition], peers };
         FirewallPolicy { status: Some(status), ..policy.into() }
     }
 

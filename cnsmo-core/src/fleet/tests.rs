@@ -1,3 +1,5 @@
+mod peers;
+
 use std::collections::VecDeque;
 
 use cnsmo_proto::pb::{
@@ -76,7 +78,10 @@ impl World {
 
     fn apply(&mut self, name: &str, target: &str, priority: u32) {
         let target = target.parse::<Labels>().unwrap().as_map().clone();
-        let spec = FirewallPolicySpec { target, priority, ..FirewallPolicySpec::default() };
+        // Some are about others.
+        let about = ["q", "r"].iter().position(|other| *other == name).map(|n| LABELS[n + 1]);
+        let rules = about.map(|labels| peers::about("peers", labels)).into_iter().collect();
+        let spec = FirewallPolicySpec { target, priority, rules, ..Default::default() };
         let metadata = Metadata { name: name.into(), ..Metadata::default() };
         let policy = FirewallPolicy { metadata: Some(metadata), spec: Some(spec), status: None };
         self.apply_all([api::resource::Resource::FirewallPolicy(policy)]);
@@ -135,7 +140,7 @@ impl World {
     fn desired(&self, node: &str) -> BTreeSet<String> {
         let labels = &self.state.nodes()[node].labels;
         let policies = self.state.policies().iter();
-        let policies = policies.filter(|(_, policy)| policy.model.selects(labels));
+        let policies = policies.filter(|(_, policy)| policy.model.target.selects(labels));
         let mut names: BTreeSet<_> = policies.map(|(name, _)| format!("{POLICY}{name}")).collect();
         let Some((_, network, _)) = self.state.member(node) else { return names };
         names.insert(format!("{NETWORK}{network}"));
@@ -827,6 +832,15 @@ proptest! {
                         agent.unanswered.clear();
                     }
                 }
+            }
+        }
+        // What came of it step by step is what comes of it at once.
+        let fresh = Fleet::new(&world.state, Timing::default(), world.now);
+        for name in POLICIES {
+            let key = format!("{POLICY}{name}");
+            prop_assert_eq!(world.fleet.spec(&key), fresh.spec(&key));
+            for node in NODES {
+                prop_assert_eq!(world.fleet.agents[node].wants(&key), fresh.agents[node].wants(&key));
             }
         }
         for agent in &mut agents {

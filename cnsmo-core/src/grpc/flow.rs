@@ -7,8 +7,9 @@ use cnsmo_proto::{
     pb::{
         agent::{command::Command, command_result::Result as Outcome},
         flow::{
-            ExplainRequest, ExplainResponse, Judgement, PacketQuery, ReadRecordsRequest,
-            ReadRecordsResponse, RecordsPage, RecordsQuery, flow_service_server::FlowService,
+            ExplainRequest, ExplainResponse, Judgement, ListFlowsRequest, ListFlowsResponse,
+            PacketQuery, ReadRecordsRequest, ReadRecordsResponse, RecordsPage, RecordsQuery,
+            flow_service_server::FlowService,
         },
         resource::{Kind, resource::Resource},
     },
@@ -80,6 +81,21 @@ impl FlowService for Service {
         let request = request.into_inner();
         let map = self.map().await?;
         Ok(Response::new(explain::explain(&map, &request, &self.links).await?))
+    }
+
+    async fn list_flows(
+        &self,
+        request: Request<ListFlowsRequest>,
+    ) -> Result<Response<ListFlowsResponse>, Status> {
+        let request = request.into_inner();
+        let node = request.node.clone();
+        if node.is_empty() {
+            return Err(Error::Invalid("node: missing".into()).into());
+        }
+        match self.links.ask(&node, Command::Flows(request), PATIENCE).await? {
+            Outcome::Flows(flows) => Ok(Response::new(flows)),
+            _ => Err(other_answer()),
+        }
     }
 
     async fn read_records(
@@ -171,6 +187,6 @@ async fn ask(links: &Links, node: &str, query: RecordsQuery) -> Result<RecordsPa
     }
 }
 
-fn other_answer() -> Status {
+pub(super) fn other_answer() -> Status {
     Status::internal("the agent answers something else than it was asked")
 }

@@ -113,7 +113,9 @@ fn other_answer() -> Status {
 fn node_of(command: &Command) -> &str {
     let id = match command {
         // Of no service; asked by another way.
-        Command::Records(_) | Command::Explain(_) => return "",
+        Command::Records(_) | Command::Explain(_) | Command::Flows(_) | Command::Preview(_) => {
+            return "";
+        }
         Command::List(ListServicesRequest { node }) => return node,
         Command::Start(StartRequest { id })
         | Command::Stop(StopRequest { id, .. })

@@ -16,11 +16,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, broadcast, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::impact;
 use crate::{
     actor::{Core, Wait},
     audit::Note,
     error::Error,
     identity::{Role, caller::Caller},
+    links::Links,
     state::{self, HISTORY_MAX, ROLLBACK_FOLDERS, parse_apply, word},
     store::{Range, Store},
 };
@@ -38,12 +40,13 @@ const WAIT_MAX: Duration = Duration::from_secs(3_600);
 pub(super) struct Service {
     core: Core,
     store: Store,
+    links: Links,
     watchers: Arc<Semaphore>,
 }
 
 impl Service {
-    pub(super) fn new(core: Core, store: Store) -> Self {
-        Self { core, store, watchers: Arc::new(Semaphore::new(WATCHERS_MAX)) }
+    pub(super) fn new(core: Core, store: Store, links: Links) -> Self {
+        Self { core, store, links, watchers: Arc::new(Semaphore::new(WATCHERS_MAX)) }
     }
 }
 
@@ -64,7 +67,16 @@ impl ResourceService for Service {
             .await
             .map_err(|_| Error::Internal)??;
         let about = format!("{} resources", wanted.len());
-        let answer = self.core.apply(wanted, mode, request.dry_run, by).await?;
+        let answer = if request.against_flows {
+            if !request.dry_run {
+                let why = "against_flows: only with dry_run: ask first, then apply";
+                return Err(Error::Invalid(why.into()).into());
+            }
+            let (answer, changed) = self.core.preview(wanted, mode).await?;
+            ApplyResponse { impacts: impact::ask(&self.links, changed).await, ..answer }
+        } else {
+            self.core.apply(wanted, mode, request.dry_run, by).await?
+        };
         let changed = answer.changes.iter().any(|change| change.outcome() != Outcome::Unchanged);
         let revision = if changed && !request.dry_run { answer.revision } else { 0 };
         let mut response = Response::new(answer);
@@ -201,7 +213,7 @@ impl ResourceService for Service {
             entries.extend(self.store.range(range).await.map_err(Error::from)?.entries);
         }
         let answer = self.core.roll_back(entries, dry_run, by).await?;
-        let ApplyResponse { revision: now, changes } = answer;
+        let ApplyResponse { revision: now, changes, .. } = answer;
         let committed = !changes.is_empty() && !dry_run;
         let mut response = Response::new(RollbackResponse { revision: now, changes });
         let detail = format!("to revision {revision}");

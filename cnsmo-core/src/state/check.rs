@@ -33,7 +33,7 @@ const OWN_SERVICES: [&str; 9] = [
 
 /// Policies, networks and balancers after a plan, by name.
 pub(super) struct Next<'a> {
-    policies: BTreeMap<&'a str, &'a StoredPolicy>,
+    pub(super) policies: BTreeMap<&'a str, &'a StoredPolicy>,
     pub(super) networks: BTreeMap<&'a str, &'a StoredNetwork>,
     pub(super) balancers: BTreeMap<&'a str, &'a StoredBalancer>,
     deployments: BTreeMap<&'a str, &'a StoredDeployment>,

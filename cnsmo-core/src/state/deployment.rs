@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
 use cnsmo_proto::{
-    model::Backends,
+    model::{Backends, Peer},
     pb::{
         deployment::{DeploymentSpec, Instance, instance::Goal},
         resource::{Change, Kind, change::Outcome},
@@ -129,8 +129,8 @@ pub enum Step {
 }
 
 impl State {
-    /// Services of which the instances have to be known: deployments, also such that are being deleted, what they need, and
-    /// what balancers spread flows over.
+    /// Services of which the instances have to be known: deployments, also such that are being deleted, what they need, what
+    /// balancers spread flows over, and what rules of firewall policies are about.
     pub fn observed_services(&self) -> BTreeSet<String> {
         let needs = self.deployments.values().flat_map(|one| &one.model.needs);
         let needs = needs.map(|need| need.service.to_string());
@@ -139,7 +139,13 @@ impl State {
             Backends::Nodes(_) => None,
             Backends::Service(service) => Some(service.to_string()),
         });
-        self.deployments.keys().cloned().chain(placed).chain(needs).chain(balanced).collect()
+        let peers = self.policies.values().flat_map(|policy| policy.model.peers());
+        let peers = peers.filter_map(|peer| match peer {
+            Peer::Labels(_) | Peer::Nobody => None,
+            Peer::Service(service) => Some(service.to_string()),
+        });
+        let deployments = self.deployments.keys().cloned();
+        deployments.chain(placed).chain(needs).chain(balanced).chain(peers).collect()
     }
 
     /// Carries out steps. One whose instance or deployment is not there any more changes nothing.

@@ -123,7 +123,7 @@ fn change(kind: Kind, name: &str, outcome: Outcome) -> Change {
 fn wanted(entry: &Entry) -> Result<Wanted, Invalid> {
     let (metadata, body) = match record::read(entry)? {
         Write::Policy(old) => {
-            (old.metadata, Body::Policy { spec: (*old.spec).clone(), target: old.model })
+            (old.metadata, Body::Policy { spec: (*old.spec).clone(), view: old.model })
         }
         Write::Network(old) => {
             (old.metadata, Body::Network { spec: (*old.spec).clone(), network: old.model })

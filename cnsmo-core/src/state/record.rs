@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, fmt::Write as _, sync::Arc};
 
 use cnsmo_proto::{
-    model::{Addresses, Deployment, Invalid, Labels, LoadBalancer, Name, Network},
+    model::{self, Addresses, Deployment, Invalid, Labels, LoadBalancer, Name, Network},
     pb::{
         agent, balancer, deployment, identity,
         meta::Metadata,
@@ -16,8 +16,9 @@ use prost::Message;
 use prost_types::Timestamp;
 
 use super::{
-    Announcement, Avoided, Entry, Membership, Node, Op, Placed, Remembered, Revision, Stored,
-    StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, TokenGrant, TokenRecord, Write,
+    Announcement, Avoided, Entry, Membership, Node, Op, Placed, PolicyView, Remembered, Revision,
+    Stored, StoredBalancer, StoredDeployment, StoredNetwork, StoredPolicy, TokenGrant, TokenRecord,
+    Write,
 };
 use crate::{
     events::Seen,
@@ -295,8 +296,13 @@ fn decode<M: Message + Default>(value: &[u8]) -> Result<M, Invalid> {
 fn policy(record: FirewallPolicy) -> Result<StoredPolicy, Invalid> {
     let metadata = record.metadata.unwrap_or_default();
     let spec = record.spec.unwrap_or_default();
-    let target = Labels::new(spec.target.clone()).map_err(|e| e.at("spec.target"))?;
-    Ok(Stored { metadata, model: target, spec: Arc::new(spec) })
+    let model = if spec.rules.iter().any(|rule| rule.from.is_some() || rule.to.is_some()) {
+        model::FirewallPolicy::try_from(spec.clone()).map_err(|e| e.at("spec"))?.into()
+    } else {
+        let target = Labels::new(spec.target.clone()).map_err(|e| e.at("spec.target"))?;
+        PolicyView { target, unresolved: None }
+    };
+    Ok(Stored { metadata, model, spec: Arc::new(spec) })
 }
 
 fn network(record: network::Network) -> Result<StoredNetwork, Invalid> {

@@ -15,7 +15,7 @@ use cnsmo_proto::{
     },
 };
 
-use super::word;
+use super::{PolicyView, word};
 use crate::error::Error;
 
 /// Resources in one request: one transaction, so one pause for all others.
@@ -39,8 +39,8 @@ pub enum Body {
     Policy {
         /// As it is handed on.
         spec: FirewallPolicySpec,
-        /// VMs it is for.
-        target: Labels,
+        /// What the core looks at.
+        view: PolicyView,
     },
     /// A network.
     Network {
@@ -143,8 +143,9 @@ fn parse(n: usize, resource: Resource) -> Result<Wanted, Error> {
 }
 
 fn policy_body(spec: FirewallPolicySpec) -> Result<Body, Invalid> {
-    let policy = FirewallPolicy::try_from(spec).map_err(|e| e.at("spec"))?;
-    Ok(Body::Policy { spec: (&policy).into(), target: policy.target })
+    let policy = FirewallPolicy::try_from(spec).and_then(FirewallPolicy::written);
+    let policy = policy.map_err(|e| e.at("spec"))?;
+    Ok(Body::Policy { spec: (&policy).into(), view: policy.into() })
 }
 
 fn network_body(spec: NetworkSpec) -> Result<Body, Invalid> {

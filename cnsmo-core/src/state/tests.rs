@@ -267,3 +267,54 @@ fn the_history_forgets_the_oldest_changes() {
     assert_eq!((ends(0), ends(HISTORY_MAX - 1)), ((changes as i64, true), (3, false)));
     assert_eq!(told[0].by, "operator/jo");
 }
+
+#[test]
+fn which_vms_get_other_policies_by_a_plan() {
+    let of = |name: &str, port, target: &str| {
+        let mut policy = policy(name, port);
+        if let Some(resource::Resource::FirewallPolicy(policy)) = &mut policy.resource {
+            let labels: Labels = target.parse().unwrap();
+            policy.spec.as_mut().unwrap().target = labels.as_map().clone();
+        }
+        policy
+    };
+    let mut state = with_token(3);
+    for (node, key) in [("vm1", 1), ("vm2", 2), ("vm3", 3)] {
+        enrol(&mut state, &enrolment(node, key)).unwrap();
+    }
+    let before = vec![
+        of("all", 22, ""),
+        of("web", 80, "role=web"),
+        node_labels("vm1", "role=web"),
+        node_labels("vm2", "role=db"),
+    ];
+    apply(&mut state, before).unwrap();
+    let changes = |wanted: Vec<Resource>| {
+        let wanted = parse_apply(wanted).unwrap();
+        let plan = state.plan_apply(wanted, Mode::Unspecified, SystemTime::now()).unwrap();
+        let changes = state.policy_changes(&plan).into_iter();
+        let brief = |(node, change): (String, PolicyChange)| {
+            (node, change.upserts.into_keys().collect::<Vec<_>>(), change.removals)
+        };
+        changes.map(brief).collect::<Vec<_>>()
+    };
+    let change = |node: &str, upserts: &[&str], removals: &[&str]| {
+        let owned =
+            |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        (node.to_owned(), owned(upserts), owned(removals))
+    };
+    assert_eq!(changes(vec![of("web", 80, "role=web"), node_labels("vm1", "role=web")]), []);
+    assert_eq!(changes(vec![of("web", 81, "role=web")]), [change("vm1", &["web"], &[])]);
+    assert_eq!(
+        changes(vec![of("web", 80, "role=db")]),
+        [change("vm1", &[], &["web"]), change("vm2", &["web"], &[])]
+    );
+    assert_eq!(
+        changes(vec![of("all", 23, ""), node_labels("vm2", "role=web")]),
+        [
+            change("vm1", &["all"], &[]),
+            change("vm2", &["all", "web"], &[]),
+            change("vm3", &["all"], &[])
+        ]
+    );
+}

@@ -188,7 +188,7 @@ pub struct Resource {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
     /// Tells what a name stands for now from what it stood for before, no more: of an operator's resource the store revision,
-    /// of a derived one the first 63 bits of the SHA-256 of its encoding. Above 0.
+    /// of a derived one, and of a policy with peers, the first 63 bits of the SHA-256 of its encoding. Above 0.
     #[prost(int64, tag = "2")]
     pub version: i64,
     #[prost(oneof = "resource::Spec", tags = "3, 4, 5, 6, 7, 8")]
@@ -198,6 +198,7 @@ pub struct Resource {
 pub mod resource {
     #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Spec {
+        /// Peers are resolved to CIDRs. A policy with one that is not is refused: it stands for more than a policy takes.
         #[prost(message, tag = "3")]
         FirewallPolicy(super::super::super::policy::v1::FirewallPolicySpec),
         #[prost(message, tag = "4")]
@@ -291,16 +292,16 @@ pub struct InstanceReport {
 }
 /// Asked of one service of this VM. Answered exactly once. Ids are of one stream: what is under way when it ends
 /// is carried out, and answered to nobody.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Command {
     #[prost(uint64, tag = "1")]
     pub id: u64,
-    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "command::Command", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     pub command: ::core::option::Option<command::Command>,
 }
 /// Nested message and enum types in `Command`.
 pub mod command {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Command {
         #[prost(message, tag = "2")]
         Start(super::super::super::service::v1::StartRequest),
@@ -325,7 +326,24 @@ pub mod command {
         Records(super::super::super::flow::v1::RecordsQuery),
         #[prost(message, tag = "12")]
         Explain(super::super::super::flow::v1::PacketQuery),
+        /// `node` is ignored.
+        #[prost(message, tag = "13")]
+        Flows(super::super::super::flow::v1::ListFlowsRequest),
+        #[prost(message, tag = "14")]
+        Preview(super::PolicyPreview),
     }
+}
+/// Policies as they would be, beside those that stay as they are. Nothing is changed.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PolicyPreview {
+    /// Firewall policies.
+    #[prost(message, repeated, tag = "1")]
+    pub upserts: ::prost::alloc::vec::Vec<Resource>,
+    #[prost(string, repeated, tag = "2")]
+    pub removals: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Flows in the answer.
+    #[prost(uint32, tag = "3")]
+    pub max: u32,
 }
 /// Output of a service, part by part: the next one is asked for when the last one was taken, so that a slow reader costs the
 /// VM nothing. Followers are of one stream, too. One that is asked for nothing for a minute is forgotten.
@@ -353,7 +371,7 @@ pub struct CommandResult {
     pub code: u32,
     #[prost(string, tag = "4")]
     pub message: ::prost::alloc::string::String,
-    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "command_result::Result", tags = "5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub result: ::core::option::Option<command_result::Result>,
 }
 /// Nested message and enum types in `CommandResult`.
@@ -375,6 +393,10 @@ pub mod command_result {
         Records(super::super::super::flow::v1::RecordsPage),
         #[prost(message, tag = "11")]
         Judgement(super::super::super::flow::v1::Judgement),
+        #[prost(message, tag = "12")]
+        Flows(super::super::super::flow::v1::ListFlowsResponse),
+        #[prost(message, tag = "13")]
+        Impact(super::super::super::flow::v1::FlowsImpact),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]

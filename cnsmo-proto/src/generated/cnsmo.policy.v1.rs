@@ -89,6 +89,12 @@ pub struct FirewallRule {
     /// With ICMP (1) and ICMPv6 (58) only.
     #[prost(message, repeated, tag = "9")]
     pub icmp_types: ::prost::alloc::vec::Vec<IcmpType>,
+    /// The other side by what it is, in place of its CIDRs: `from` of an ingress rule, `to` of an egress rule. The core resolves
+    /// it, again whenever it stands for something else; agents are sent CIDRs. A rule whose peer has no address matches nothing.
+    #[prost(message, optional, tag = "10")]
+    pub from: ::core::option::Option<Peer>,
+    #[prost(message, optional, tag = "11")]
+    pub to: ::core::option::Option<Peer>,
     /// The decision about each new flow is recorded, as far as the sampling allows.
     #[prost(bool, tag = "12")]
     pub log: bool,
@@ -116,6 +122,20 @@ pub struct RateLimit {
     #[prost(bool, tag = "4")]
     pub per_source: bool,
 }
+/// VMs by their labels, or by the service that has instances on them: one of the two. It stands for all addresses of those
+/// VMs, in their network and those that their agents have announced. Towards agents: empty, it stands for nobody.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Peer {
+    /// Labels that a VM must have, all of them.
+    #[prost(btree_map = "string, string", tag = "1")]
+    pub labels: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
+    /// Instances that run: starting, ready, degraded, unreachable or draining.
+    #[prost(string, tag = "2")]
+    pub service: ::prost::alloc::string::String,
+}
 /// Both ends included.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PortRange {
@@ -140,6 +160,22 @@ pub struct FirewallPolicyStatus {
     pub nodes: ::prost::alloc::vec::Vec<NodePolicyStatus>,
     #[prost(message, repeated, tag = "2")]
     pub conditions: ::prost::alloc::vec::Vec<super::super::meta::v1::Condition>,
+    /// Per rule with a peer, in order.
+    #[prost(message, repeated, tag = "3")]
+    pub peers: ::prost::alloc::vec::Vec<ResolvedPeer>,
+}
+/// What the peer of a rule stands for now.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResolvedPeer {
+    #[prost(string, tag = "1")]
+    pub rule: ::prost::alloc::string::String,
+    /// VMs.
+    #[prost(uint32, tag = "2")]
+    pub nodes: u32,
+    /// That VMs have been sent in place of it: addresses, and prefixes of which every address is one of them. 0: the rule
+    /// matches nothing.
+    #[prost(uint32, tag = "3")]
+    pub cidrs: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct NodePolicyStatus {

@@ -30,6 +30,9 @@ pub struct ApplyRequest {
     /// Validate and say what would change; commit nothing.
     #[prost(bool, tag = "3")]
     pub dry_run: bool,
+    /// With dry_run: have each VM whose policies would change say what that would do to its live flows.
+    #[prost(bool, tag = "4")]
+    pub against_flows: bool,
 }
 /// Nested message and enum types in `ApplyRequest`.
 pub mod apply_request {
@@ -74,6 +77,19 @@ pub struct ApplyResponse {
     /// In the order of the request.
     #[prost(message, repeated, tag = "2")]
     pub changes: ::prost::alloc::vec::Vec<Change>,
+    /// By name of the VM. Only with against_flows.
+    #[prost(message, repeated, tag = "3")]
+    pub impacts: ::prost::alloc::vec::Vec<NodeImpact>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NodeImpact {
+    #[prost(string, tag = "1")]
+    pub node: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub impact: ::core::option::Option<super::super::flow::v1::FlowsImpact>,
+    /// Not empty: the VM could not be asked, for this reason.
+    #[prost(string, tag = "3")]
+    pub error: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Change {

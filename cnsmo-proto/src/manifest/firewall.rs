@@ -12,7 +12,7 @@ use super::{
 use crate::{
     model,
     pb::policy::{
-        Action, Direction, FirewallPolicySpec, FirewallRule, FlowTimeouts, IcmpType, Mode,
+        Action, Direction, FirewallPolicySpec, FirewallRule, FlowTimeouts, IcmpType, Mode, Peer,
         PortRange, RateLimit,
     },
 };
@@ -92,8 +92,8 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
     let name = d.required(node, &fields, "name", Decoder::text);
     let action = d.required(node, &fields, "action", action);
     let direction = d.required(node, &fields, "direction", |d, node| d.word(node, &DIRECTIONS));
-    let from_cidrs = d.optional(&fields, "from", peers).unwrap_or_default();
-    let to_cidrs = d.optional(&fields, "to", peers).unwrap_or_default();
+    let (from_cidrs, from) = d.optional(&fields, "from", side).unwrap_or_default();
+    let (to_cidrs, to) = d.optional(&fields, "to", side).unwrap_or_default();
     let read = d.optional(&fields, "protocol", protocol);
     let protocol = read.flatten();
     let port_list = |d: &mut Decoder, node: &Node| {
@@ -117,6 +117,8 @@ fn rule(d: &mut Decoder, node: &Node) -> Option<FirewallRule> {
         source_ports,
         ports,
         icmp_types: icmp_types.unwrap_or_default(),
+        from,
+        to,
         log: d.optional(&fields, "log", Decoder::boolean).unwrap_or_default(),
         limit: d.optional(&fields, "limit", limit),
         connections_per_source: d
@@ -182,23 +184,37 @@ fn rate(d: &mut Decoder, node: &Node) -> Option<(u32, u32)> {
     read
 }
 
-/// `any` or CIDRs.
-fn peers(d: &mut Decoder, node: &Node) -> Option<Vec<String>> {
-    const LATER: &str = "peers by labels or service are not supported by this version: write CIDRs";
+/// `any`, CIDRs or a peer.
+fn side(d: &mut Decoder, node: &Node) -> Option<(Vec<String>, Option<Peer>)> {
+    const EXPECTED: &str = "`any`, a list of CIDRs, or `labels` or `service` of VMs";
     match &node.value {
-        Value::Text(word) if word == ANY => Some(vec![]),
-        Value::Map(_) => {
-            d.refuse(node, LATER);
-            None
-        }
-        _ => d.matches(node, "`any` or a list of CIDRs", |d, node| {
-            if let Value::Map(_) = node.value {
-                d.refuse(node, LATER);
-                return None;
-            }
-            d.text(node)
-        }),
+        Value::Text(word) if word == ANY => Some((vec![], None)),
+        Value::Map(_) => peer(d, node).map(|peer| (vec![], Some(peer))),
+        _ => d.matches(node, EXPECTED, cidr).map(|cidrs| (cidrs, None)),
     }
+}
+
+fn cidr(d: &mut Decoder, node: &Node) -> Option<String> {
+    if let Value::Map(_) = node.value {
+        d.refuse(node, "labels or a service stand alone, without CIDRs: use another rule for them");
+        return None;
+    }
+    d.text(node)
+}
+
+fn peer(d: &mut Decoder, node: &Node) -> Option<Peer> {
+    let before = d.problems();
+    let fields = d.fields(node, &["labels", "service"])?;
+    let labels = d.optional(&fields, "labels", document::labels).unwrap_or_default();
+    let service = d.optional(&fields, "service", Decoder::filled).unwrap_or_default();
+    if d.problems() > before {
+        return None;
+    }
+    if labels.is_empty() && service.is_empty() {
+        d.refuse(node, "missing: `labels`, at least one, or `service`");
+        return None;
+    }
+    Some(Peer { labels, service })
 }
 
 /// The outer `None` after an error, the inner one for any.
@@ -290,6 +306,19 @@ pub fn direction(direction: Direction) -> &'static str {
     word(&DIRECTIONS, direction).unwrap_or("unknown")
 }
 
+/// One side of a rule in one line: `any`, CIDRs, labels such as `role=lb`, or `service web`.
+pub fn side_of(cidrs: &[String], peer: Option<&Peer>) -> String {
+    match peer {
+        None if cidrs.is_empty() => ANY.to_owned(),
+        None => cidrs.join(","),
+        Some(Peer { labels, service }) if service.is_empty() => {
+            let labels = labels.iter().map(|(key, value)| format!("{key}={value}"));
+            labels.collect::<Vec<_>>().join(",")
+        }
+        Some(Peer { service, .. }) => format!("service {service}"),
+    }
+}
+
 /// The word for an IANA protocol number, or the number.
 pub fn protocol_name(number: u32) -> String {
     named(&icmp::PROTOCOLS, number).to_string()
@@ -370,10 +399,10 @@ struct RuleDocument {
     action: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     direction: Option<&'static str>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    from: Vec<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    to: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    from: Option<SideDocument>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    to: Option<SideDocument>,
     #[serde(skip_serializing_if = "Option::is_none")]
     protocol: Option<NumberOrText>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -395,6 +424,27 @@ struct LimitDocument {
     rate: String,
     burst: u32,
     per: &'static str,
+}
+
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+enum SideDocument {
+    Cidrs(Vec<String>),
+    Labels { labels: BTreeMap<String, String> },
+    Service { service: String },
+}
+
+impl SideDocument {
+    /// None: any.
+    fn new(cidrs: &[String], peer: Option<&Peer>) -> Option<Self> {
+        match peer {
+            None => (!cidrs.is_empty()).then(|| Self::Cidrs(cidrs.to_vec())),
+            Some(Peer { labels, service }) if service.is_empty() => {
+                Some(Self::Labels { labels: labels.clone() })
+            }
+            Some(Peer { service, .. }) => Some(Self::Service { service: service.clone() }),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -443,8 +493,8 @@ impl RuleDocument {
             name: rule.name.clone(),
             action: word(&ACTIONS, rule.action()),
             direction: word(&DIRECTIONS, rule.direction()),
-            from: rule.from_cidrs.clone(),
-            to: rule.to_cidrs.clone(),
+            from: SideDocument::new(&rule.from_cidrs, rule.from.as_ref()),
+            to: SideDocument::new(&rule.to_cidrs, rule.to.as_ref()),
             protocol: rule.protocol.map(|n| named(&icmp::PROTOCOLS, n)),
             ports: rule.ports.iter().map(range_document).collect(),
             source_ports: rule.source_ports.iter().map(range_document).collect(),

@@ -11,7 +11,7 @@ use crate::{
         meta::{Condition, condition::Status},
         network::{Member, NetworkStatus, Refused},
         node::{NodeStatus, OverlayStatus, PeerStatus, node_status::Phase},
-        policy::FirewallPolicyStatus,
+        policy::{FirewallPolicyStatus, ResolvedPeer},
     },
 };
 
@@ -109,7 +109,16 @@ pub fn instance_phase(phase: InstancePhase) -> &'static str {
 #[serde(rename_all = "camelCase")]
 pub(super) struct PolicyStatusDocument {
     nodes: Vec<PolicyOnNode>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    peers: Vec<ResolvedPeerDocument>,
     conditions: Vec<ConditionDocument>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct ResolvedPeerDocument {
+    rule: String,
+    nodes: u32,
+    cidrs: u32,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -383,8 +392,14 @@ impl StatusDocument {
                 })
                 .collect(),
         };
+        let peer = |peer: &ResolvedPeer| ResolvedPeerDocument {
+            rule: peer.rule.clone(),
+            nodes: peer.nodes,
+            cidrs: peer.cidrs,
+        };
         Self::Policy(PolicyStatusDocument {
             nodes: status.nodes.iter().map(node).collect(),
+            peers: status.peers.iter().map(peer).collect(),
             conditions: status.conditions.iter().map(ConditionDocument::new).collect(),
         })
     }

@@ -13,7 +13,7 @@ use crate::pb::{
     node::{Node, NodeSpec, NodeStatus, OverlayStatus, PeerStatus},
     policy::{
         Action, Direction, FirewallPolicy, FirewallPolicySpec, FirewallRule, FlowTimeouts,
-        IcmpType, PortRange, RateLimit,
+        IcmpType, Peer, PortRange, RateLimit, ResolvedPeer,
     },
     resource::{Resource, resource::Resource as Kind},
 };
@@ -71,6 +71,8 @@ spec:
     - {name: v6, action: deny, direction: egress, protocol: icmpv6, icmpTypes: [echo-request]}
     - {name: gre, action: deny, direction: egress, protocol: 47}
     - {name: rest, action: allow, direction: egress, protocol: any}
+    - {name: lb, action: allow, direction: ingress, from: {labels: {role: lb, zone: a}}}
+    - {name: db, action: allow, direction: egress, to: {service: db}}
 "#;
     let spec = policies(text).remove(0);
     assert_eq!(spec.target, BTreeMap::from([("role".to_owned(), "web".to_owned())]));
@@ -85,7 +87,11 @@ spec:
     assert_eq!(types, [(8, None), (3, None), (3, Some(4)), (5, Some(1))]);
     assert_eq!(spec.rules[2].icmp_types, [IcmpType { r#type: 128, code: None }]);
     let protocols: Vec<_> = spec.rules.iter().map(|rule| rule.protocol).collect();
-    assert_eq!(protocols, [Some(6), Some(1), Some(58), Some(47), None]);
+    assert_eq!(protocols, [Some(6), Some(1), Some(58), Some(47), None, None, None]);
+    let [lb, db] = &spec.rules[5..] else { panic!() };
+    assert_eq!(side_of(&lb.from_cidrs, lb.from.as_ref()), "role=lb,zone=a");
+    assert_eq!(side_of(&db.to_cidrs, db.to.as_ref()), "service db");
+    assert_eq!((&lb.to, &db.from), (&None, &None));
 }
 
 #[test]
@@ -150,6 +156,14 @@ fn a_bad_field_is_refused_with_its_path() {
         (rule(&["from: []"]), "spec.rules[0].from"),
         (rule(&["from: {role: web}"]), "spec.rules[0].from"),
         (rule(&["from: [{labels: {role: web}}]"]), "spec.rules[0].from[0]"),
+        (rule(&["from: {}"]), "spec.rules[0].from"),
+        (rule(&["from: {labels: {}}"]), "spec.rules[0].from"),
+        (rule(&["from: {label: {role: web}}"]), "spec.rules[0].from.label"),
+        (rule(&["from: {labels: {\"a b\": x}}"]), "spec.rules[0].from.labels.a b"),
+        (rule(&["from: {service: \"\"}"]), "spec.rules[0].from.service"),
+        (rule(&["from: {service: Web}"]), "spec.rules[0].from.service"),
+        (rule(&["from: {labels: {role: web}, service: web}"]), "spec.rules[0].from.service"),
+        (rule(&["to: {service: web}"]), "spec.rules[0].to"),
         (rule(&["from: [10.0.0.0/33]"]), "spec.rules[0].from[0]"),
         (rule(&["to: [10.0.0.0/8, 10.0.0.1]"]), "spec.rules[0].to[1]"),
         (rule(&["from: [10.0.0.0/8]", "to: [\"fd00::/8\"]"]), "spec.rules[0].to"),
@@ -638,6 +652,7 @@ fn what_is_printed_with_a_status_can_be_applied_again() {
                 applied: true,
                 ..Default::default()
             }],
+            peers: vec![ResolvedPeer { rule: "lb".into(), nodes: 2, cidrs: 3 }],
             conditions: vec![crate::pb::meta::Condition {
                 r#type: "Applied".into(),
                 status: 1,
@@ -649,6 +664,7 @@ fn what_is_printed_with_a_status_can_be_applied_again() {
     let json = serde_json::to_value(Manifest::new(&resource).unwrap()).unwrap();
     assert_eq!(json["metadata"]["revision"], 7);
     assert_eq!(json["status"]["nodes"][0]["applied"], true);
+    assert_eq!(json["status"]["peers"][0]["cidrs"], 3);
     assert_eq!(json["status"]["conditions"][0]["status"], "True");
     assert_eq!(policies(&json.to_string())[0].priority, 5);
 }
@@ -907,6 +923,7 @@ prop_compose! {
         open in 0_u32..=1_000_000,
         from in cidrs(),
         to in cidrs(),
+        peer in prop::option::of(peer()),
         protocol in prop_oneof![Just(None), (0_u32..256).prop_map(Some), Just(Some(6)), Just(Some(17)), Just(Some(1)), Just(Some(58))],
         ports in prop::collection::vec(port_range(), 0..4),
         source_ports in prop::collection::vec(port_range(), 0..2),
@@ -918,7 +935,7 @@ prop_compose! {
             name: String::new(),
             action: action.into(),
             direction: if ingress { Direction::Ingress } else { Direction::Egress }.into(),
-            from_cidrs: if has_types { vec![] } else { from },
+            from_cidrs: if has_types || peer.is_some() { vec![] } else { from },
             // One side only: two sides may share no family.
             to_cidrs: vec![],
             protocol,
@@ -929,6 +946,8 @@ prop_compose! {
             } else {
                 vec![]
             },
+            from: peer.clone().filter(|_| ingress),
+            to: peer.filter(|_| !ingress),
             log,
             limit: limit.filter(|_| action == Action::Allow).map(|(flows, period, burst, per_source)| {
                 let period_seconds = crate::model::LIMIT_PERIODS[period];
@@ -938,6 +957,14 @@ prop_compose! {
         }
         .swapped_if(!ingress, to)
     }
+}
+
+fn peer() -> impl Strategy<Value = Peer> {
+    let some = label().prop_filter("labels", |labels| !labels.is_empty());
+    prop_oneof![
+        some.prop_map(|labels| Peer { labels, ..Peer::default() }),
+        "[a-z]{1,9}".prop_map(|service| Peer { service, ..Peer::default() }),
+    ]
 }
 
 impl FirewallRule {

@@ -9,6 +9,8 @@ use crate::pb::policy as pb;
 pub const RULES_MAX: usize = 131_072;
 /// CIDRs in one `from` or `to`, port ranges in one rule: their product is what the data path holds.
 pub const PEERS_MAX: usize = 4_096;
+/// CIDRs that all peers of one policy are resolved to: as many as rules, which are larger.
+pub const RESOLVED_MAX: usize = RULES_MAX;
 /// Port ranges or ICMP types in one list.
 pub const RANGES_MAX: usize = 256;
 /// Flows in a [`RateLimit`], and its burst.
@@ -183,6 +185,17 @@ pub struct IcmpMatch {
     pub code: Option<u8>,
 }
 
+/// The other side of a rule by what it is: VMs. The core resolves it to networks, or to nobody.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Peer {
+    /// Those with all of these labels, at least one.
+    Labels(Labels),
+    /// Those with instances of this service.
+    Service(Name),
+    /// None: the rule matches nothing. An operator has no use for it.
+    Nobody,
+}
+
 /// One rule: matches the first packet of a flow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
@@ -196,6 +209,8 @@ pub struct Rule {
     pub from: Vec<IpNet>,
     /// Destination networks, host bits cleared; empty: any.
     pub to: Vec<IpNet>,
+    /// In place of networks of the other side: of the source towards the VM, of the destination away from it.
+    pub peer: Option<Peer>,
     /// Protocol, ports, ICMP types.
     pub protocol: Protocol,
     /// The decision about each new flow is recorded.
@@ -215,11 +230,56 @@ impl Rule {
             direction,
             from: Vec::new(),
             to: Vec::new(),
+            peer: None,
             protocol: Protocol::Any,
             log: false,
             limit: None,
             connections_per_source: None,
         }
+    }
+}
+
+impl FirewallPolicy {
+    /// As an operator may write it.
+    ///
+    /// # Errors
+    /// A rule is about nobody: a field was forgotten, or a template found nothing.
+    pub fn written(self) -> Result<Self, Invalid> {
+        match self.rules.iter().position(|rule| rule.peer == Some(Peer::Nobody)) {
+            None => Ok(self),
+            Some(n) => {
+                let side = self.rules[n].direction.far_side();
+                let why = "missing: labels, at least one, or a service";
+                Err(Invalid::new(why).at(side).at_index(n).at("rules"))
+            }
+        }
+    }
+}
+
+impl Direction {
+    /// The field of a rule that says who is at the other end.
+    pub fn far_side(self) -> &'static str {
+        match self {
+            Self::Ingress => "from",
+            Self::Egress => "to",
+        }
+    }
+}
+
+impl Rule {
+    /// Whether an address of the other side can be of IPv4, or of IPv6: the protocol and the networks of this side decide.
+    pub fn is_for(&self, v4: bool) -> bool {
+        let own = match self.direction {
+            Direction::Ingress => &self.to,
+            Direction::Egress => &self.from,
+        };
+        let by_own = own.is_empty() || own.iter().any(|net| net.addr().is_ipv4() == v4);
+        by_own
+            && match self.protocol.number() {
+                Some(protocol::ICMP) => v4,
+                Some(protocol::ICMPV6) => !v4,
+                _ => true,
+            }
     }
 }
 
@@ -319,6 +379,17 @@ impl TryFrom<pb::FirewallRule> for Rule {
         let from = networks(&rule.from_cidrs).map_err(|e| e.at("fromCidrs"))?;
         let to = networks(&rule.to_cidrs).map_err(|e| e.at("toCidrs"))?;
         one_family(&from, &to).map_err(|e| e.at("toCidrs"))?;
+        let peer = match direction {
+            Direction::Ingress => {
+                not_the_own_side(rule.to.as_ref()).map_err(|e| e.at("to"))?;
+                rule.from.map(|peer| far(peer, &from).map_err(|e| e.at("from")))
+            }
+            Direction::Egress => {
+                not_the_own_side(rule.from.as_ref()).map_err(|e| e.at("from"))?;
+                rule.to.map(|peer| far(peer, &to).map_err(|e| e.at("to")))
+            }
+        };
+        let peer = peer.transpose()?;
         let source = ranges(&rule.source_ports).map_err(|e| e.at("sourcePorts"))?;
         let destination = ranges(&rule.ports).map_err(|e| e.at("ports"))?;
         let types = icmp_types(&rule.icmp_types).map_err(|e| e.at("icmpTypes"))?;
@@ -356,7 +427,18 @@ impl TryFrom<pb::FirewallRule> for Rule {
             n => Some(n),
         };
         let log = rule.log;
-        Ok(Self { name, action, direction, from, to, protocol, log, limit, connections_per_source })
+        Ok(Self {
+            name,
+            action,
+            direction,
+            from,
+            to,
+            peer,
+            protocol,
+            log,
+            limit,
+            connections_per_source,
+        })
     }
 }
 
@@ -415,6 +497,35 @@ impl From<FlowTimeouts> for pb::FlowTimeouts {
             echo: wire(timeouts.echo),
         }
     }
+}
+
+impl TryFrom<pb::Peer> for Peer {
+    type Error = Invalid;
+
+    fn try_from(pb::Peer { labels, service }: pb::Peer) -> Result<Self, Invalid> {
+        if service.is_empty() {
+            if labels.is_empty() {
+                return Ok(Self::Nobody);
+            }
+            return Labels::new(labels).map(Self::Labels).map_err(|e| e.at("labels"));
+        }
+        if !labels.is_empty() {
+            return Err(Invalid::new("a peer has labels or a service, not both").at("service"));
+        }
+        Name::new(service).map(Self::Service).map_err(|e| e.at("service"))
+    }
+}
+
+fn far(peer: pb::Peer, networks: &[IpNet]) -> Result<Peer, Invalid> {
+    if !networks.is_empty() {
+        return Err(Invalid::new("a side has CIDRs or a peer, not both"));
+    }
+    peer.try_into()
+}
+
+fn not_the_own_side(peer: Option<&pb::Peer>) -> Result<(), Invalid> {
+    let why = "this side is the VM itself: `target` says which VMs a policy is for";
+    peer.map_or(Ok(()), |_| Err(Invalid::new(why)))
 }
 
 fn protocol_of(
@@ -549,9 +660,10 @@ impl From<&Rule> for pb::FirewallRule {
                 (vec![], vec![], types.iter().map(wire).collect())
             }
         };
-        let direction = match rule.direction {
-            Direction::Ingress => pb::Direction::Ingress,
-            Direction::Egress => pb::Direction::Egress,
+        let peer = rule.peer.as_ref().map(pb::Peer::from);
+        let (direction, from, to) = match rule.direction {
+            Direction::Ingress => (pb::Direction::Ingress, peer, None),
+            Direction::Egress => (pb::Direction::Egress, None, peer),
         };
         Self {
             name: rule.name.to_string(),
@@ -563,6 +675,8 @@ impl From<&Rule> for pb::FirewallRule {
             source_ports,
             ports,
             icmp_types,
+            from,
+            to,
             log: rule.log,
             limit: rule.limit.map(|limit| pb::RateLimit {
                 flows: limit.flows,
@@ -571,6 +685,16 @@ impl From<&Rule> for pb::FirewallRule {
                 per_source: limit.per_source,
             }),
             connections_per_source: rule.connections_per_source.unwrap_or_default(),
+        }
+    }
+}
+
+impl From<&Peer> for pb::Peer {
+    fn from(peer: &Peer) -> Self {
+        match peer {
+            Peer::Labels(labels) => Self { labels: labels.as_map().clone(), ..Self::default() },
+            Peer::Service(service) => Self { service: service.to_string(), ..Self::default() },
+            Peer::Nobody => Self::default(),
         }
     }
 }
@@ -676,7 +800,10 @@ mod tests {
     #[test]
     fn a_bad_rule_is_refused_with_the_field() {
         type Break = fn(&mut pb::FirewallRule);
-        let cases: [(&str, Break); 17] = [
+        fn lb() -> pb::Peer {
+            pb::Peer { labels: [("role".into(), "lb".into())].into(), ..Default::default() }
+        }
+        let cases: [(&str, Break); 22] = [
             ("name", |r| r.name = "No".into()),
             ("action", |r| r.action = 0),
             ("action", |r| r.action = 99),
@@ -689,6 +816,20 @@ mod tests {
             ("ports", |r| r.protocol = None),
             ("protocol", |r| r.protocol = Some(300)),
             ("icmpTypes", |r| r.icmp_types = vec![pb::IcmpType::default()]),
+            ("from", |r| r.from = Some(lb())),
+            ("to", |r| r.to = Some(lb())),
+            ("from.service", |r| {
+                (r.from, r.from_cidrs) = (Some(pb::Peer { service: "web".into(), ..lb() }), vec![]);
+            }),
+            ("from.service", |r| {
+                let web = pb::Peer { service: "Web!".into(), ..Default::default() };
+                (r.from, r.from_cidrs) = (Some(web), vec![]);
+            }),
+            ("from.labels.a b", |r| {
+                let labels = [("a b".to_owned(), String::new())].into();
+                let odd = pb::Peer { labels, ..Default::default() };
+                (r.from, r.from_cidrs) = (Some(odd), vec![]);
+            }),
             ("limit.flows", |r| r.limit = Some(pb::RateLimit::default())),
             ("limit.periodSeconds", |r| {
                 r.limit = Some(pb::RateLimit { flows: 1, period_seconds: 90_000, ..limit() });
@@ -724,6 +865,35 @@ mod tests {
         let orphan_fragments = pb::Action::Reject.into();
         let spec = pb::FirewallPolicySpec { orphan_fragments, ..Default::default() };
         assert_eq!(refused(spec), "orphanFragments");
+    }
+
+    #[test]
+    fn a_peer_is_the_other_side_and_leaves_only_the_families_that_the_rule_is_about() {
+        let labels =
+            pb::Peer { labels: [("role".into(), "lb".into())].into(), ..Default::default() };
+        let service = pb::Peer { service: "web".into(), ..Default::default() };
+        let base = pb::FirewallRule { from_cidrs: vec![], ports: vec![], protocol: None, ..rule() };
+        let ingress = pb::FirewallRule { from: Some(labels), ..base.clone() };
+        let direction = pb::Direction::Egress.into();
+        let egress = pb::FirewallRule { direction, to: Some(service), ..base };
+        for wire in [ingress.clone(), egress.clone()] {
+            let rule = Rule::try_from(wire.clone()).unwrap();
+            assert!(rule.peer.is_some());
+            assert_eq!(pb::FirewallRule::from(&rule), wire);
+        }
+        let families = |wire: pb::FirewallRule| {
+            let rule = Rule::try_from(wire).unwrap();
+            (rule.is_for(true), rule.is_for(false))
+        };
+        let with = |protocol| pb::FirewallRule { protocol: Some(protocol), ..ingress.clone() };
+        assert_eq!(
+            [6, 1, 58].map(|n| families(with(n))),
+            [(true, true), (true, false), (false, true)]
+        );
+        let own = vec!["fd00::/8".to_owned()];
+        let to_v6 = pb::FirewallRule { to_cidrs: own.clone(), ..ingress };
+        let from_v6 = pb::FirewallRule { from_cidrs: own, ..egress };
+        assert_eq!([families(to_v6), families(from_v6)], [(false, true); 2]);
     }
 
     #[test]

@@ -119,7 +119,7 @@ impl Steer for Local {
             Command::Follow(_) => {
                 return Err(Status::unimplemented("followers are of a core's stream alone"));
             }
-            Command::Records(_) | Command::Explain(_) => {
+            Command::Records(_) | Command::Explain(_) | Command::Flows(_) | Command::Preview(_) => {
                 return Err(Status::unimplemented("this host has no packets to tell of"));
             }
             Command::Start(request) => {

@@ -60,7 +60,7 @@ impl Kernel {
         }
     }
 
-    fn decider(&self, slot: u32) -> Decider {
+    pub(super) fn decider(&self, slot: u32) -> Decider {
         if slot == SLOT_DEFAULT_INGRESS || slot == SLOT_DEFAULT_EGRESS {
             return Decider::Default;
         }
@@ -77,7 +77,7 @@ impl Kernel {
     }
 }
 
-fn state_word(number: u8) -> &'static str {
+pub(super) fn state_word(number: u8) -> &'static str {
     match number {
         state::SYN_SENT | state::SYN_RECV => "opening",
         state::ESTABLISHED => "established",

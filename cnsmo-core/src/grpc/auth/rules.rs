@@ -53,6 +53,7 @@ pub const RULES: &[Rule] = &[
     rule("/cnsmo.catalog.v1.CatalogService/Withdraw", USERS),
     rule("/cnsmo.event.v1.EventService/WatchEvents", READERS),
     rule("/cnsmo.flow.v1.FlowService/Explain", READERS),
+    rule("/cnsmo.flow.v1.FlowService/ListFlows", READERS),
     rule("/cnsmo.flow.v1.FlowService/ReadRecords", READERS),
     audited("/cnsmo.identity.v1.EnrollmentService/Enroll", &[Anonymous]),
     rule("/cnsmo.identity.v1.IdentityService/ListAudit", ADMINS),
