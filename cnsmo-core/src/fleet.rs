@@ -608,7 +608,7 @@ impl Fleet {
         let unknown: BTreeSet<&str> = self
             .resolved
             .iter()
-            .filter(|(_, resolved)| !resolved.is_known(&self.observed))
+            .filter(|(_, resolved)| !resolved.is_known)
             .map(|(name, _)| name.as_str())
             .collect();
         for name in std::mem::take(&mut self.outbox) {

@@ -18,10 +18,7 @@ use ipnet::IpNet;
 use prost::Message as _;
 
 use super::{Fleet, Key, POLICY, Revision, Spec, derive::version_of};
-use crate::{
-    orchestrator::Observed,
-    state::{Membership, Node, State, StoredPolicy},
-};
+use crate::state::{Membership, Node, State, StoredPolicy};
 
 /// What became of a policy whose rules have peers.
 #[derive(Debug, PartialEq)]
@@ -33,16 +30,11 @@ pub(super) struct Resolved {
     /// Its peers stand for more than fits. Agents are sent it as it is written, which they refuse: what they had stays in
     /// force, also when another core takes over.
     pub(super) refused: Option<String>,
+    /// The catalogue was looked at for all of its services. Otherwise it is not sent.
+    pub(super) is_known: bool,
     /// That its rules ask for.
     labels: BTreeSet<Labels>,
     services: BTreeSet<String>,
-}
-
-impl Resolved {
-    /// Whether the catalogue was looked at for all of its services.
-    pub(super) fn is_known(&self, observed: &Observed) -> bool {
-        self.services.iter().all(|service| observed.knows(service))
-    }
 }
 
 /// What a peer stands for.
@@ -75,10 +67,12 @@ impl Fleet {
         self.unsettled.extend(concerned.map(|(name, _)| name.clone()));
     }
 
-    /// Something is new about the instances of these services.
+    /// Something is new about the instances of these services, or they were looked at for the first time.
     pub(super) fn unsettle_services(&mut self, services: &BTreeSet<String>) {
-        let concerned =
-            self.resolved.iter().filter(|(_, resolved)| !resolved.services.is_disjoint(services));
+        let concerned = self
+            .resolved
+            .iter()
+            .filter(|(_, resolved)| !resolved.is_known || !resolved.services.is_disjoint(services));
         self.unsettled.extend(concerned.map(|(name, _)| name.clone()));
     }
 
@@ -103,14 +97,20 @@ impl Fleet {
             Ok(spec) => (spec.into(), None),
             Err(why) => (policy.spec.clone(), Some(why)),
         };
-        let version = version_of(&spec.encode_to_vec());
+        let (labels, services) = wanted(model);
+        let is_known = services.iter().all(|service| self.observed.knows(service));
+        let mut content = spec.encode_to_vec();
+        if !is_known {
+            // What no VM has: none enforces it before it is known what it stands for, also if that will be the same.
+            content.push(0);
+        }
+        let version = version_of(&content);
         let old = self.resolved.get(name);
         // What did not change keeps its version.
         if old.map(|old| old.version) != Some(version) {
             self.catalog.insert(key, Spec::Policy(spec).into());
         }
-        let (labels, services) = wanted(model);
-        let resolved = Resolved { version, peers, refused, labels, services };
+        let resolved = Resolved { version, peers, refused, is_known, labels, services };
         if old != Some(&resolved) {
             self.changed.insert((Kind::FirewallPolicy, name.clone()));
             self.resolved.insert(name.clone(), resolved);

@@ -193,23 +193,25 @@ fn rules_about_a_service_wait_for_the_first_look_at_it_and_then_follow_it() {
 
     for (phase, is_there) in [
         (Starting, true),
-        (Degraded, true),
         (Failed, false),
+        (Degraded, true),
+        (Stopped, false),
         (Unreachable, true),
         (Lost, false),
         (Draining, true),
-        (Stopped, false),
-        (Ready, true),
         (Installing, false),
+        (Ready, true),
     ] {
         look(&mut world, &["web"], &[("w1", "a", phase), ("w2", "c", Ready), ("w3", "x", Ready)]);
         let there = if is_there { "192.0.2.1/32 192.0.2.3/32" } else { "192.0.2.3/32" };
         assert_eq!(sent(&world, "p"), [format!("peers: {there}")], "{phase:?}");
         assert_eq!(next(&mut b, &mut world), ["firewall-policy/p"]);
     }
-    // The same by another instance.
-    look(&mut world, &["web"], &[("w4", "c", Ready), ("w5", "c", Starting)]);
+    // The same by other instances.
+    look(&mut world, &["web"], &[("w4", "a", Draining), ("w5", "c", Ready), ("w6", "c", Starting)]);
     assert!(next(&mut b, &mut world).is_empty());
+    look(&mut world, &["web"], &[("w5", "c", Ready), ("w6", "c", Starting)]);
+    while b.answer(&mut world) {}
     world.announce("c", 0x33);
     assert_eq!(sent(&world, "p"), ["peers: 192.0.2.51/32"]);
     world.delete(Kind::Node, "c");
