@@ -3,7 +3,7 @@
 pub mod answer;
 pub mod kernel;
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, time::SystemTime};
 
 use cnsmo_proto::model::{Direction, Name};
 
@@ -78,6 +78,8 @@ pub struct Status {
     pub rules: u64,
     /// Packets and bytes per policy and rule since the rule is there.
     pub counters: BTreeMap<Name, BTreeMap<Name, Count>>,
+    /// When rules were hit last, by policy and rule; without those that were not since somebody looks.
+    pub last_hits: BTreeMap<Name, BTreeMap<Name, SystemTime>>,
     /// Packets and bytes dropped, per direction and reason (a stable word).
     pub drops: Vec<(Direction, &'static str, Count)>,
     /// Packets after which a flow could not be kept among the established ones, because their table was full. It goes on among

@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::SystemTime,
 };
 
 use cnsmo_proto::{
@@ -172,7 +173,12 @@ pub fn status_report(vm: VmStatus, trouble: Option<(&'static str, String)>) -> S
         program_ids: status.program_ids,
         ..NodeStatus::default()
     };
-    let policies = status.counters.into_iter().map(policy_counters).collect();
+    let hits = status.last_hits;
+    let policies = status.counters.into_iter().map(|(policy, rules)| {
+        let hits = hits.get(&policy);
+        policy_counters(policy, rules, hits)
+    });
+    let policies = policies.collect();
     let flows = &status.backend_flows;
     let load_balancers = balancers.into_iter().map(|balancer| balancer_report(balancer, flows));
     StatusReport { node: Some(node), policies, load_balancers: load_balancers.collect() }
@@ -242,8 +248,13 @@ fn drop_counter(
     DropCounter { reason: reason.to_owned(), direction: direction.to_string(), packets, bytes }
 }
 
-fn policy_counters((policy, rules): (Name, BTreeMap<Name, Count>)) -> PolicyCounters {
+fn policy_counters(
+    policy: Name,
+    rules: BTreeMap<Name, Count>,
+    hits: Option<&BTreeMap<Name, SystemTime>>,
+) -> PolicyCounters {
     let counter = |(rule, Count { packets, bytes }): (Name, Count)| RuleCounter {
+        last_hit_time: hits.and_then(|hits| hits.get(&rule)).copied().map(Into::into),
         rule: rule.to_string(),
         packets,
         bytes,
@@ -253,7 +264,7 @@ fn policy_counters((policy, rules): (Name, BTreeMap<Name, Count>)) -> PolicyCoun
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, SystemTime};
+    use std::time::Duration;
 
     use cnsmo_proto::model::{Addresses, Direction};
 

@@ -72,10 +72,13 @@ fn describe_policy(policy: &FirewallPolicy) -> Result<()> {
     section("VMs", &["NODE", "APPLIED", "MESSAGE"], nodes)?;
     let counters = status.nodes.iter().flat_map(|node| {
         node.rules.iter().map(|c| {
-            vec![node.node.clone(), c.rule.clone(), c.packets.to_string(), c.bytes.to_string()]
+            let last = c.last_hit_time.map_or_else(|| or_none(""), |time| age(Some(time)));
+            let (packets, bytes) = (c.packets.to_string(), c.bytes.to_string());
+            vec![node.node.clone(), c.rule.clone(), packets, bytes, last]
         })
     });
-    section("Counters", &["NODE", "RULE", "PACKETS", "BYTES"], counters.collect())?;
+    let header = ["NODE", "RULE", "PACKETS", "BYTES", "LAST HIT"];
+    section("Counters", &header, counters.collect())?;
     describe_conditions(&status.conditions)
 }
 

@@ -351,7 +351,8 @@ async fn reports_are_shown_on_node_and_policy() {
     let mut agent = core.agent(&joined, None).await.unwrap();
     let update = agent.update().await;
     agent.ack(&update).await;
-    let counter = RuleCounter { rule: "allow".into(), packets: 7, bytes: 700 };
+    let counter =
+        RuleCounter { rule: "allow".into(), packets: 7, bytes: 700, ..RuleCounter::default() };
     let counters =
         |policy: &str| PolicyCounters { policy: policy.into(), rules: vec![counter.clone()] };
     let node = NodeStatus {

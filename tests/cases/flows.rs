@@ -131,6 +131,14 @@ async fn flows_shows_what_happened_to_packets_and_why() {
     let found = live.as_array().unwrap().iter().find(is_kept).unwrap();
     assert_eq!((&found["state"], &found["rule"]), (&"established".into(), &"open".into()));
 
+    until("the time of the last hit", async || {
+        let policy = core.cnsmo_json(&["get", "fw", "web"]);
+        let rules = policy["status"]["nodes"][0]["rules"].as_array()?.clone();
+        let is_hit = |rule: &Value| rule["lastHitTime"].is_string() && rule["packets"] != 0;
+        (rules.len() == 2 && rules.iter().all(is_hit)).then_some(())
+    })
+    .await;
+
     let dropped = seen(&["--dropped"]);
     assert_eq!(of(&dropped, 80), Value::Null);
     assert_ne!(of(&dropped, 81), Value::Null);

@@ -7,6 +7,7 @@ mod attach;
 mod balance;
 mod check;
 mod explain;
+mod hits;
 mod live;
 mod load;
 mod log;
@@ -21,7 +22,7 @@ use std::{
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, PoisonError},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use aya::{
@@ -44,6 +45,7 @@ use cnsmo_proto::{
     model::{Direction, FlowTimeouts, Name},
     pb::{agent as pb, policy::RuleCounter},
 };
+use hits::{Hits, RuleName};
 use ipnet::IpNet;
 use log::ProgramLog;
 use open::{Numbers, OpenFlows};
@@ -197,6 +199,7 @@ pub struct Kernel {
     records: Option<Records>,
     /// What rules had counted when their half was retired.
     retired: BTreeMap<(Name, Name), Count>,
+    hits: Hits,
     attachments: Vec<Attachment>,
     /// Kernel indexes of the devices attached to; another one under the same name is another device.
     devices: Vec<u32>,
@@ -219,7 +222,8 @@ impl Kernel {
         let fresh = loaded.fresh;
         let mut kernel = loaded.into_kernel(options)?;
         kernel.set_times(fresh);
-        kernel.retired = read_retired(&kernel.retired_path());
+        let (retired, seen) = read_retired(&kernel.retired_path());
+        (kernel.retired, kernel.hits) = (retired, Hits::new(seen));
         Ok(kernel)
     }
 
@@ -440,15 +444,18 @@ impl Kernel {
         self.store(std::mem::offset_of!(Control, live), next.pack().0);
         self.live_since = Instant::now();
         self.grace.settle();
+        self.look_at_rules();
         self.retire(policy);
         self.live = next;
         self.set_names(policy);
-        write_retired(&self.retired_path(), &self.retired);
+        write_retired(&self.retired_path(), &self.retired, self.hits.by_name(&self.names));
         Ok(())
     }
 
     fn set_names(&mut self, policy: &Effective) {
-        self.names = names(policy);
+        let names = names(policy);
+        self.hits.rename(&self.names, &names);
+        self.names = names;
         let rules = policy.rules.iter();
         self.rules_in_force = rules.map(|o| (o.policy.clone(), o.rule.name.clone())).collect();
     }
@@ -692,6 +699,23 @@ impl Kernel {
             .collect()
     }
 
+    /// Packets and bytes of the live rules since each is there, by index.
+    fn look_at_rules(&mut self) -> Vec<Count> {
+        let first = self.first_slot(self.live.half);
+        let total = |(slot, name): (u32, &RuleName)| {
+            let mut count = sum(&self.rule_counts, slot);
+            if let Some(before) = name.as_ref().and_then(|name| self.retired.get(name)) {
+                count.packets += before.packets;
+                count.bytes += before.bytes;
+            }
+            count
+        };
+        let counts: Vec<_> = (first..).zip(&self.names).map(total).collect();
+        let packets = counts.iter().map(|count| count.packets);
+        self.hits.look(&self.names, packets, SystemTime::now());
+        counts
+    }
+
     fn retired_path(&self) -> PathBuf {
         self.options.state.join("counters")
     }
@@ -788,12 +812,15 @@ impl Datapath for Kernel {
 
     fn status(&mut self) -> Status {
         let mut counters: BTreeMap<Name, BTreeMap<Name, Count>> = BTreeMap::new();
-        for ((policy, rule), mut count) in self.live_counts() {
-            if let Some(before) = self.retired.get(&(policy.clone(), rule.clone())) {
-                count.packets += before.packets;
-                count.bytes += before.bytes;
-            }
-            counters.entry(policy).or_default().insert(rule, count);
+        let counts = self.look_at_rules();
+        for (name, count) in self.names.iter().zip(counts) {
+            let Some((policy, rule)) = name else { continue };
+            counters.entry(policy.clone()).or_default().insert(rule.clone(), count);
+        }
+        let mut last_hits: BTreeMap<Name, BTreeMap<Name, SystemTime>> = BTreeMap::new();
+        for ((policy, rule), seen) in self.hits.by_name(&self.names) {
+            let Some(last) = seen.last else { continue };
+            last_hits.entry(policy.clone()).or_default().insert(rule.clone(), last);
         }
         let mut drops = Vec::new();
         for (direction, number) in [
@@ -816,6 +843,7 @@ impl Datapath for Kernel {
             flows: self.flows_v4.live + self.flows_v6.live,
             rules: self.names.len() as u64,
             counters,
+            last_hits,
             drops,
             established_full: self.established_full(),
             backend_flows,
@@ -1030,32 +1058,47 @@ impl Clock {
     }
 }
 
-/// Counts of retired halves; a missing or damaged file only makes counters start anew.
-fn read_retired(path: &Path) -> BTreeMap<(Name, Name), Count> {
-    let Ok(bytes) = fs::read(path) else { return BTreeMap::new() };
+/// By policy and rule.
+type ByRule<T> = BTreeMap<(Name, Name), T>;
+
+/// Counts of retired halves, and when each rule was hit; a missing or damaged file only makes counters start anew.
+fn read_retired(path: &Path) -> (ByRule<Count>, ByRule<hits::Seen>) {
+    let (mut counts, mut seen) = (ByRule::new(), ByRule::new());
+    let Ok(bytes) = fs::read(path) else { return (counts, seen) };
     let Ok(report) = pb::StatusReport::decode(bytes.as_slice()) else {
         tracing::warn!(path = %path.display(), "damaged rule counters; they start anew");
-        return BTreeMap::new();
+        return (counts, seen);
     };
-    let mut counts = BTreeMap::new();
     for policy in report.policies {
         for rule in policy.rules {
             if let (Ok(policy), Ok(name)) = (Name::new(&policy.policy), Name::new(rule.rule)) {
                 let count = Count { packets: rule.packets, bytes: rule.bytes };
+                let last = rule.last_hit_time.and_then(|time| SystemTime::try_from(time).ok());
+                seen.insert(
+                    (policy.clone(), name.clone()),
+                    hits::Seen { packets: rule.packets, last },
+                );
                 counts.insert((policy, name), count);
             }
         }
     }
-    counts
+    (counts, seen)
 }
 
-fn write_retired(path: &Path, counts: &BTreeMap<(Name, Name), Count>) {
+fn write_retired<'a>(
+    path: &Path,
+    counts: &ByRule<Count>,
+    seen: impl Iterator<Item = (&'a (Name, Name), hits::Seen)>,
+) {
+    let last: BTreeMap<_, _> = seen.filter_map(|(name, seen)| Some((name, seen.last?))).collect();
     let mut policies: BTreeMap<&Name, Vec<RuleCounter>> = BTreeMap::new();
-    for ((policy, rule), count) in counts {
+    for (name, count) in counts {
+        let (policy, rule) = name;
         policies.entry(policy).or_default().push(RuleCounter {
             rule: rule.to_string(),
             packets: count.packets,
             bytes: count.bytes,
+            last_hit_time: last.get(name).copied().map(Into::into),
         });
     }
     let policies = policies

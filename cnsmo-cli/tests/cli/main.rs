@@ -663,7 +663,12 @@ fn describe_shows_status_and_counters() {
             node: "vm1".to_owned(),
             applied: false,
             message: "table full".to_owned(),
-            rules: vec![RuleCounter { rule: "http".to_owned(), packets: 42, bytes: 4200 }],
+            rules: vec![RuleCounter {
+                rule: "http".to_owned(),
+                packets: 42,
+                bytes: 4200,
+                ..RuleCounter::default()
+            }],
         }],
         conditions: vec![],
         peers: vec![],

@@ -199,6 +199,10 @@ pub struct RuleCounter {
     pub packets: u64,
     #[prost(uint64, tag = "3")]
     pub bytes: u64,
+    /// When packets were last seen to have come, as exact as the reports of the VM are frequent. Absent: there was none, or not
+    /// since its agent has started.
+    #[prost(message, optional, tag = "4")]
+    pub last_hit_time: ::core::option::Option<::prost_types::Timestamp>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]

@@ -132,10 +132,13 @@ struct PolicyOnNode {
 }
 
 #[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 struct RuleCounterDocument {
     rule: String,
     packets: u64,
     bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    last_hit_time: Option<String>,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -389,6 +392,7 @@ impl StatusDocument {
                     rule: c.rule.clone(),
                     packets: c.packets,
                     bytes: c.bytes,
+                    last_hit_time: c.last_hit_time.as_ref().map(ToString::to_string),
                 })
                 .collect(),
         };

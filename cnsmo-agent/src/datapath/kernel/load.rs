@@ -170,6 +170,7 @@ impl Loaded {
             halves: Halves::default(),
             records: None,
             retired: std::collections::BTreeMap::new(),
+            hits: super::hits::Hits::default(),
             attachments: Vec::new(),
             devices: Vec::new(),
             tunnel: None,
