@@ -176,7 +176,7 @@ pub fn status_report(vm: VmStatus, trouble: Option<(&'static str, String)>) -> S
     let hits = status.last_hits;
     let policies = status.counters.into_iter().map(|(policy, rules)| {
         let hits = hits.get(&policy);
-        policy_counters(policy, rules, hits)
+        policy_counters(&policy, rules, hits)
     });
     let policies = policies.collect();
     let flows = &status.backend_flows;
@@ -249,7 +249,7 @@ fn drop_counter(
 }
 
 fn policy_counters(
-    policy: Name,
+    policy: &Name,
     rules: BTreeMap<Name, Count>,
     hits: Option<&BTreeMap<Name, SystemTime>>,
 ) -> PolicyCounters {
