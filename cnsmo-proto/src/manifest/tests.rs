@@ -154,7 +154,7 @@ fn a_bad_field_is_refused_with_its_path() {
         (rule(&["port: [80]"]), "spec.rules[0].port"),
         (rule(&["from: 10.0.0.0/8"]), "spec.rules[0].from"),
         (rule(&["from: []"]), "spec.rules[0].from"),
-        (rule(&["from: {role: web}"]), "spec.rules[0].from"),
+        (rule(&["from: {role: web}"]), "spec.rules[0].from.role"),
         (rule(&["from: [{labels: {role: web}}]"]), "spec.rules[0].from[0]"),
         (rule(&["from: {}"]), "spec.rules[0].from"),
         (rule(&["from: {labels: {}}"]), "spec.rules[0].from"),
@@ -504,7 +504,7 @@ fn the_manifests_in_the_documentation_are_read() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/manifest.md");
     let text = fs::read_to_string(path).unwrap();
     let blocks: Vec<_> = text.split("```yaml\n").skip(1).collect();
-    assert_eq!(blocks.len(), 4);
+    assert_eq!(blocks.len(), 5);
     for block in blocks {
         let yaml = block.split("```").next().unwrap();
         assert_eq!(read(yaml).unwrap().resources.len(), 1, "{yaml}");
