@@ -51,7 +51,7 @@ use log::ProgramLog;
 use open::{Numbers, OpenFlows};
 use prost::Message as _;
 use records::{Halves, Names, Records};
-use sys::{Batches, GracePeriod, Mapped};
+use sys::{Batches, GracePeriod, Mapped, give_memory_back};
 
 use super::{ApplyError, Attachment, Count, Datapath, Status};
 use crate::{
@@ -224,6 +224,7 @@ impl Kernel {
         kernel.set_times(fresh);
         let (retired, seen) = read_retired(&kernel.retired_path());
         (kernel.retired, kernel.hits) = (retired, Hits::new(seen));
+        give_memory_back();
         Ok(kernel)
     }
 
@@ -799,6 +800,8 @@ impl Datapath for Kernel {
             return Err(error.into());
         }
         self.plan = Some(plan);
+        drop(compiled);
+        give_memory_back();
         Ok(())
     }
 

@@ -108,6 +108,16 @@ pub(super) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     attr.call(OBJ_PIN).map(drop)
 }
 
+/// Gives memory back that was needed for a while: to read the object takes several times its size, to compile a policy more
+/// than to keep it. glibc would keep it for the next time.
+pub(super) fn give_memory_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it touches nothing that is allocated.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// Opens what is pinned at `path`.
 pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
